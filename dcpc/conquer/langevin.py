@@ -1,0 +1,113 @@
+"""Moves: how a unit's value is changed along its prediction error."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dcpc.conquer.preconditioner import Metric
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A proposed value, and what its density needs.
+
+    Attributes:
+        value: `u'`, of shape `(K, *plates, n, d)`.
+        displacement: The move in whitened coordinates, `F^-1 (u' - u)`.
+        log_forward: `log q(u' | u)`, of shape `(K, *plates, n)`; zero for a move without noise.
+    """
+
+    value: Tensor
+    displacement: Tensor
+    log_forward: Tensor
+
+
+class Move(ABC):
+    """A move has a proposal, and a density if it is random."""
+
+    is_random: ClassVar[bool]
+
+    @abstractmethod
+    def propose(
+        self, value: Tensor, score: Tensor, step_size: Tensor, metric: Metric
+    ) -> Proposal:
+        """Proposes new values.
+
+        Args:
+            value: `u`, `(K, *plates, n, d)`.
+            score: Gradient of the units' log-densities at `u`, same shape.
+            step_size: `eta`, `(n,)`.
+            metric: Factor of the preconditioner P.
+        """
+
+    @abstractmethod
+    def log_backward(
+        self, proposal: Proposal, score: Tensor, step_size: Tensor, metric: Metric
+    ) -> Tensor:
+        """`log q(u | u')`, `(K, *plates, n)`, given the score at `u'`."""
+
+
+class Langevin(Move):
+    """Preconditioned Langevin proposal `u' = u + eta P s + sqrt(2 eta P) noise`.
+
+    Its density is Gaussian; with `P = F F^T` and `w = F^-1 (u' - u)`,
+    `log q(u' | u) = -|w - eta F^T s|^2 / (4 eta) - d/2 log(4 pi eta) - log |det F|`.
+    Roberts & Tweedie (1996); Sennesh, Wu & Salvatori (2024), eq. 8.
+    """
+
+    is_random = True
+
+    def propose(
+        self, value: Tensor, score: Tensor, step_size: Tensor, metric: Metric
+    ) -> Proposal:
+        eta = step_size.unsqueeze(-1)
+        noise = torch.randn_like(value)
+        displacement = torch.addcmul((2 * eta).sqrt() * noise, eta, metric.whiten_score(score))
+        return Proposal(
+            value=value + metric.colour(displacement),
+            displacement=displacement,
+            log_forward=-0.5 * noise.square().sum(-1) + _log_norm(value, step_size, metric),
+        )
+
+    def log_backward(
+        self, proposal: Proposal, score: Tensor, step_size: Tensor, metric: Metric
+    ) -> Tensor:
+        eta = step_size.unsqueeze(-1)
+        residual = torch.addcmul(proposal.displacement, eta, metric.whiten_score(score))
+        squared = residual.square().sum(-1) / (4 * step_size)
+        return _log_norm(proposal.value, step_size, metric) - squared
+
+
+class Gradient(Move):
+    """Gradient ascent `u' = u + eta P s`, the relaxation of classical predictive coding."""
+
+    is_random = False
+
+    def propose(
+        self, value: Tensor, score: Tensor, step_size: Tensor, metric: Metric
+    ) -> Proposal:
+        displacement = step_size.unsqueeze(-1) * metric.whiten_score(score)
+        return Proposal(
+            value=value + metric.colour(displacement),
+            displacement=displacement,
+            log_forward=value.new_zeros(value.shape[:-1]),
+        )
+
+    def log_backward(
+        self, proposal: Proposal, score: Tensor, step_size: Tensor, metric: Metric
+    ) -> Tensor:
+        return torch.zeros_like(proposal.log_forward)
+
+
+MOVES: dict[str, type[Move]] = {"langevin": Langevin, "gradient": Gradient}
+
+
+def _log_norm(value: Tensor, step_size: Tensor, metric: Metric) -> Tensor:
+    dimension = value.shape[-1]
+    return -0.5 * dimension * (4 * math.pi * step_size).log() - metric.half_log_det()

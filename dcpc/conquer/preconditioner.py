@@ -1,0 +1,255 @@
+"""Preconditioners: the matrix P that scales a unit's drift and noise.
+
+A preconditioner turns scores into a `Metric`, a factor of P. Its state, a dict of tensors, is
+updated between sweeps, so that within a sweep P does not depend on the particles it moves; only
+`ParticleVariance`, which belongs to the paper's correction, looks at the current scores.
+
+Shapes: scores are `(K, *plates, n, d)`. An estimate is shared by the particles and by the
+population, whose data change from call to call; every element of the other plates has its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+MAX_DENSE = 32
+"""Largest unit that `Adapted` gives a dense matrix."""
+
+
+class Metric(ABC):
+    """A factor F of the preconditioner, `P = F F^T`."""
+
+    @abstractmethod
+    def colour(self, noise: Tensor) -> Tensor:
+        """`F x`, for `x` of shape `(K, *plates, n, d)`."""
+
+    @abstractmethod
+    def whiten_score(self, score: Tensor) -> Tensor:
+        """`F^T x`, so that `P x = colour(whiten_score(x))`."""
+
+    @abstractmethod
+    def half_log_det(self) -> Tensor:
+        """`log |det F|`, broadcastable to `(K, *plates, n)`."""
+
+
+@dataclass(frozen=True)
+class Diagonal(Metric):
+    """`P = diag(scale^2)`, with `scale` broadcastable to `(K, *plates, n, d)`."""
+
+    scale: Tensor
+
+    def colour(self, noise: Tensor) -> Tensor:
+        return self.scale * noise
+
+    def whiten_score(self, score: Tensor) -> Tensor:
+        return self.scale * score
+
+    def half_log_det(self) -> Tensor:
+        return self.scale.log().sum(-1)
+
+
+@dataclass(frozen=True)
+class Dense(Metric):
+    """`P = F F^T` with a square `factor`, broadcastable to `(*plates, n, d, d)`."""
+
+    factor: Tensor
+
+    def colour(self, noise: Tensor) -> Tensor:
+        return (self.factor @ noise.unsqueeze(-1)).squeeze(-1)
+
+    def whiten_score(self, score: Tensor) -> Tensor:
+        return (self.factor.mT @ score.unsqueeze(-1)).squeeze(-1)
+
+    def half_log_det(self) -> Tensor:
+        return torch.linalg.slogdet(self.factor).logabsdet
+
+
+class Preconditioner(ABC):
+    """What a preconditioner has to do. It keeps no state of its own."""
+
+    uses_current_scores: ClassVar[bool] = False
+    """Whether P depends on the particles that it moves; no exact correction allows that."""
+
+    def init(self, score: Tensor, population: int) -> State:
+        """State before any update.
+
+        Args:
+            score: Any scores `(K, *plates, n, d)`, for shapes.
+            population: Number of leading plates that are population plates.
+        """
+        return {}
+
+    def update(self, state: State, score: Tensor, population: int) -> State:
+        """State after seeing the scores of a sweep."""
+        return state
+
+    @abstractmethod
+    def metric(self, state: Mapping[str, Tensor], score: Tensor) -> Metric:
+        """The factor of P for this sweep."""
+
+
+class Identity(Preconditioner):
+    """`P = I`."""
+
+    def metric(self, state: Mapping[str, Tensor], score: Tensor) -> Metric:
+        return Diagonal(torch.ones_like(score[(0,) * (score.dim() - 2)]))
+
+
+class ParticleVariance(Preconditioner):
+    """The paper's: `P = 1 / (Var_k[score] + 1/K)`, scaled to mean one over the unit's values.
+
+    Sennesh, Wu & Salvatori (2024), Algorithm 1. The variance is the biased one, zero at K = 1.
+    """
+
+    uses_current_scores = True
+
+    def metric(self, state: Mapping[str, Tensor], score: Tensor) -> Metric:
+        precision = 1.0 / (score.var(0, correction=0) + 1.0 / score.shape[0])
+        return Diagonal((precision / precision.mean(-1, keepdim=True)).sqrt())
+
+
+@dataclass(frozen=True)
+class SecondMoment(Preconditioner):
+    """Running second moment of the score, `m`: `P = (m + tiny)^(-exponent)`.
+
+    At equilibrium the second moment of the score is the Fisher information, for a Gaussian the
+    precision, so that exponent one gives steps in units of conditional standard deviations.
+    Exponent one half is the RMSprop scaling of pSGLD (Li et al. 2016), used by Langevin
+    predictive coding (Zahid et al. 2024).
+
+    Attributes:
+        exponent: Power of the inverse.
+        decay: Of the exponential average, per sweep.
+    """
+
+    exponent: float = 1.0
+    decay: float = 0.95
+
+    def init(self, score: Tensor, population: int) -> State:
+        return {
+            "moment": torch.zeros_like(self._average(score, population)),
+            "mass": score.new_zeros(()),
+        }
+
+    def update(self, state: State, score: Tensor, population: int) -> State:
+        return {
+            "moment": torch.lerp(self._average(score, population), state["moment"], self.decay),
+            "mass": 1.0 - self.decay * (1.0 - state["mass"]),
+        }
+
+    def metric(self, state: Mapping[str, Tensor], score: Tensor) -> Metric:
+        moment = state["moment"] / state["mass"].clamp(min=1.0 - self.decay)
+        moment = torch.where(state["mass"] > 0, moment, 1.0)
+        return Diagonal(moment.clamp(min=_tiny(moment)).pow(-0.5 * self.exponent))
+
+    def _average(self, score: Tensor, population: int) -> Tensor:
+        return score.square().mean(tuple(range(1 + population)), keepdim=True)[0]
+
+
+@dataclass(frozen=True)
+class DenseSecondMoment(Preconditioner):
+    """Running second moment of the score as a full matrix: `P = E[s s^T]^-1`.
+
+    For collinear latents in one block. `O(d^3)` per update and `O(d^2)` per particle.
+
+    Attributes:
+        decay: Of the exponential average, per sweep.
+    """
+
+    decay: float = 0.95
+
+    def init(self, score: Tensor, population: int) -> State:
+        moment = torch.zeros_like(self._average(score, population))
+        identity = torch.eye(score.shape[-1], dtype=score.dtype, device=score.device)
+        return {
+            "moment": moment,
+            "mass": score.new_zeros(()),
+            "factor": identity.expand(moment.shape).clone(),
+        }
+
+    def update(self, state: State, score: Tensor, population: int) -> State:
+        moment = torch.lerp(self._average(score, population), state["moment"], self.decay)
+        mass = 1.0 - self.decay * (1.0 - state["mass"])
+        return {"moment": moment, "mass": mass, "factor": _inverse_factor(moment / mass)}
+
+    def metric(self, state: Mapping[str, Tensor], score: Tensor) -> Metric:
+        return Dense(state["factor"])
+
+    def _average(self, score: Tensor, population: int) -> Tensor:
+        axes = tuple(range(1 + population))
+        if population == 0:
+            return torch.einsum("k...i,k...j->...ij", score, score) / score.shape[0]
+        outer = score.movedim(axes, tuple(range(len(axes)))).flatten(0, population)
+        average = torch.einsum("k...i,k...j->...ij", outer, outer) / outer.shape[0]
+        return average.reshape((1,) * population + average.shape)
+
+
+@dataclass(frozen=True)
+class Adapted(Preconditioner):
+    """The default: a running second moment, dense for small units and diagonal for large ones.
+
+    Dense where a unit has at most `MAX_DENSE` values and the particles of a few sweeps determine
+    the matrix.
+
+    Attributes:
+        decay: Of the exponential average, per sweep.
+    """
+
+    decay: float = 0.95
+
+    def init(self, score: Tensor, population: int) -> State:
+        return self._choose(score, population).init(score, population)
+
+    def update(self, state: State, score: Tensor, population: int) -> State:
+        return self._choose(score, population).update(state, score, population)
+
+    def metric(self, state: Mapping[str, Tensor], score: Tensor) -> Metric:
+        if "factor" in state:
+            return Dense(state["factor"])
+        return SecondMoment(decay=self.decay).metric(state, score)
+
+    def _choose(self, score: Tensor, population: int) -> SecondMoment | DenseSecondMoment:
+        size = score.shape[-1]
+        samples = score.shape[: 1 + population].numel() / (1.0 - self.decay)
+        if 1 < size <= MAX_DENSE and samples >= 20 * size:
+            return DenseSecondMoment(self.decay)
+        return SecondMoment(decay=self.decay)
+
+
+PRECONDITIONERS: dict[str, type[Preconditioner]] = {
+    "identity": Identity,
+    "particle_variance": ParticleVariance,
+    "second_moment": SecondMoment,
+    "dense": DenseSecondMoment,
+    "adapted": Adapted,
+}
+
+
+def _tiny(value: Tensor) -> float:
+    return torch.finfo(value.dtype).tiny ** 0.5
+
+
+def _inverse_factor(moment: Tensor) -> Tensor:
+    """`F` with `F F^T = moment^-1`, by Cholesky, with a relative ridge for rounding."""
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    floor = diagonal.clamp(min=_tiny(moment))
+    scale = floor.rsqrt()
+    correlation = moment * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    ridge = 100 * torch.finfo(moment.dtype).eps
+    factor, failed = torch.linalg.cholesky_ex(correlation + ridge * identity)
+    if bool(failed.any()):
+        factor = torch.where(
+            (failed > 0)[..., None, None], torch.linalg.cholesky(identity), factor
+        )
+    inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    return scale.unsqueeze(-1) * inverse.mT
+

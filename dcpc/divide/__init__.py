@@ -1,0 +1,22 @@
+"""Divide: a Pyro program becomes complete-conditional units, each with its own program."""
+
+from dcpc.divide.division import Division, divide
+from dcpc.divide.model import read_sites
+from dcpc.divide.program import Arguments, constrained_particles, prior_particles
+from dcpc.divide.target import POSTERIOR, Reference, Target
+from dcpc.divide.unit import Evaluation, Unit, UnitGroup
+
+__all__ = [
+    "POSTERIOR",
+    "Arguments",
+    "Division",
+    "Evaluation",
+    "Reference",
+    "Target",
+    "Unit",
+    "UnitGroup",
+    "constrained_particles",
+    "divide",
+    "prior_particles",
+    "read_sites",
+]

@@ -1,0 +1,177 @@
+"""Capture of a vectorised function as an ATen graph, and slices of that graph.
+
+`make_fx(vmap(f))` records the tensor operations of a Pyro program once. In the graph, an output
+depends on an input exactly when there is a path between them, which gives the dependency graph
+of the program, and dead-code elimination leaves each subset of outputs with its own program.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.compile_utils import fx_graph_cse
+from torch.fx.experimental.proxy_tensor import make_fx
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+_SHAPE_ONLY = frozenset(
+    f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
+) | frozenset(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "empty_strided"))
+_SLICES = (torch.ops.aten.slice.Tensor, torch.ops.aten.slice_scatter.default)
+
+
+def capture(function: Function, batched: Sequence[Tensor], shared: Sequence[Tensor]) -> fx.Graph:
+    """Records `vmap(function)` as a functional ATen graph.
+
+    Args:
+        function: Of `(*batched, *shared)`, for one particle; returns a tuple of tensors.
+        batched: Examples with a leading particle axis.
+        shared: Examples of tensors that all particles share.
+
+    Returns:
+        A graph module of `(*batched, *shared)` whose outputs carry the particle axis first.
+        Parameters and tensors of the function's closure are in it by reference, so that their
+        in-place updates are seen and gradients reach them.
+    """
+    in_dims = (0,) * len(batched) + (None,) * len(shared)
+
+    def vectorised(body: Function) -> fx.GraphModule:
+        return make_fx(torch.vmap(body, in_dims=in_dims, randomness="different"))(*batched, *shared)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            module = vectorised(function)
+        except RuntimeError as error:
+            if "inplace arithmetic" not in str(error):
+                raise
+            # An in-place write of a latent into a plain buffer: remove the mutation for one
+            # particle first, then vectorise what is left.
+            single = make_fx(torch.func.functionalize(function))(
+                *(value[0] for value in batched), *shared
+            )
+            module = vectorised(_without_copy(single))
+        if any(_mutates(node) for node in module.graph.nodes):
+            module = _without_copy(make_fx(torch.func.functionalize(module))(*batched, *shared))
+    module.graph = _fold_constants(module, fx_graph_cse(module.graph))
+    module.recompile()
+    return module
+
+
+def input_names(module: fx.GraphModule) -> list[str]:
+    return [node.name for node in module.graph.nodes if node.op == "placeholder"]
+
+
+def dependencies(module: fx.GraphModule) -> list[frozenset[int]]:
+    """For every output of a captured graph, the positions of the inputs whose values reach it."""
+    reached: dict[fx.Node, frozenset[int]] = {}
+    position = 0
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            reached[node] = frozenset((position,))
+            position += 1
+        elif node.op == "output":
+            return [reached[output] for output in node.args[0]]
+        elif _reads_shape_only(node):
+            reached[node] = frozenset()
+        else:
+            reached[node] = frozenset().union(*(reached[n] for n in node.all_input_nodes))
+    raise AssertionError("a graph without an output node")
+
+
+def slice_outputs(module: fx.GraphModule, positions: Sequence[int]) -> fx.GraphModule:
+    """The part of a captured graph that computes some of its outputs; all inputs are kept.
+
+    `detach` is dropped on the way: a slice is differentiated with respect to latents only, and
+    the score is the derivative of the log-density whatever the author detaches for learning.
+    """
+    outputs = next(node for node in module.graph.nodes if node.op == "output").args[0]
+    wanted = [outputs[position] for position in positions]
+    needed: set[fx.Node] = set()
+    stack = list(wanted)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node in needed and node.target is torch.ops.aten.detach.default:
+            copied[node] = copied[node.args[0]]
+        elif node in needed or node.op == "placeholder":
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+    graph.output(tuple(copied[node] for node in wanted))
+    return fx.GraphModule(module, graph)
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _reads_shape_only(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and (
+        target.overloadpacket.__name__ in _SHAPE_ONLY
+    )
+
+
+def _without_copy(module: fx.GraphModule) -> fx.GraphModule:
+    """Rewrites what functionalisation leaves and `vmap` has no batching rule for.
+
+    `aten.copy(destination, source)` becomes a broadcast; open-ended slices get their true end.
+    """
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.copy.default:
+            node.target, node.kwargs = _broadcast_like, {}
+        elif node.target in _SLICES and sys.maxsize in node.args:
+            position = node.args.index(sys.maxsize)
+            size = node.args[0].meta["val"].shape[node.args[position - 2]]
+            node.args = (*node.args[:position], size, *node.args[position + 1 :])
+    module.recompile()
+    return module
+
+
+def _broadcast_like(destination: Tensor, source: Tensor) -> Tensor:
+    return source.expand(destination.shape).to(destination.dtype)
+
+
+def _fold_constants(module: fx.GraphModule, graph: fx.Graph) -> fx.Graph:
+    """Evaluates once what depends on literals only, such as the log of a fixed prior scale.
+
+    A literal is a tensor made inside the model (`lift_fresh_copy`); tensors of the closure may
+    change between calls and stay references.
+    """
+    literals: dict[fx.Node, Tensor] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.target is torch.ops.aten.lift_fresh_copy.default:
+            constant = node.args[0]
+            if constant.op == "get_attr":
+                literals[node] = getattr(module, constant.target)
+        elif (
+            node.all_input_nodes
+            and all(n in literals for n in node.all_input_nodes)
+            and torch.Tag.nondeterministic_seeded not in node.target.tags
+        ):
+            with torch.no_grad():
+                value = node.target(
+                    *fx.map_arg(node.args, literals.__getitem__),
+                    **fx.map_arg(node.kwargs, literals.__getitem__),
+                )
+            if isinstance(value, Tensor):
+                literals[node] = value
+    for index, (node, value) in enumerate(literals.items()):
+        if all(user in literals for user in node.users):
+            continue
+        name = f"_literal{index}"
+        module.register_buffer(name, value.detach())
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.get_attr(name))
+    graph.eliminate_dead_code()
+    return graph

@@ -1,0 +1,229 @@
+"""The result of dividing a model, and the function that divides it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from dcpc.divide.certify import (
+    certify_graph,
+    certify_values,
+    independent_plates,
+    perturbation_dependencies,
+)
+from dcpc.divide.graph import Members, Schedule, SiteGraph, coloured, group_blocks
+from dcpc.divide.model import Latents, Model, Plate, Site
+from dcpc.divide.program import (
+    Arguments,
+    Factors,
+    GraphProgram,
+    Program,
+    build_program,
+    prior_particles,
+)
+from dcpc.divide.target import POSTERIOR, Target
+from dcpc.divide.unit import Unit, UnitGroup, sum_to_plates
+
+
+NUM_EXAMPLES = 4
+"""Prior samples that a program is captured and certified with."""
+
+
+class Division:
+    """A model divided into units, for arguments of one shape.
+
+    Attributes:
+        program: The vectorised program of the whole model.
+        graph: Its dependency graph.
+        units: The complete conditionals, in program order.
+        groups: The units as they move: group after group, in the order of the schedule.
+        population: The plates that hold every site and whose elements are independent.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        graph: SiteGraph,
+        units: Sequence[Unit],
+        groups: Sequence[UnitGroup],
+        population: tuple[Plate, ...],
+    ) -> None:
+        self.program = program
+        self.graph = graph
+        self.units = tuple(units)
+        self.groups = tuple(groups)
+        self.population = population
+        self._whole = program.select(list(program.sites))
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """All random sites, in program order."""
+        return self.program.sites
+
+    @property
+    def latents(self) -> list[str]:
+        """Names of the latents, in program order."""
+        return self.program.latents
+
+    @property
+    def population_shape(self) -> tuple[int, ...]:
+        """Sizes of the population plates."""
+        return tuple(plate.size for plate in self.population)
+
+    @property
+    def population_scale(self) -> float:
+        """How many data a population cell stands for, where its plate subsamples."""
+        return self.sites[self.latents[0]].scale if self.population else 1.0
+
+    def population_axes(self, name: str) -> tuple[int, ...]:
+        """Axes of the population plates in a latent's value `(K, *batch, *event)`."""
+        return tuple(1 + len(self.sites[name].batch_shape) + p.dim for p in self.population)
+
+    def log_factors(self, latents: Latents, tensors: Sequence[Tensor]) -> Factors:
+        """Log-factors of all sites at `K` particles, each `(K, *batch_shape)`."""
+        return self._whole(latents, tensors)
+
+    def log_joint(
+        self, latents: Latents, tensors: Sequence[Tensor], target: Target = POSTERIOR
+    ) -> Tensor:
+        """Log-density of the target by population cell, `(K, *population)`.
+
+        Where the population plate subsamples, its scale is divided out: a cell's density is
+        that of its own datum.
+        """
+        factors = target.weigh(self.log_factors(latents, tensors), latents, self.sites)
+        return self.over_population(factors)
+
+    def over_population(self, factors: Factors) -> Tensor:
+        """Sum of log-factors by population cell, `(K, *population)`, unscaled."""
+        terms = [sum_to_plates(value, self.population) for value in factors.values()]
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        return total if self.population_scale == 1.0 else total / self.population_scale
+
+
+def divide(
+    model: Model,
+    arguments: Arguments,
+    sites: dict[str, Site],
+    num_particles: int,
+    *,
+    schedule: Schedule = coloured,
+    blocks: Sequence[Sequence[str]] = (),
+    backend: str = "auto",
+    certify: bool = True,
+) -> Division:
+    """Divides a model into units.
+
+    Args:
+        model: The Pyro program.
+        arguments: Its arguments; the division serves all arguments of the same key.
+        sites: Its sites, from `read_sites`.
+        num_particles: Size K of the particle axis.
+        schedule: What moves when.
+        blocks: Latents to move jointly.
+        backend: `"auto"`, `"graph"`, `"vmap"` or `"loop"`.
+        certify: Whether to compare with plain runs and to perturb the graph. Independence of
+            plates is always tested.
+
+    Raises:
+        ModelError: The model has no static structure.
+        CertificationError: The divided program disagrees with the model.
+        OptionError: Impossible blocks or backend.
+    """
+    tensors = arguments.tensors
+    particles = prior_particles(model, sites, arguments, NUM_EXAMPLES)
+    rows = torch.arange(num_particles) % NUM_EXAMPLES
+    example = {name: u[rows] for name, u in particles.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = build_program(model, sites, arguments, example, backend)
+    if isinstance(program, GraphProgram):
+        depends = program.dependencies()
+    else:
+        depends = perturbation_dependencies(program, particles, tensors)
+    if certify:
+        certify_values(program, example, tensors)
+        certify_graph(program, depends, particles, tensors)
+    graph = SiteGraph(sites, depends)
+    steps = schedule(graph, group_blocks(graph, blocks))
+    members = [unit for step in steps for unit in step]
+
+    plates = _independent_plates(program, graph, members, particles, tensors)
+    population = tuple(
+        plate
+        for plate in plates[members[0]]
+        if all(plate in site.plates for site in sites.values())
+        and all(plate in own for own in plates.values())
+    )
+    for unit, own in plates.items():
+        plates[unit] = population + tuple(plate for plate in own if plate not in population)
+    units = {unit: _unit(graph, unit, plates[unit]) for unit in members}
+    groups = []
+    for step in steps:
+        alike: dict[tuple, list[Unit]] = {}
+        for unit in map(units.__getitem__, step):
+            alike.setdefault((unit.plates, unit.size), []).append(unit)
+        groups += [UnitGroup(group, program, graph, len(population)) for group in alike.values()]
+    ordered = sorted(units.values(), key=lambda unit: graph.latents.index(unit.sites[0]))
+    return Division(program, graph, ordered, groups, population)
+
+
+def _independent_plates(
+    program: Program,
+    graph: SiteGraph,
+    units: Sequence[Members],
+    particles: Latents,
+    tensors: Sequence[Tensor],
+) -> dict[Members, tuple[Plate, ...]]:
+    """For every unit, the plates whose elements may move independently.
+
+    One test per plate for all its units at once, which passes in the common case; unit by unit
+    where it fails.
+    """
+    candidates = {unit: _common_plates(graph, unit) for unit in units}
+    passed = set()
+    for plate in _unique(plate for own in candidates.values() for plate in own):
+        moved = [name for unit, own in candidates.items() if plate in own for name in unit]
+        touched = [name for name, site in graph.sites.items() if plate in site.plates]
+        if independent_plates(program, moved, touched, (plate,), particles, tensors):
+            passed.add(plate)
+    return {
+        unit: own
+        if passed.issuperset(own)
+        else independent_plates(program, unit, graph.factors(unit), own, particles, tensors)
+        for unit, own in candidates.items()
+    }
+
+
+def _common_plates(graph: SiteGraph, members: tuple[str, ...]) -> tuple[Plate, ...]:
+    """Plates around all the members' latents and all factors that they touch."""
+    names = (*members, *graph.factors(members))
+    return tuple(
+        plate
+        for plate in graph.sites[members[0]].plates
+        if all(plate in graph.sites[name].plates for name in names)
+    )
+
+
+def _unit(graph: SiteGraph, members: tuple[str, ...], plates: tuple[Plate, ...]) -> Unit:
+    count = sum(graph.sites[name].unconstrained_shape.numel() for name in members)
+    for plate in plates:
+        count //= plate.size
+    return Unit(
+        sites=members,
+        parents=graph.parents(members),
+        children=graph.children(members),
+        blanket=graph.blanket(members),
+        plates=plates,
+        size=count,
+        support=graph.sites[members[0]].support,
+    )
+
+
+def _unique(plates: Iterable[Plate]) -> tuple[Plate, ...]:
+    return tuple(dict.fromkeys(plates))

@@ -1,0 +1,124 @@
+"""Dependency graph of the sites, Markov blankets, the moral graph of units, and schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+
+from dcpc.divide.model import Site
+from dcpc.errors import OptionError
+
+
+Members = tuple[str, ...]
+"""The latents of a unit."""
+
+
+@dataclass(frozen=True)
+class SiteGraph:
+    """The directed graph of a model: an edge from each latent to the factors that it enters.
+
+    Attributes:
+        sites: The sites, in program order.
+        depends: For every site, the latents that its factor is a function of (itself included,
+            when it is a latent).
+    """
+
+    sites: Mapping[str, Site]
+    depends: Mapping[str, frozenset[str]]
+
+    def parents(self, members: Sequence[str]) -> frozenset[str]:
+        """Latents that the members' own factors depend on, members excluded."""
+        return frozenset().union(*(self.depends[name] for name in members)) - set(members)
+
+    def children(self, members: Sequence[str]) -> frozenset[str]:
+        """Sites whose factors depend on a member, members excluded; observed sites included."""
+        return frozenset(
+            name for name, latents in self.depends.items() if latents & set(members)
+        ) - set(members)
+
+    def blanket(self, members: Sequence[str]) -> frozenset[str]:
+        """Markov blanket: parents, children and the children's other parents."""
+        children = self.children(members)
+        co_parents = frozenset().union(*(self.depends[child] for child in children), frozenset())
+        return (self.parents(members) | children | co_parents) - set(members)
+
+    def factors(self, members: Sequence[str]) -> list[str]:
+        """Sites whose factors make up the members' complete conditional, in program order."""
+        touched = set(members) | self.children(members)
+        return [name for name in self.sites if name in touched]
+
+    @property
+    def latents(self) -> list[str]:
+        return [name for name, site in self.sites.items() if not site.is_observed]
+
+    def moral(self, units: Sequence[Members]) -> nx.Graph:
+        """Undirected graph of units (by position): an edge where two share a factor."""
+        graph = nx.Graph()
+        graph.add_nodes_from(range(len(units)))
+        owner = {name: index for index, unit in enumerate(units) for name in unit}
+        for latents in self.depends.values():
+            clique = sorted({owner[name] for name in latents})
+            graph.add_edges_from((a, b) for i, a in enumerate(clique) for b in clique[i + 1 :])
+        return graph
+
+
+Schedule = Callable[[SiteGraph, Sequence[Members]], list[list[Members]]]
+
+
+def sequential(graph: SiteGraph, units: Sequence[Members]) -> list[list[Members]]:
+    """One unit at a time, in reverse topological order: from the data up to the roots."""
+    return [[unit] for unit in reversed(units)]
+
+
+def coloured(graph: SiteGraph, units: Sequence[Members]) -> list[list[Members]]:
+    """Units of one colour of the moral graph move together; a chain takes two colours.
+
+    DSATUR colouring (Brelaz 1979), exact on bipartite graphs. Colours are ordered from the data
+    up: by their last unit in program order.
+    """
+    colour = nx.greedy_color(graph.moral(units), strategy="DSATUR")
+    classes: dict[int, list[int]] = {}
+    for index in sorted(colour):
+        classes.setdefault(colour[index], []).append(index)
+    return [[units[i] for i in c] for c in sorted(classes.values(), key=max, reverse=True)]
+
+
+def joint(graph: SiteGraph, units: Sequence[Members]) -> list[list[Members]]:
+    """All latents at once, as one block."""
+    return [[tuple(name for unit in units for name in unit)]]
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "sequential": sequential,
+    "coloured": coloured,
+    "joint": joint,
+}
+
+
+def group_blocks(graph: SiteGraph, blocks: Sequence[Sequence[str]]) -> list[Members]:
+    """The units: the given joint blocks, and every other latent on its own, in program order.
+
+    Raises:
+        OptionError: A block names a site that is not a latent, or a latent is in two blocks.
+    """
+    seen: dict[str, Members] = {}
+    for block in blocks:
+        for name in block:
+            if name not in graph.latents:
+                raise OptionError(
+                    f"blocks: '{name}' is not a latent site; the latents are {graph.latents}"
+                )
+            if name in seen:
+                raise OptionError(
+                    f"blocks: latent '{name}' is in {seen[name]} and in {tuple(block)}; a latent "
+                    "belongs to one block"
+                )
+            seen[name] = tuple(sorted(block, key=graph.latents.index))
+    units: list[Members] = []
+    for name in graph.latents:
+        unit = seen.get(name, (name,))
+        if unit not in units:
+            units.append(unit)
+    return units

@@ -1,0 +1,70 @@
+"""The density that particles are moved on: the joint, or a tempered version of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from dcpc.divide.model import Latents, Site
+from dcpc.divide.program import Factors
+
+_HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A normal distribution in unconstrained space, where a latent starts instead of its prior.
+
+    Attributes:
+        loc: Centre `(*batch, *event)`.
+        scale: Standard deviation.
+    """
+
+    loc: Tensor
+    scale: float
+
+    def log_prob(self, u: Tensor, batch_dims: int) -> Tensor:
+        """Log-density of `(K, *batch, *event)`, summed over the event: `(K, *batch)`."""
+        z = (u - self.loc) / self.scale
+        log_prob = -0.5 * z * z - math.log(self.scale) - _HALF_LOG_TWO_PI
+        return log_prob.flatten(1 + batch_dims).sum(-1) if u.dim() > 1 + batch_dims else log_prob
+
+
+@dataclass(frozen=True)
+class Target:
+    """The tempered joint density `p(z) p(x | z)^beta`.
+
+    A latent with a reference distribution `r` starts from it instead of its prior: its own
+    factor becomes `r(u)^(1 - beta) p(u | pa)^beta`.
+
+    Attributes:
+        temperature: `beta`, from 0 (prior or reference) to 1 (posterior).
+        references: Reference distributions by latent.
+    """
+
+    temperature: float = 1.0
+    references: Mapping[str, Reference] = field(default_factory=dict)
+
+    def weigh(self, factors: Factors, latents: Latents, sites: Mapping[str, Site]) -> Factors:
+        """Log-factors of the target from those of the joint, all `(K, *batch_shape)`."""
+        beta = self.temperature
+        if beta == 1.0:
+            return factors
+        weighed = {}
+        for name, value in factors.items():
+            if name in self.references:
+                batch_dims = len(sites[name].batch_shape)
+                start = self.references[name].log_prob(latents[name], batch_dims)
+                weighed[name] = (1.0 - beta) * start + (beta * value if beta > 0 else 0.0)
+            elif sites[name].is_observed:
+                weighed[name] = beta * value if beta > 0 else value.new_zeros(value.shape)
+            else:
+                weighed[name] = value
+        return weighed
+
+
+POSTERIOR = Target()
+"""The joint density itself, which is the posterior up to the evidence."""

@@ -1,0 +1,193 @@
+"""Complete conditionals: units that move together, their log-densities and scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dcpc.divide.graph import Members, SiteGraph
+from dcpc.divide.model import Latents, Plate, Site
+from dcpc.divide.program import Factors, Program
+from dcpc.divide.target import POSTERIOR, Target
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A latent, or a joint block of latents, with its Markov blanket.
+
+    Attributes:
+        sites: Names of its latents.
+        parents: Latents that its own factors depend on.
+        children: Sites, observed ones included, whose factors depend on it.
+        blanket: Parents, children and the children's other parents.
+        plates: Plates whose elements move independently.
+        size: Number of unconstrained values per plate element.
+        support: Support of its (first) latent.
+    """
+
+    sites: Members
+    parents: frozenset[str]
+    children: frozenset[str]
+    blanket: frozenset[str]
+    plates: tuple[Plate, ...]
+    size: int
+    support: str
+
+    @property
+    def name(self) -> str:
+        """Name of the latent, or the names of the block's latents joined by `+`."""
+        return "+".join(self.sites)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Log-density `(K, *plates, n)` and score `(K, *plates, n, d)` of a group's units."""
+
+    log_density: Tensor
+    score: Tensor
+
+
+class UnitGroup:
+    """Units of one colour and one shape, which are evaluated and moved as one tensor.
+
+    Their values are packed as `(K, *plates, n, d)`: `n` units of `d` unconstrained values in
+    each element of their plates. No two of them share a factor, so that the gradient of the sum
+    of their log-densities holds each one's score.
+
+    Args:
+        units: Units with the same plates and size.
+        program: The program of the whole model.
+        graph: The graph of the sites.
+        population: Number of leading plates that are population plates.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], program: Program, graph: SiteGraph, population: int
+    ) -> None:
+        self.units = tuple(units)
+        self.plates = units[0].plates
+        self.size = units[0].size
+        self.population = population
+        self._sites = graph.sites
+        self._members = [name for unit in units for name in unit.sites]
+        self._touched = [graph.factors(unit.sites) for unit in units]
+        selected = {name for names in self._touched for name in names}
+        self._factors = program.select([name for name in graph.sites if name in selected])
+        self._inverse_scales = [1.0 / graph.sites[unit.sites[0]].scale for unit in units]
+
+    @property
+    def name(self) -> str:
+        """Names of its units, joined by commas."""
+        return ",".join(unit.name for unit in self.units)
+
+    @property
+    def plate_shape(self) -> tuple[int, ...]:
+        """Sizes of the plates, outermost first."""
+        return tuple(plate.size for plate in self.plates)
+
+    def pack(self, latents: Latents) -> Tensor:
+        """The units' values as one tensor `(K, *plates, n, d)`; a view where `n` is one."""
+        values = []
+        for unit in self.units:
+            parts = [self._to_rows(self._sites[name], latents[name]) for name in unit.sites]
+            values.append(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
+        if len(values) == 1:
+            return values[0].unsqueeze(-2)
+        return torch.stack(values, -2)
+
+    def unpack(self, value: Tensor) -> dict[str, Tensor]:
+        """The latents `(K, *batch, *event)` of a packed tensor."""
+        latents: dict[str, Tensor] = {}
+        for unit, rows in zip(self.units, value.unbind(-2), strict=True):
+            if len(unit.sites) == 1:
+                latents[unit.sites[0]] = self._from_rows(self._sites[unit.sites[0]], rows)
+                continue
+            sizes = [self._rows_per_element(self._sites[name]) for name in unit.sites]
+            for name, part in zip(unit.sites, rows.split(sizes, -1), strict=True):
+                latents[name] = self._from_rows(self._sites[name], part)
+        return latents
+
+    def log_density(
+        self,
+        value: Tensor,
+        latents: Latents,
+        tensors: Sequence[Tensor],
+        target: Target = POSTERIOR,
+    ) -> Tensor:
+        """Complete conditional `log p(z_i | pa) + log|det J| + sum_c log p(c | pa(c))`.
+
+        Args:
+            value: Packed values `(K, *plates, n, d)` of the units.
+            latents: All latents; those of this group are replaced by `value`.
+            tensors: Tensors among the model's arguments.
+            target: The density to take the factors of.
+
+        Returns:
+            `(K, *plates, n)`, up to a constant in `value`.
+        """
+        everything = {**latents, **self.unpack(value)}
+        factors = target.weigh(self._factors(everything, tensors), everything, self._sites)
+        densities = []
+        for touched, scale in zip(self._touched, self._inverse_scales, strict=True):
+            terms = [self._reduce(factors, name) for name in touched]
+            density = terms[0]
+            for term in terms[1:]:
+                density = density + term
+            densities.append(density if scale == 1.0 else density * scale)
+        return torch.stack(densities, -1) if len(densities) > 1 else densities[0].unsqueeze(-1)
+
+    def evaluate(
+        self,
+        value: Tensor,
+        latents: Latents,
+        tensors: Sequence[Tensor],
+        target: Target = POSTERIOR,
+    ) -> Evaluation:
+        """Log-density and its gradient with respect to the value, the prediction error."""
+        with torch.enable_grad():
+            leaf = value.detach().requires_grad_()
+            log_density = self.log_density(leaf, latents, tensors, target)
+            (score,) = torch.autograd.grad(log_density.sum(), leaf)
+        return Evaluation(log_density.detach(), score)
+
+    def over_population(self, value: Tensor) -> Tensor:
+        """Sums `(K, *plates, n)` over the units and all but the population plates."""
+        return value.flatten(1 + self.population).sum(-1)
+
+    def _reduce(self, factors: Factors, name: str) -> Tensor:
+        return sum_to_plates(factors[name], self.plates)
+
+    def _rows_per_element(self, site: Site) -> int:
+        return math.prod(site.unconstrained_shape) // math.prod(self.plate_shape)
+
+    def _plate_axes(self, site: Site) -> list[int]:
+        """Axes of the unit's plates in the site's value `(K, *batch, *event)`."""
+        return [1 + len(site.batch_shape) + plate.dim for plate in self.plates]
+
+    def _to_rows(self, site: Site, u: Tensor) -> Tensor:
+        axes = self._plate_axes(site)
+        if axes != list(range(1, 1 + len(axes))):
+            u = u.movedim(axes, list(range(1, 1 + len(axes))))
+        return u.reshape(u.shape[0], *self.plate_shape, -1)
+
+    def _from_rows(self, site: Site, rows: Tensor) -> Tensor:
+        shape = site.unconstrained_shape
+        axes = [axis - 1 for axis in self._plate_axes(site)]
+        if axes == list(range(len(axes))):
+            return rows.reshape(rows.shape[0], *shape)
+        moved = [size for axis, size in enumerate(shape) if axis not in axes]
+        u = rows.reshape(rows.shape[0], *self.plate_shape, *moved)
+        return u.movedim(list(range(1, 1 + len(axes))), [1 + axis for axis in axes])
+
+
+def sum_to_plates(factor: Tensor, plates: Sequence[Plate]) -> Tensor:
+    """Sums a log-factor `(K, *batch_shape)` over all but the particle axis and some plates."""
+    if factor.dim() == 1 + len(plates):
+        return factor
+    keep = {factor.dim() + plate.dim for plate in plates}
+    rest = [axis for axis in range(1, factor.dim()) if axis not in keep]
+    return factor.sum(rest)

@@ -1,0 +1,29 @@
+"""Errors that this package raises where a plain `ValueError` would say too little."""
+
+
+class DCPCError(ValueError):
+    """Base class of the package's own errors."""
+
+
+class DegenerateWeightsError(DCPCError):
+    """Every particle of a population cell has zero weight, so that nothing can be normalised."""
+
+
+class ModelError(DCPCError):
+    """The Pyro program cannot be divided into units; names the site and what to change."""
+
+
+class DataError(DCPCError):
+    """Data that the model cannot condition on: NaN, outside a support, of the wrong shape."""
+
+
+class CertificationError(DCPCError):
+    """A divided program disagrees with the plain run of the model; names both sites."""
+
+
+class EvidenceError(DCPCError):
+    """No evidence estimate exists for this run; says why."""
+
+
+class OptionError(DCPCError):
+    """An argument of an inference class that is unknown, out of range, or does not fit another."""

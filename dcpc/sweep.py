@@ -1,0 +1,333 @@
+"""One sweep of divide-and-conquer predictive coding, on particles that are plain tensors.
+
+A sweep reads like Algorithm 1 of Sennesh, Wu & Salvatori (2024): for every group of units,
+predict (evaluate), propose along the prediction error, correct; then recombine. Everything that
+varies is in `Parts`; everything that persists is in `SweepState`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from dcpc.conquer import DualAveraging, Move, Preconditioner
+from dcpc.divide import POSTERIOR, Division, Target, UnitGroup
+from dcpc.errors import DegenerateWeightsError
+from dcpc.recombine import LogWeights, Resampler, take_particles
+from dcpc.recombine.correction import Correction, ProposedMove
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The exchangeable parts of a sweep.
+
+    Attributes:
+        move: Proposal.
+        correction: What makes it a sampler.
+        preconditioner: Scale of the proposal.
+        resampler: Resampling scheme.
+        resample_threshold: Whole particles are resampled in the population cells where ESS / K
+            is below it.
+        step_size: Fixed step size, or None for one that is adapted where the correction has a
+            target, else the default of 0.01.
+        dual_averaging: The rule of adaptation.
+    """
+
+    move: Move
+    correction: Correction
+    preconditioner: Preconditioner
+    resampler: Resampler
+    resample_threshold: float = 0.5
+    step_size: float | None = None
+    dual_averaging: DualAveraging = field(default_factory=DualAveraging)
+
+    @property
+    def adapts_step_size(self) -> bool:
+        """Whether the step size is adapted."""
+        return self.step_size is None and self.correction.target is not None
+
+    def initial_step_size(self, group: UnitGroup) -> float:
+        """Before adaptation: `d^(-1/3)`, the scaling of MALA's optimum with dimension."""
+        if self.step_size is not None:
+            return self.step_size
+        return group.size ** (-1.0 / 3.0) if self.adapts_step_size else DEFAULT_STEP_SIZE
+
+
+DEFAULT_STEP_SIZE = 0.01
+"""Step size of the corrections that have no target to adapt it to."""
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What a group's proposals have learned: preconditioner and step size, as dicts of tensors."""
+
+    preconditioner: dict[str, Tensor]
+    step_size: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SweepState:
+    """What the next sweep needs, and nothing else.
+
+    Attributes:
+        latents: Unconstrained values `(K, *batch, *event)` by name.
+        log_weight: Log-weights `(K, *population)`.
+        log_joint: Log-density `(K, *population)` that the weights refer to: that of the last
+            target, or of the distribution that the particles were drawn from.
+        adaptation: By group name.
+    """
+
+    latents: dict[str, Tensor]
+    log_weight: LogWeights
+    log_joint: Tensor
+    adaptation: Mapping[str, Adaptation] = field(default_factory=dict)
+
+    @property
+    def num_particles(self) -> int:
+        """K."""
+        return self.log_weight.num_particles
+
+
+@dataclass(frozen=True)
+class SweepInfo:
+    """Diagnostics of a sweep.
+
+    Attributes:
+        statistic: By group name, what adaptation looks at, `(n,)`: the acceptance rate
+            (metropolis) or the conditional ESS over K (weight). Empty for the others.
+        step_size: By group name, `(n,)`.
+        ess: Effective sample size before resampling, `(*population)`.
+        ancestors: `(K, *population)`, where whole particles were resampled; None if nowhere.
+        num_bad: Number of log-densities that were NaN or infinite.
+    """
+
+    statistic: dict[str, Tensor]
+    step_size: dict[str, Tensor]
+    ess: Tensor
+    ancestors: Tensor | None
+    num_bad: int
+
+    def by_unit(self, division: Division, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Splits `(n,)` per group into one number per unit."""
+        return {
+            unit.name: float(number)
+            for group in division.groups
+            if group.name in values
+            for unit, number in zip(group.units, values[group.name].tolist(), strict=True)
+        }
+
+
+def sweep(
+    division: Division,
+    state: SweepState,
+    parts: Parts,
+    tensors: Sequence[Tensor],
+    *,
+    target: Target = POSTERIOR,
+    adapt: bool = False,
+) -> tuple[SweepState, SweepInfo]:
+    """Moves every unit once.
+
+    Args:
+        division: The divided model.
+        state: Particles, weights, adaptation.
+        parts: What the sweep is made of.
+        tensors: Tensors among the model's arguments.
+        target: The density to leave invariant; the weights in `state` must already refer to it
+            (see `retarget`).
+        adapt: Whether step sizes and preconditioners learn from this sweep.
+
+    Returns:
+        The new state and the sweep's diagnostics.
+
+    Raises:
+        DegenerateWeightsError: All particles of a population cell have zero density; names the
+            sites that are to blame.
+    """
+    correction = parts.correction
+    ess = state.log_weight.ess()
+    ancestors = None
+    if correction.is_exact:
+        state, ancestors = resample(division, state, parts, tensors, target)
+
+    latents = dict(state.latents)
+    log_weight = correction.begin(state.log_weight)
+    log_joint = state.log_joint
+    adaptation = dict(state.adaptation)
+    statistic: dict[str, Tensor] = {}
+    step_sizes: dict[str, Tensor] = {}
+    num_bad = torch.zeros((), dtype=torch.long, device=log_joint.device)
+
+    for group in division.groups:
+        value = group.pack(latents)
+        before = group.evaluate(value, latents, tensors, target)
+        score = before.score.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        learned = adaptation.get(group.name) or _first_adaptation(group, parts, score)
+        if adapt and learned.preconditioner and not bool(learned.preconditioner["mass"] > 0):
+            learned = _learn_metric(learned, parts, score, group)
+        step_size = parts.dual_averaging.step_size(learned.step_size, adapting=adapt)
+        metric = parts.preconditioner.metric(learned.preconditioner, score)
+
+        proposed = ProposedMove(
+            group=group,
+            value=value,
+            before=replace(before, score=score),
+            move=parts.move,
+            proposal=parts.move.propose(value, score, step_size, metric),
+            step_size=step_size,
+            metric=metric,
+            evaluate=lambda u, g=group: g.evaluate(u, latents, tensors, target),  # noqa: B023
+            log_weight=log_weight,
+            resampler=parts.resampler,
+        )
+        outcome = correction.apply(proposed)
+
+        latents.update(group.unpack(outcome.value))
+        if outcome.log_weight is not None:
+            log_weight = log_weight.add(outcome.log_weight)
+        if outcome.log_joint is not None:
+            log_joint = log_joint + outcome.log_joint
+        if adapt:
+            learned = _learn_metric(learned, parts, score, group)
+            if parts.adapts_step_size and outcome.statistic is not None:
+                assert correction.target is not None
+                learned = replace(
+                    learned,
+                    step_size=parts.dual_averaging.update(
+                        learned.step_size, correction.target - outcome.statistic
+                    ),
+                )
+        adaptation[group.name] = learned
+        step_sizes[group.name] = step_size
+        if outcome.statistic is not None:
+            statistic[group.name] = outcome.statistic
+        num_bad = num_bad + outcome.num_bad
+
+    log_weight = correction.end(
+        log_weight, lambda: division.log_joint(latents, tensors, target).detach()
+    )
+    info = SweepInfo(statistic, step_sizes, ess, ancestors, int(num_bad))
+    return SweepState(latents, log_weight, log_joint, adaptation), info
+
+
+def retarget(
+    division: Division,
+    state: SweepState,
+    tensors: Sequence[Tensor],
+    target: Target = POSTERIOR,
+) -> SweepState:
+    """Reweights the particles to a target that has moved.
+
+    The temperature rose, the parameters were updated, or the particles were drawn from a prior
+    or a guide: each weight takes the ratio of the new log-density to the one it refers to.
+    """
+    with torch.no_grad():
+        log_joint = division.log_joint(state.latents, tensors, target)
+    return replace(
+        state, log_weight=state.log_weight.add(log_joint - state.log_joint), log_joint=log_joint
+    )
+
+
+def resample(
+    division: Division,
+    state: SweepState,
+    parts: Parts,
+    tensors: Sequence[Tensor],
+    target: Target = POSTERIOR,
+    *,
+    always: bool = False,
+) -> tuple[SweepState, Tensor | None]:
+    """Resamples whole particles in the population cells whose ESS is low.
+
+    The cell's particles then share its mean weight, so that `E[Zhat] = Z` still holds.
+
+    Returns:
+        The state, and the ancestors `(K, *population)`; None if nothing was resampled.
+    """
+    weights = state.log_weight
+    low = weights.ess() < parts.resample_threshold * weights.num_particles
+    if always:
+        low = torch.ones_like(low)
+    if weights.num_particles == 1 or not bool(low.any()):
+        _check_alive(division, state, tensors, target)
+        return state, None
+    try:
+        normalized = weights.normalized()
+    except DegenerateWeightsError as error:
+        raise _name_bad_sites(division, state, tensors, target) from error
+    stay = torch.arange(weights.num_particles, device=low.device)
+    stay = stay.reshape(-1, *(1,) * low.dim()).expand(weights.log_weight.shape)
+    ancestors = torch.where(low, parts.resampler(normalized), stay)
+    latents = {
+        name: take_particles(u, ancestors, division.population_axes(name))
+        for name, u in state.latents.items()
+    }
+    log_joint = take_particles(
+        state.log_joint, ancestors, tuple(range(1, state.log_joint.dim()))
+    )
+    return replace(
+        state, latents=latents, log_joint=log_joint, log_weight=weights.reset_to_mean(low)
+    ), ancestors
+
+
+def loss(division: Division, state: SweepState, tensors: Sequence[Tensor]) -> Tensor:
+    """`- sum_cells sum_k W_k log p(x, z_k)`, whose gradient in the parameters is local.
+
+    The particles and weights are constants (Sennesh, Wu & Salvatori 2024, Theorem 2). Scales of
+    the model apply, so that a plate that subsamples counts for the whole dataset.
+    """
+    latents = {name: u.detach() for name, u in state.latents.items()}
+    log_joint = division.over_population(division.log_factors(latents, tensors))
+    scale = division.population_scale
+    return -scale * (state.log_weight.normalized() * log_joint).sum()
+
+
+def _first_adaptation(group: UnitGroup, parts: Parts, score: Tensor) -> Adaptation:
+    step_size = score.new_full((len(group.units),), parts.initial_step_size(group))
+    return Adaptation(
+        preconditioner=parts.preconditioner.init(score, group.population),
+        step_size=parts.dual_averaging.init(step_size),
+    )
+
+
+def _learn_metric(
+    learned: Adaptation, parts: Parts, score: Tensor, group: UnitGroup
+) -> Adaptation:
+    return replace(
+        learned,
+        preconditioner=parts.preconditioner.update(
+            learned.preconditioner, score, group.population
+        ),
+    )
+
+
+def _check_alive(
+    division: Division, state: SweepState, tensors: Sequence[Tensor], target: Target
+) -> None:
+    if bool((state.log_weight.num_bad == state.num_particles).any()):
+        raise _name_bad_sites(division, state, tensors, target)
+
+
+def _name_bad_sites(
+    division: Division, state: SweepState, tensors: Sequence[Tensor], target: Target
+) -> DegenerateWeightsError:
+    """The error for a population cell without any particle of positive density."""
+    with torch.no_grad():
+        factors = target.weigh(
+            division.log_factors(state.latents, tensors), state.latents, division.sites
+        )
+    cells = {
+        name: ~division.over_population({name: value}).isfinite() for name, value in factors.items()
+    }
+    blamed = [name for name, bad in cells.items() if bool(bad.all(0).any())]
+    blamed = blamed or [name for name, bad in cells.items() if bool(bad.any())]
+    dead = int((state.log_weight.num_bad == state.num_particles).sum())
+    return DegenerateWeightsError(
+        f"all {state.num_particles} particles have zero density in {dead} of "
+        f"{state.log_weight.num_bad.numel()} population cells: the log-density of site(s) "
+        f"{blamed or sorted(division.sites)} is NaN or infinite. Check the data and the prior of "
+        "these sites, lower the step size, or use more particles."
+    )
