@@ -137,9 +137,7 @@ def build_algorithm(
         )
     chosen = schedule or preset.schedule
     resolved = lookup("schedule", chosen, SCHEDULES) if isinstance(chosen, str) else chosen
-    corrected = parts.correction.is_exact or not isinstance(
-        parts.correction, CORRECTIONS["none"]
-    )
+    corrected = parts.correction.is_exact or not isinstance(parts.correction, CORRECTIONS["none"])
     if resolved is SCHEDULES["joint"] and corrected and not one_block:
         raise OptionError(
             f"schedule='joint' moves all units at once, which correction "

@@ -18,7 +18,15 @@ from torch import Tensor
 from dcpc.divide import Division, Reference, Target
 from dcpc.errors import DegenerateWeightsError
 from dcpc.recombine import LogWeights, take_particles
-from dcpc.sweep import Adaptation, Parts, SweepState, resample, retarget, sweep
+from dcpc.sweep import (
+    Adaptation,
+    Parts,
+    SweepState,
+    resample,
+    restart_adaptation,
+    retarget,
+    sweep,
+)
 
 MAX_TEMPERATURES = 2000
 """Rungs after which an adaptive ladder gives up: the particles cannot follow the target."""
@@ -101,6 +109,8 @@ def anneal(
             temperature = ladder[len(climbed)].temperature
             if not adapt:
                 state = replace(state, adaptation=ladder[len(climbed)].adaptation)
+        if adapt:
+            state = restart_adaptation(state, parts)
         target = Target(temperature, references)
         state = retarget(division, state, tensors, target)
         if temperature >= 1.0:
@@ -121,9 +131,7 @@ def anneal(
 
 def spaced_ladder(num_temperatures: int, power: float = 3.0) -> list[Rung]:
     """Temperatures `(t / T)^power`, dense near the prior, where the target changes fastest."""
-    return [
-        Rung((step / num_temperatures) ** power) for step in range(1, num_temperatures + 1)
-    ]
+    return [Rung((step / num_temperatures) ** power) for step in range(1, num_temperatures + 1)]
 
 
 def genealogical_standard_error(weights: LogWeights, eve: Tensor) -> Tensor:

@@ -128,6 +128,7 @@ def sweep(
     *,
     target: Target = POSTERIOR,
     adapt: bool = False,
+    adapt_preconditioner: bool = True,
 ) -> tuple[SweepState, SweepInfo]:
     """Moves every unit once.
 
@@ -139,6 +140,7 @@ def sweep(
         target: The density to leave invariant; the weights in `state` must already refer to it
             (see `retarget`).
         adapt: Whether step sizes and preconditioners learn from this sweep.
+        adapt_preconditioner: Set to False to let only the step sizes learn.
 
     Returns:
         The new state and the sweep's diagnostics.
@@ -191,7 +193,8 @@ def sweep(
         if outcome.log_joint is not None:
             log_joint = log_joint + outcome.log_joint
         if adapt:
-            learned = _learn_metric(learned, parts, score, group)
+            if adapt_preconditioner:
+                learned = _learn_metric(learned, parts, score, group)
             if parts.adapts_step_size and outcome.statistic is not None:
                 assert correction.target is not None
                 learned = replace(
@@ -211,6 +214,17 @@ def sweep(
     )
     info = SweepInfo(statistic, step_sizes, ess, ancestors, int(num_bad))
     return SweepState(latents, log_weight, log_joint, adaptation), info
+
+
+def restart_adaptation(state: SweepState, parts: Parts) -> SweepState:
+    """Lets the step sizes adapt anew from where they are: the target has changed."""
+    return replace(
+        state,
+        adaptation={
+            name: replace(learned, step_size=parts.dual_averaging.restart(learned.step_size))
+            for name, learned in state.adaptation.items()
+        },
+    )
 
 
 def retarget(
@@ -265,9 +279,7 @@ def resample(
         name: take_particles(u, ancestors, division.population_axes(name))
         for name, u in state.latents.items()
     }
-    log_joint = take_particles(
-        state.log_joint, ancestors, tuple(range(1, state.log_joint.dim()))
-    )
+    log_joint = take_particles(state.log_joint, ancestors, tuple(range(1, state.log_joint.dim())))
     return replace(
         state, latents=latents, log_joint=log_joint, log_weight=weights.reset_to_mean(low)
     ), ancestors
@@ -293,14 +305,10 @@ def _first_adaptation(group: UnitGroup, parts: Parts, score: Tensor) -> Adaptati
     )
 
 
-def _learn_metric(
-    learned: Adaptation, parts: Parts, score: Tensor, group: UnitGroup
-) -> Adaptation:
+def _learn_metric(learned: Adaptation, parts: Parts, score: Tensor, group: UnitGroup) -> Adaptation:
     return replace(
         learned,
-        preconditioner=parts.preconditioner.update(
-            learned.preconditioner, score, group.population
-        ),
+        preconditioner=parts.preconditioner.update(learned.preconditioner, score, group.population),
     )
 
 

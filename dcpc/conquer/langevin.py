@@ -34,9 +34,7 @@ class Move(ABC):
     is_random: ClassVar[bool]
 
     @abstractmethod
-    def propose(
-        self, value: Tensor, score: Tensor, step_size: Tensor, metric: Metric
-    ) -> Proposal:
+    def propose(self, value: Tensor, score: Tensor, step_size: Tensor, metric: Metric) -> Proposal:
         """Proposes new values.
 
         Args:
@@ -63,9 +61,7 @@ class Langevin(Move):
 
     is_random = True
 
-    def propose(
-        self, value: Tensor, score: Tensor, step_size: Tensor, metric: Metric
-    ) -> Proposal:
+    def propose(self, value: Tensor, score: Tensor, step_size: Tensor, metric: Metric) -> Proposal:
         eta = step_size.unsqueeze(-1)
         noise = torch.randn_like(value)
         displacement = torch.addcmul((2 * eta).sqrt() * noise, eta, metric.whiten_score(score))
@@ -89,9 +85,7 @@ class Gradient(Move):
 
     is_random = False
 
-    def propose(
-        self, value: Tensor, score: Tensor, step_size: Tensor, metric: Metric
-    ) -> Proposal:
+    def propose(self, value: Tensor, score: Tensor, step_size: Tensor, metric: Metric) -> Proposal:
         displacement = step_size.unsqueeze(-1) * metric.whiten_score(score)
         return Proposal(
             value=value + metric.colour(displacement),

@@ -10,6 +10,7 @@ population, whose data change from call to call; every element of the other plat
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+
+MAX_OUTLIER = 25.0
+"""Squared scores are cut at so many times their running mean."""
 
 MAX_DENSE = 32
 """Largest unit that `Adapted` gives a dense matrix."""
@@ -135,13 +139,15 @@ class SecondMoment(Preconditioner):
 
     def init(self, score: Tensor, population: int) -> State:
         return {
-            "moment": torch.zeros_like(self._average(score, population)),
+            "moment": torch.zeros_like(_pool(score, population)),
             "mass": score.new_zeros(()),
         }
 
     def update(self, state: State, score: Tensor, population: int) -> State:
+        squared = score.square()
+        squared = squared.minimum(MAX_OUTLIER * _typical(state, squared, population))
         return {
-            "moment": torch.lerp(self._average(score, population), state["moment"], self.decay),
+            "moment": torch.lerp(_pool(squared, population), state["moment"], self.decay),
             "mass": 1.0 - self.decay * (1.0 - state["mass"]),
         }
 
@@ -149,9 +155,6 @@ class SecondMoment(Preconditioner):
         moment = state["moment"] / state["mass"].clamp(min=1.0 - self.decay)
         moment = torch.where(state["mass"] > 0, moment, 1.0)
         return Diagonal(moment.clamp(min=_tiny(moment)).pow(-0.5 * self.exponent))
-
-    def _average(self, score: Tensor, population: int) -> Tensor:
-        return score.square().mean(tuple(range(1 + population)), keepdim=True)[0]
 
 
 @dataclass(frozen=True)
@@ -167,15 +170,23 @@ class DenseSecondMoment(Preconditioner):
     decay: float = 0.95
 
     def init(self, score: Tensor, population: int) -> State:
-        moment = torch.zeros_like(self._average(score, population))
+        pooled = _pool(score, population)
         identity = torch.eye(score.shape[-1], dtype=score.dtype, device=score.device)
+        factor = identity.expand(*pooled.shape, score.shape[-1]).clone()
         return {
-            "moment": moment,
+            "moment": torch.zeros_like(factor),
             "mass": score.new_zeros(()),
-            "factor": identity.expand(moment.shape).clone(),
+            "factor": factor,
         }
 
     def update(self, state: State, score: Tensor, population: int) -> State:
+        if bool(state["mass"] > 0):
+            length = Dense(state["factor"]).whiten_score(score).square().mean(-1, keepdim=True)
+            score = score * (MAX_OUTLIER / length).clamp(max=1.0).sqrt()
+        else:
+            squared = score.square()
+            bound = MAX_OUTLIER * _typical(state, squared, population)
+            score = score * (bound / squared).clamp(max=1.0).sqrt().nan_to_num(nan=1.0)
         moment = torch.lerp(self._average(score, population), state["moment"], self.decay)
         mass = 1.0 - self.decay * (1.0 - state["mass"])
         return {"moment": moment, "mass": mass, "factor": _inverse_factor(moment / mass)}
@@ -233,6 +244,24 @@ PRECONDITIONERS: dict[str, type[Preconditioner]] = {
 }
 
 
+def _pool(value: Tensor, population: int) -> Tensor:
+    """Mean over the particles and the population: `(*plates, n, d)`, population axes of one."""
+    return value.mean(tuple(range(1 + population)), keepdim=True)[0]
+
+
+def _typical(state: State, squared: Tensor, population: int) -> Tensor:
+    """What squared scores are measured against as outliers: their running mean or the median.
+
+    Heavy-tailed posteriors throw scores of a thousand standard deviations, one of which would
+    freeze a unit for as long as the average remembers it.
+    """
+    if bool(state["mass"] > 0):
+        moment = state["moment"] / state["mass"]
+        return moment.clamp(min=_tiny(moment))
+    median = squared.flatten(0, population).median(0).values
+    return torch.where(median > 0, median, math.inf)
+
+
 def _tiny(value: Tensor) -> float:
     return torch.finfo(value.dtype).tiny ** 0.5
 
@@ -247,9 +276,6 @@ def _inverse_factor(moment: Tensor) -> Tensor:
     ridge = 100 * torch.finfo(moment.dtype).eps
     factor, failed = torch.linalg.cholesky_ex(correlation + ridge * identity)
     if bool(failed.any()):
-        factor = torch.where(
-            (failed > 0)[..., None, None], torch.linalg.cholesky(identity), factor
-        )
+        factor = torch.where((failed > 0)[..., None, None], torch.linalg.cholesky(identity), factor)
     inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
     return scale.unsqueeze(-1) * inverse.mT
-

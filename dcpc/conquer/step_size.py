@@ -59,7 +59,7 @@ class DualAveraging:
 
     def restart(self, state: State) -> State:
         """Starts anew from the present step size, for a target that has changed."""
-        return self.init(self.step_size(state, adapting=False))
+        return self.init(self.step_size(state, adapting=True))
 
     def step_size(self, state: State, adapting: bool) -> Tensor:
         """Step sizes `(n,)` to move with."""

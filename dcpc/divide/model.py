@@ -143,6 +143,20 @@ def constrain(model: Model, latents: Latents, args: tuple, kwargs: dict) -> dict
     return substitute.values
 
 
+def observation_means(
+    model: Model, latents: Latents, args: tuple, kwargs: dict
+) -> dict[str, Tensor]:
+    """Means of the observed sites' distributions given one particle's latents."""
+    with torch.no_grad(), _quiet(), pyro.validation_enabled(False):
+        substituted = pyro.poutine.trace(_Substitute(latents, None)(model))
+        trace = substituted.get_trace(*args, **kwargs)
+        return {
+            name: site["fn"].mean
+            for name, site in trace.nodes.items()
+            if _is_random(site) and site["is_observed"]
+        }
+
+
 def unconstrain(
     model: Model, values: Latents, args: tuple, kwargs: dict, names: set[str]
 ) -> dict[str, Tensor]:

@@ -234,7 +234,7 @@ def prior_particles(
     def draw(_: Tensor) -> dict[str, Tensor]:
         return sample_prior(model, args, kwargs)
 
-    return map_particles(draw, torch.zeros(num_particles), sites)
+    return map_particles(draw, torch.zeros(num_particles), _latent_names(sites))
 
 
 def constrained_particles(
@@ -243,28 +243,35 @@ def constrained_particles(
     """Constrained values `T(u)` of `K` particles, by name."""
     args, kwargs = arguments.rebuild(arguments.tensors)
     return map_particles(
-        lambda particle: constrain(model, particle, args, kwargs), dict(latents), sites
+        lambda particle: constrain(model, particle, args, kwargs),
+        dict(latents),
+        _latent_names(sites),
     )
 
 
 def map_particles(
-    function: Callable[[Any], dict[str, Tensor]], batched: Any, sites: Mapping[str, Site]
+    function: Callable[[Any], dict[str, Tensor]], batched: Any, latents: Sequence[str]
 ) -> dict[str, Tensor]:
-    """`vmap` of a function of one particle where it works, a loop over particles elsewhere."""
-    names = [name for name, site in sites.items() if not site.is_observed]
+    """`vmap` of a function of one particle where it works, a loop over particles elsewhere.
+
+    Args:
+        function: From one particle's tree of tensors to tensors by name.
+        batched: The tree, with a leading particle axis.
+        latents: Names of the model's latents, for the error message.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = torch.vmap(function, randomness="different")(batched)
     except Exception as error:
-        _raise_if_not_static(error, names)
+        _raise_if_not_static(error, latents)
         leaves = pytree.tree_leaves(batched)
         particles = [
             function(pytree.tree_map(lambda leaf, k=k: leaf[k], batched))
             for k in range(leaves[0].shape[0])
         ]
-        result = {name: torch.stack([p[name] for p in particles]) for name in names}
-    return {name: result[name].detach() for name in names}
+        result = {name: torch.stack([p[name] for p in particles]) for name in particles[0]}
+    return {name: value.detach() for name, value in result.items()}
 
 
 _NOT_STATIC = {
@@ -295,6 +302,10 @@ def _raise_if_not_static(error: Exception, latents: Sequence[str]) -> None:
         "model must be the same for all values of them: use torch.where instead of branches, "
         "and torch operations instead of numpy or Python numbers."
     ) from error
+
+
+def _latent_names(sites: Mapping[str, Site]) -> list[str]:
+    return [name for name, site in sites.items() if not site.is_observed]
 
 
 def _static_key(leaf: Any) -> Any:

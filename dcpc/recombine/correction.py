@@ -57,10 +57,7 @@ class ProposedMove:
             self.proposal, after.score, self.step_size, self.metric
         )
         ratio = (
-            after.log_density
-            - self.before.log_density
-            + log_backward
-            - self.proposal.log_forward
+            after.log_density - self.before.log_density + log_backward - self.proposal.log_forward
         )
         dead = ~self.before.log_density.isfinite()
         return zero_density(ratio.masked_fill(dead, -math.inf))
