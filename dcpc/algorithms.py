@@ -136,7 +136,9 @@ def build_algorithm(
             "it adapted"
         )
     chosen = schedule or preset.schedule
-    resolved = lookup("schedule", chosen, SCHEDULES) if isinstance(chosen, str) else chosen
+    resolved: Schedule = (
+        lookup("schedule", chosen, SCHEDULES) if isinstance(chosen, str) else chosen
+    )
     corrected = parts.correction.is_exact or not isinstance(parts.correction, CORRECTIONS["none"])
     if resolved is SCHEDULES["joint"] and corrected and not one_block:
         raise OptionError(

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dcpc.conquer import DualAveraging, Move, Preconditioner
-from dcpc.divide import POSTERIOR, Division, Target, UnitGroup
+from dcpc.divide import POSTERIOR, Division, Evaluation, Target, UnitGroup
 from dcpc.errors import DegenerateWeightsError
 from dcpc.recombine import LogWeights, Resampler, take_particles
 from dcpc.recombine.correction import Correction, ProposedMove
@@ -165,48 +166,40 @@ def sweep(
 
     for group in division.groups:
         value = group.pack(latents)
-        before = group.evaluate(value, latents, tensors, target)
-        score = before.score.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        learned = adaptation.get(group.name) or _first_adaptation(group, parts, score)
-        if adapt and learned.preconditioner and not bool(learned.preconditioner["mass"] > 0):
-            learned = _learn_metric(learned, parts, score, group)
+        before = _finite(group.evaluate(value, latents, tensors, target))
+        learned = adaptation.get(group.name) or _first_adaptation(group, parts, before, adapt)
         step_size = parts.dual_averaging.step_size(learned.step_size, adapting=adapt)
-        metric = parts.preconditioner.metric(learned.preconditioner, score)
-
-        proposed = ProposedMove(
-            group=group,
-            value=value,
-            before=replace(before, score=score),
-            move=parts.move,
-            proposal=parts.move.propose(value, score, step_size, metric),
-            step_size=step_size,
-            metric=metric,
-            evaluate=lambda u, g=group: g.evaluate(u, latents, tensors, target),  # noqa: B023
-            log_weight=log_weight,
-            resampler=parts.resampler,
+        metric = parts.preconditioner.metric(learned.preconditioner, before.score)
+        proposal = parts.move.propose(value, before.score, step_size, metric)
+        evaluate = partial(group.evaluate, latents=latents, tensors=tensors, target=target)
+        outcome = correction.apply(
+            ProposedMove(
+                group,
+                value,
+                before,
+                parts.move,
+                proposal,
+                step_size,
+                metric,
+                evaluate,
+                log_weight,
+                parts.resampler,
+            )
         )
-        outcome = correction.apply(proposed)
 
         latents.update(group.unpack(outcome.value))
         if outcome.log_weight is not None:
             log_weight = log_weight.add(outcome.log_weight)
         if outcome.log_joint is not None:
             log_joint = log_joint + outcome.log_joint
-        if adapt:
-            if adapt_preconditioner:
-                learned = _learn_metric(learned, parts, score, group)
-            if parts.adapts_step_size and outcome.statistic is not None:
-                assert correction.target is not None
-                learned = replace(
-                    learned,
-                    step_size=parts.dual_averaging.update(
-                        learned.step_size, correction.target - outcome.statistic
-                    ),
-                )
-        adaptation[group.name] = learned
-        step_sizes[group.name] = step_size
         if outcome.statistic is not None:
             statistic[group.name] = outcome.statistic
+        if adapt and adapt_preconditioner:
+            learned = _learn_preconditioner(learned, group, parts, before)
+        if adapt and parts.adapts_step_size:
+            learned = _learn_step_size(learned, parts, outcome.statistic)
+        adaptation[group.name] = learned
+        step_sizes[group.name] = step_size
         num_bad = num_bad + outcome.num_bad
 
     log_weight = correction.end(
@@ -297,18 +290,41 @@ def loss(division: Division, state: SweepState, tensors: Sequence[Tensor]) -> Te
     return -scale * (state.log_weight.normalized() * log_joint).sum()
 
 
-def _first_adaptation(group: UnitGroup, parts: Parts, score: Tensor) -> Adaptation:
-    step_size = score.new_full((len(group.units),), parts.initial_step_size(group))
-    return Adaptation(
-        preconditioner=parts.preconditioner.init(score, group.population),
+def _finite(evaluation: Evaluation) -> Evaluation:
+    """The evaluation with zero in the place of scores that are NaN or infinite."""
+    score = evaluation.score.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return replace(evaluation, score=score)
+
+
+def _first_adaptation(
+    group: UnitGroup, parts: Parts, before: Evaluation, adapt: bool
+) -> Adaptation:
+    step_size = before.score.new_full((len(group.units),), parts.initial_step_size(group))
+    first = Adaptation(
+        preconditioner=parts.preconditioner.init(before.score, group.population),
         step_size=parts.dual_averaging.init(step_size),
+    )
+    return _learn_preconditioner(first, group, parts, before) if adapt else first
+
+
+def _learn_preconditioner(
+    learned: Adaptation, group: UnitGroup, parts: Parts, before: Evaluation
+) -> Adaptation:
+    return replace(
+        learned,
+        preconditioner=parts.preconditioner.update(
+            learned.preconditioner, before.score, group.population
+        ),
     )
 
 
-def _learn_metric(learned: Adaptation, parts: Parts, score: Tensor, group: UnitGroup) -> Adaptation:
+def _learn_step_size(learned: Adaptation, parts: Parts, statistic: Tensor | None) -> Adaptation:
+    target = parts.correction.target
+    if target is None or statistic is None:
+        return learned
     return replace(
         learned,
-        preconditioner=parts.preconditioner.update(learned.preconditioner, score, group.population),
+        step_size=parts.dual_averaging.update(learned.step_size, target - statistic),
     )
 
 

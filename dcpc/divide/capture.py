@@ -24,7 +24,9 @@ _SHAPE_ONLY = frozenset(
 _SLICES = (torch.ops.aten.slice.Tensor, torch.ops.aten.slice_scatter.default)
 
 
-def capture(function: Function, batched: Sequence[Tensor], shared: Sequence[Tensor]) -> fx.Graph:
+def capture(
+    function: Function, batched: Sequence[Tensor], shared: Sequence[Tensor]
+) -> fx.GraphModule:
     """Records `vmap(function)` as a functional ATen graph.
 
     Args:
@@ -60,10 +62,6 @@ def capture(function: Function, batched: Sequence[Tensor], shared: Sequence[Tens
     module.graph = _fold_constants(module, fx_graph_cse(module.graph))
     module.recompile()
     return module
-
-
-def input_names(module: fx.GraphModule) -> list[str]:
-    return [node.name for node in module.graph.nodes if node.op == "placeholder"]
 
 
 def dependencies(module: fx.GraphModule) -> list[frozenset[int]]:

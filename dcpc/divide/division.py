@@ -27,7 +27,6 @@ from dcpc.divide.program import (
 from dcpc.divide.target import POSTERIOR, Target
 from dcpc.divide.unit import Unit, UnitGroup, sum_to_plates
 
-
 NUM_EXAMPLES = 4
 """Prior samples that a program is captured and certified with."""
 
@@ -160,13 +159,14 @@ def divide(
         if all(plate in site.plates for site in sites.values())
         and all(plate in own for own in plates.values())
     )
-    for unit, own in plates.items():
-        plates[unit] = population + tuple(plate for plate in own if plate not in population)
-    units = {unit: _unit(graph, unit, plates[unit]) for unit in members}
+    for names, own in plates.items():
+        plates[names] = population + tuple(plate for plate in own if plate not in population)
+    units = {names: _unit(graph, names, plates[names]) for names in members}
     groups = []
     for step in steps:
         alike: dict[tuple, list[Unit]] = {}
-        for unit in map(units.__getitem__, step):
+        for unit_members in step:
+            unit = units[unit_members]
             alike.setdefault((unit.plates, unit.size), []).append(unit)
         groups += [UnitGroup(group, program, graph, len(population)) for group in alike.values()]
     ordered = sorted(units.values(), key=lambda unit: graph.latents.index(unit.sites[0]))

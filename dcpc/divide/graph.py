@@ -10,7 +10,6 @@ import networkx as nx
 from dcpc.divide.model import Site
 from dcpc.errors import OptionError
 
-
 Members = tuple[str, ...]
 """The latents of a unit."""
 

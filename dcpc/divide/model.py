@@ -137,9 +137,9 @@ def sample_prior(model: Model, args: tuple, kwargs: dict) -> dict[str, Tensor]:
 
 def constrain(model: Model, latents: Latents, args: tuple, kwargs: dict) -> dict[str, Tensor]:
     """Constrained values `T(u)` of one particle's latents."""
-    with torch.no_grad(), _quiet(), pyro.validation_enabled(False):
-        with _Substitute(latents, None) as substitute:
-            model(*args, **kwargs)
+    substitute = _Substitute(latents, None)
+    with torch.no_grad(), _quiet(), pyro.validation_enabled(False), substitute:
+        model(*args, **kwargs)
     return substitute.values
 
 
@@ -151,7 +151,7 @@ def observation_means(
         substituted = pyro.poutine.trace(_Substitute(latents, None)(model))
         trace = substituted.get_trace(*args, **kwargs)
         return {
-            name: site["fn"].mean
+            name: _mean(site["fn"])
             for name, site in trace.nodes.items()
             if _is_random(site) and site["is_observed"]
         }
@@ -365,6 +365,10 @@ def _is_random(msg: Any) -> bool:
         and not site_is_subsample(msg)
         and not msg["infer"].get("_deterministic", False)
     )
+
+
+def _mean(fn: Any) -> Tensor:
+    return fn.mean
 
 
 def _layers(fn: Any) -> Iterator[Any]:
