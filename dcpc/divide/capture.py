@@ -121,11 +121,15 @@ def _reads_shape_only(node: fx.Node) -> bool:
 def _without_copy(module: fx.GraphModule) -> fx.GraphModule:
     """Rewrites what functionalisation leaves and `vmap` has no batching rule for.
 
-    `aten.copy(destination, source)` becomes a broadcast; open-ended slices get their true end.
+    `aten.copy(destination, source)` becomes a broadcast; open-ended slices get their true end; a
+    write to one index becomes one to a slice, since the batching rule of the former scatters to
+    repeated indices, which multiplies the gradient.
     """
     for node in module.graph.nodes:
         if node.target is torch.ops.aten.copy.default:
             node.target, node.kwargs = _broadcast_like, {}
+        elif node.target is torch.ops.aten.select_scatter.default:
+            node.target = _select_scatter
         elif node.target in _SLICES and sys.maxsize in node.args:
             position = node.args.index(sys.maxsize)
             size = node.args[0].meta["val"].shape[node.args[position - 2]]
@@ -136,6 +140,11 @@ def _without_copy(module: fx.GraphModule) -> fx.GraphModule:
 
 def _broadcast_like(destination: Tensor, source: Tensor) -> Tensor:
     return source.expand(destination.shape).to(destination.dtype)
+
+
+def _select_scatter(destination: Tensor, source: Tensor, dim: int, index: int) -> Tensor:
+    index %= destination.shape[dim]
+    return torch.slice_scatter(destination, source.unsqueeze(dim), dim, index, index + 1)
 
 
 def _fold_constants(module: fx.GraphModule, graph: fx.Graph) -> fx.Graph:

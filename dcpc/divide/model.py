@@ -197,6 +197,10 @@ class _Substitute(Messenger):
         self.current_site: str | None = None
 
     def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None:
+            indices = msg["fn"]()
+            whole = len(indices) == msg["fn"].size
+            msg["value"] = indices.as_subclass(_Indices) if whole else indices
         if msg["name"] not in self.latents:
             return
         u = self.latents[msg["name"]]
@@ -227,6 +231,18 @@ class _Substitute(Messenger):
                 log_det.sum(tuple(range(-extra, 0))) if extra > 0 else log_det
             )
         self.log_factors[name] = _scale_and_mask(log_factor, msg["scale"], msg["mask"])
+
+
+class _Indices(Tensor):
+    """A plate's indices. Iterated over, as a sequential plate does, they give plain integers.
+
+    Pyro would take them out of torch one by one, which a program that is captured cannot.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override]
+        return iter(range(len(self)))
 
 
 class _InitialiseFlat(Messenger):

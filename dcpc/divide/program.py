@@ -85,8 +85,16 @@ class Program(ABC):
         self.arguments = arguments
 
     @abstractmethod
-    def select(self, names: Sequence[str]) -> Callable[[Latents, Sequence[Tensor]], Factors]:
+    def select(
+        self, names: Sequence[str], *, for_score: bool = False
+    ) -> Callable[[Latents, Sequence[Tensor]], Factors]:
         """The program of some of the factors.
+
+        Args:
+            names: Sites.
+            for_score: Whether it is to be differentiated with respect to latents. Then a
+                captured program drops `.detach()`: the score is the derivative of the
+                log-density, whatever the author detaches for learning.
 
         Returns:
             Function of unconstrained latents `(K, *batch, *event)` and the tensors among the
@@ -122,10 +130,12 @@ class GraphProgram(Program):
             self._flat, [example[name] for name in self.latents], arguments.tensors
         )
 
-    def select(self, names: Sequence[str]) -> Callable[[Latents, Sequence[Tensor]], Factors]:
+    def select(
+        self, names: Sequence[str], *, for_score: bool = False
+    ) -> Callable[[Latents, Sequence[Tensor]], Factors]:
         order = {name: position for position, name in enumerate(self.sites)}
         module = self._module
-        if set(names) != set(self.sites):
+        if for_score or set(names) != set(self.sites):
             module = capture.slice_outputs(module, [order[name] for name in names])
         else:
             names = list(self.sites)
@@ -150,7 +160,9 @@ class VmapProgram(Program):
 
     name = "vmap"
 
-    def select(self, names: Sequence[str]) -> Callable[[Latents, Sequence[Tensor]], Factors]:
+    def select(
+        self, names: Sequence[str], *, for_score: bool = False
+    ) -> Callable[[Latents, Sequence[Tensor]], Factors]:
         def run(latents: Latents, tensors: Sequence[Tensor]) -> Factors:
             in_dims = (0,) * len(self.latents) + (None,) * len(tensors)
             vectorised = torch.vmap(self._flat, in_dims=in_dims, randomness="different")
@@ -168,7 +180,9 @@ class LoopProgram(Program):
 
     name = "loop"
 
-    def select(self, names: Sequence[str]) -> Callable[[Latents, Sequence[Tensor]], Factors]:
+    def select(
+        self, names: Sequence[str], *, for_score: bool = False
+    ) -> Callable[[Latents, Sequence[Tensor]], Factors]:
         def run(latents: Latents, tensors: Sequence[Tensor]) -> Factors:
             num_particles = next(iter(latents.values())).shape[0]
             particles = [

@@ -76,7 +76,9 @@ class UnitGroup:
         self._members = [name for unit in units for name in unit.sites]
         self._touched = [graph.factors(unit.sites) for unit in units]
         selected = {name for names in self._touched for name in names}
-        self._factors = program.select([name for name in graph.sites if name in selected])
+        self._factors = program.select(
+            [name for name in graph.sites if name in selected], for_score=True
+        )
         self._inverse_scales = [1.0 / graph.sites[unit.sites[0]].scale for unit in units]
 
     @property
