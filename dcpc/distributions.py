@@ -20,7 +20,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
@@ -51,11 +51,11 @@ def _define_elementwise(
     class Elementwise(_SingleLevelFunction):
         @staticmethod
         def forward(keyset: Any, grad: bool, forward_grad: bool, *inputs: Tensor) -> Tensor:
-            # A Function turns gradients off; an outer level of torch.func must still record.
+            # A Function turns both modes off, here and in jvp; outer transforms still need them.
             with (
                 torch._C._AutoDispatchBelowAutograd(),
                 torch.set_grad_enabled(grad),
-                _set_fwd_grad_enabled(forward_grad),
+                forward_ad._set_fwd_grad_enabled(forward_grad),
             ):
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
@@ -67,19 +67,18 @@ def _define_elementwise(
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             inputs = ctx.saved_tensors
-            columns = zip(ctx.needs_input_grad[3:], partials, inputs, strict=True)
-            grads = [
-                (grad * partial(*inputs)).sum_to_size(x.shape) if needed else None
-                for needed, partial, x in columns
-            ]
+            columns = zip(ctx.needs_input_grad[3:], partials, strict=True)
+            # Autograd sums what was broadcast.
+            grads = [grad * partial(*inputs) if needed else None for needed, partial in columns]
             return None, None, None, *grads
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-            inputs = ctx.saved_tensors
             columns = zip(tangents[3:], partials, strict=True)
-            terms = [t * partial(*inputs) for t, partial in columns if t is not None]
-            return functools.reduce(torch.add, terms)
+            with forward_ad._set_fwd_grad_enabled(True):
+                inputs = [forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors]
+                terms = [t * partial(*inputs) for t, partial in columns if t is not None]
+                return functools.reduce(torch.add, terms)
 
     def autograd_kernel(keyset: Any, *inputs: Tensor) -> Tensor:
         modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
@@ -191,9 +190,12 @@ class ContinuousBernoulli(TorchDistribution):
     has_rsample = True
 
     def __init__(self, logits: Tensor | float, *, validate_args: bool | None = None) -> None:
-        # Never expanded, so that what depends on the logits alone costs what they cost.
+        # `expand` leaves these alone: what depends on the logits only is computed once for each.
         (self._logits,) = broadcast_all(logits)
         super().__init__(self._logits.shape, validate_args=validate_args)
+
+    def __repr__(self) -> str:
+        return f"ContinuousBernoulli(logits: {self.batch_shape})"
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "ContinuousBernoulli":
         """Returns the distribution with a larger batch shape, sharing the logits' memory."""

@@ -236,7 +236,7 @@ def test_distribution_function_stays_exact_at_extreme_logits() -> None:
 def test_reparameterised_samples_differentiate_in_the_logit_everywhere() -> None:
     # d x / d logit at fixed u, by central differences of the exact quantile function.
     uniform = torch.tensor([1e-9, 0.1, 0.5, 0.9, 1 - 1e-9], dtype=torch.float64)
-    for logit in [0.0, 1e-6, -5e-4, 8e-4, -0.02, 0.5, -3.0, 20.0]:
+    for logit in [0.0, -1e-10, 1e-6, -5e-4, 8e-4, -0.02, 0.5, -3.0, 20.0]:
         logits = torch.full((5,), logit, dtype=torch.float64, requires_grad=True)
         value = ContinuousBernoulli(logits).icdf(uniform)
         (slope,) = torch.autograd.grad(value.sum(), logits)
@@ -274,6 +274,7 @@ def test_expand_shares_the_logits_and_keeps_every_shape() -> None:
     expanded = distribution.expand([3, 2, 5])
     assert type(expanded) is ContinuousBernoulli
     assert expanded.batch_shape == (3, 2, 5)
+    assert repr(expanded) == "ContinuousBernoulli(logits: torch.Size([3, 2, 5]))"
     for name in ("logits", "probs", "mean", "variance"):
         assert torch.equal(getattr(expanded, name), getattr(distribution, name).expand(3, 2, 5))
     assert expanded.logits.data_ptr() == logits.data_ptr()
@@ -345,9 +346,18 @@ def test_every_nesting_of_transforms_gives_the_derivative() -> None:
     close(vmap(grad(lambda z, x: grad(row_total)(z, x).sum()))(logits, value), -variance)
     close(hessian(row_total)(logits[0], value[0]), -variance[0].diag())
     close(jacrev(lambda z: bernoulli_log_prob(value[0], z))(logits[0]), (value - mean)[0].diag())
+    # A global value or logit below vmap: its gradient sums over the broadcast axis.
+    close(
+        vmap(grad(row_total), in_dims=(0, None))(logits[:, 0], value[0]),
+        (value[0] - mean[:, :1]).sum(1),
+    )
+    by_value = vmap(grad(row_total, argnums=1), in_dims=(None, 0))(logits[0], value[:, 0])
+    close(by_value, logits[0].sum().expand(4))
     tangent = torch.ones_like(logits)
     close(jvp(lambda z: bernoulli_log_prob(value, z), (logits,), (tangent,))[1], value - mean)
     close(jvp(lambda x: bernoulli_log_prob(x, logits), (value,), (tangent,))[1], logits)
+    slope = lambda z: jvp(lambda z: bernoulli_log_prob(value, z), (z,), (tangent,))[1]  # noqa: E731
+    close(jvp(slope, (logits,), (tangent,))[1], -variance)
 
 
 @pytest.mark.parametrize(
