@@ -171,7 +171,8 @@ def lookup(option: str, name: Any, registry: Mapping[str, Part]) -> Part:
 
 def _part(option: str, part: Any, registry: Mapping[str, type[Part]]) -> Part:
     if isinstance(part, str):
-        return lookup(option, part, registry)()
+        lookup(option, part, registry)
+        return registry[part]()
     base = next(iter(registry.values())).__mro__[1]
     if not isinstance(part, base):
         raise OptionError(

@@ -1,0 +1,56 @@
+"""Benchmark (c): time of a sweep of a Gaussian chain, and of its capture, against its length.
+
+    python -m experiments.benchmarks.chain_sweep [--lengths 50 100 200 400]
+
+The model is an ordinary Pyro loop over T latents, each with an observation. Coloured units of one
+shape move as one tensor, so a sweep is two moves whatever T is; what grows with T is the program.
+"""
+
+import argparse
+import time
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from dcpc import DCPC
+from experiments.benchmarks.timing import describe_machine, interleaved_medians
+
+
+def chain(observations: Tensor) -> None:
+    """A Gaussian random walk observed in noise."""
+    z = torch.zeros(())
+    for t in pyro.markov(range(len(observations))):
+        z = pyro.sample(f"z{t}", dist.Normal(z, 0.3))
+        pyro.sample(f"x{t}", dist.Normal(z, 1.0), obs=observations[t])
+
+
+def main() -> None:
+    """Prints capture time, time per sweep and their growth for every length."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[50, 100, 200, 400])
+    parser.add_argument("--num-particles", type=int, default=64)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    print(describe_machine())
+    steps = []
+    for length in options.lengths:
+        observations = torch.randn(length)
+        dcpc = DCPC(chain, num_particles=options.num_particles)
+        start = time.perf_counter()
+        state = dcpc.init(observations)
+        capture = time.perf_counter() - start
+        groups = len(dcpc.division(observations).groups)
+        print(f"T = {length:4d}: capture {capture:6.1f} s, moves per sweep {groups}")
+        steps.append(lambda d=dcpc, s=state, x=observations: d.sweep(s, x))
+    times = interleaved_medians(*steps, repeats=9, warmup=2)
+    for length, milliseconds in zip(options.lengths, times, strict=True):
+        print(
+            f"T = {length:4d}: {milliseconds:7.1f} ms per sweep, "
+            f"{milliseconds / times[0]:.2f} times T = {options.lengths[0]}"
+        )
+
+
+if __name__ == "__main__":
+    main()
