@@ -223,7 +223,8 @@ class _Substitute(Messenger):
                 f"site '{name}' appeared in this run of the model but not in the first one; the "
                 "set of sites must not change between runs (static structure)"
             )
-        log_factor = msg["fn"].log_prob(msg["value"])
+        with _unvalidated(msg["fn"]):
+            log_factor = msg["fn"].log_prob(msg["value"])
         log_det = msg["infer"].get("_log_det_jacobian")
         if log_det is not None:
             extra = log_det.dim() - log_factor.dim()
@@ -408,6 +409,31 @@ def _scale_and_mask(value: Tensor, scale: Any, mask: Any) -> Tensor:
     if mask is None or mask is True:
         return value
     return torch.where(mask, value, value.new_zeros(()))
+
+
+@contextmanager
+def _unvalidated(fn: Any) -> Iterator[None]:
+    """Switches off the validation of a distribution that was made outside of the model.
+
+    An expanded prior, such as a `PyroSample`'s, remembers the setting that it was made under.
+    Validation branches on values, which neither `vmap` nor a capture can.
+    """
+    validated = [part for part in _nested(fn) if part.__dict__.get("_validate_args")]
+    for part in validated:
+        part._validate_args = False
+    try:
+        yield
+    finally:
+        for part in validated:
+            part._validate_args = True
+
+
+def _nested(fn: Any) -> Iterator[Any]:
+    """The distribution and all that it is made of."""
+    yield fn
+    for part in list(vars(fn).values()):
+        if isinstance(part, torch.distributions.Distribution):
+            yield from _nested(part)
 
 
 @contextmanager
