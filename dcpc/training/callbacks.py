@@ -1,0 +1,180 @@
+"""What a run shows: TensorBoard scalars and images, files of predictions, tables."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import BasePredictionWriter
+from torch import Tensor
+
+from dcpc.training.evaluation import format_table, prior_samples, summarise
+from dcpc.training.images import image_grid, save_png
+from dcpc.training.module import ParticleModule
+
+__all__ = ["EvaluationTable", "ImageGrids", "PredictionWriter", "RunReport", "SweepMonitor"]
+
+
+class SweepMonitor(Callback):
+    """Logs every unit's acceptance and step size, at the trainer's logging interval."""
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        assert isinstance(pl_module, ParticleModule)
+        info = pl_module.last_sweep
+        if info is None or trainer.global_step % trainer.log_every_n_steps:
+            return
+        division = pl_module.inference.division(batch[0])
+        for kind, values in (("acceptance", info.statistic), ("step_size", info.step_size)):
+            for unit, value in info.by_unit(division, values).items():
+                pl_module.log(f"{kind}/{unit}", value, batch_size=1)
+        pl_module.log("train/num_bad", float(info.num_bad), batch_size=1)
+
+
+class ImageGrids(Callback):
+    """Logs grids of held-out originals, their reconstructions, and samples of the prior.
+
+    Args:
+        num_images: Images per grid; a square number fills it.
+    """
+
+    def __init__(self, num_images: int = 64) -> None:
+        self.num_images = num_images
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, ParticleModule)
+        writer = getattr(trainer.logger, "experiment", None)
+        if not hasattr(writer, "add_image") or not pl_module.evaluations:
+            return
+        first = pl_module.evaluations[0]
+        originals = first.originals[: self.num_images]
+        if originals.dim() != 4:
+            return
+        _, means = prior_samples(pl_module.model, originals, seed=0)
+        columns = math.isqrt(max(len(originals) - 1, 0)) + 1
+        for name, pictures in (
+            ("originals", originals),
+            ("reconstructions", first.reconstructions[: self.num_images]),
+            ("prior_samples", means),
+        ):
+            grid = image_grid(pictures, columns)
+            assert writer is not None
+            writer.add_image(f"images/{name}", grid, trainer.global_step)
+
+
+class EvaluationTable(Callback):
+    """Prints the measurements of `dcpc test` and `dcpc validate`."""
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._print(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._print(pl_module)
+
+    def _print(self, module: LightningModule) -> None:
+        assert isinstance(module, ParticleModule)
+        summary = summarise(module.evaluations)
+        print(
+            format_table(summary, module.held_out_inference.num_particles, module.num_temperatures)
+        )
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes `predictions.pt`, plain tensors by name, and `predictions.png`.
+
+    Args:
+        folder: Where to; null for the run's folder, `trainer.default_root_dir`.
+        num_images: Images of each kind in the picture.
+    """
+
+    def __init__(self, folder: str | None = None, num_images: int = 20) -> None:
+        super().__init__(write_interval="epoch")
+        self.folder = folder
+        self.num_images = num_images
+
+    def write_on_epoch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        predictions: Sequence[dict[str, Tensor]],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        folder = Path(self.folder or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        merged = {
+            name: torch.cat([batch[name] for batch in predictions]) for name in predictions[0]
+        }
+        torch.save(merged, folder / "predictions.pt")
+        print(f"{len(merged['index'])} reconstructions and samples: {folder / 'predictions.pt'}")
+        if merged["originals"].dim() != 4:
+            return
+        rows = ("originals", "reconstructions", "prior_sample_means", "prior_samples")
+        count = min(self.num_images, len(merged["index"]))
+        pictures = torch.cat([merged[name][:count] for name in rows])
+        save_png(folder / "predictions.png", image_grid(pictures, columns=count))
+        print(
+            f"picture, from top to bottom {', '.join(rows).replace('_', ' ')}: "
+            f"{folder / 'predictions.png'}"
+        )
+
+
+class RunReport(Callback):
+    """At the end of `dcpc fit`, says what was learned and where the checkpoint is.
+
+    Attributes:
+        before: The measurements before training.
+        after: The last ones.
+    """
+
+    def __init__(self) -> None:
+        self.before: dict[str, float] | None = None
+        self.after: dict[str, float] | None = None
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, ParticleModule)
+        if trainer.sanity_checking or trainer.state.fn not in ("fit", "validate"):
+            return
+        summary = summarise(pl_module.evaluations)
+        epoch = trainer.current_epoch + 1 if trainer.state.fn == "fit" else 0
+        trainer.print(
+            f"epoch {epoch:>3}: held-out evidence NLL {_with_error(summary)} nats per datum"
+        )
+        if trainer.global_step == 0:
+            self.before = summary
+        self.after = summary
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.before is not None and self.after is not None:
+            print(
+                f"held-out evidence NLL, nats per datum: {_with_error(self.before)} before "
+                f"training, {_with_error(self.after)} after"
+            )
+        checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if checkpoint:
+            link = _link_latest(Path(checkpoint), Path(trainer.default_root_dir))
+            print(f"checkpoint: {link} (now {os.readlink(link)})")
+
+
+def _with_error(summary: dict[str, float]) -> str:
+    return f"{summary['evidence_nll']:.2f} ± {summary['evidence_nll_se']:.2f}"
+
+
+def _link_latest(checkpoint: Path, folder: Path) -> Path:
+    """Makes `folder/last.ckpt` point to the newest run's checkpoint."""
+    link = folder / "last.ckpt"
+    if link.exists() and link.samefile(checkpoint):
+        return link
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(checkpoint, folder))
+    return link

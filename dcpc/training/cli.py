@@ -1,0 +1,183 @@
+"""The `dcpc` command: Lightning's command line with JSON configs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from dcpc.errors import DCPCError, OptionError
+from dcpc.training.callbacks import (
+    EvaluationTable,
+    ImageGrids,
+    PredictionWriter,
+    RunReport,
+    SweepMonitor,
+)
+from dcpc.training.checkpoint import check_checkpoint, read_checkpoint
+from dcpc.training.data import ImageData
+from dcpc.training.module import ParticleModule
+
+__all__ = ["TrainingCLI", "main"]
+
+DESCRIPTION = """\
+Divide-and-conquer predictive coding: trains Pyro models on particles that every datum keeps.
+
+  dcpc fit     --config configs/digits.json            train; logs and checkpoints go to runs/digits
+  dcpc fit     --config ... --model.num_particles 16 --trainer.max_epochs 5    override any key
+  dcpc fit     --config ... --ckpt_path runs/digits/last.ckpt                  resume, exactly
+  dcpc test    --config ...                            evidence NLL and more on held-out data
+  dcpc predict --config ...                            samples and reconstructions, to files
+
+test, validate and predict use <trainer.default_root_dir>/last.ckpt, the newest run's checkpoint,
+unless --ckpt_path names another one. `dcpc fit --help` lists the keys of a config,
+`dcpc fit --print_config` prints one, `tensorboard --logdir runs` shows the runs.
+"""
+
+
+class _Parser(LightningArgumentParser):
+    """Reads JSON; says in one line what is wrong with a config, and exits with status 2."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"parser_mode": "json", **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        _fail(message)
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Keeps the whole config beside a training run's logs."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class TrainingCLI(LightningCLI):
+    """`fit`, `validate`, `test` and `predict` for a `ParticleModule` on an `ImageData`.
+
+    Args:
+        args: Arguments of the command line; None for the process's own.
+
+    Raises:
+        DCPCError: An option, the data, a checkpoint or a folder is unusable.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        super().__init__(
+            ParticleModule,
+            ImageData,
+            subclass_mode_data=True,
+            save_config_callback=_SaveConfig,
+            save_config_kwargs={"config_filename": "config.json"},
+            trainer_defaults={
+                "default_root_dir": "runs",
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+                "enable_progress_bar": None,
+            },
+            seed_everything_default=0,
+            parser_class=_Parser,
+            parser_kwargs={"description": DESCRIPTION},
+            args=None if args is None else list(args),
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, and checks what can be checked before anything is built."""
+        self.config = parser.parse_args(args)
+        options = self.config[self.config.subcommand]
+        folder = Path(options.trainer.default_root_dir)
+        _check_writable(folder)
+        if self.config.subcommand != "fit" and options.ckpt_path is None:
+            options.ckpt_path = str(folder / "last.ckpt")
+        if self.config.subcommand in ("validate", "test"):
+            options.verbose = False  # the table of EvaluationTable takes the place of Lightning's
+        if options.ckpt_path is not None:
+            read_checkpoint(options.ckpt_path)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            if isinstance(error, DCPCError):
+                raise
+            raise OptionError(f"a class of the config refused its arguments: {error}") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer whose logs and checkpoints go below `trainer.default_root_dir`."""
+        options = self.config[self.subcommand].trainer
+        callbacks: list[Callback]
+        if self.subcommand == "fit":
+            checkpoint = ModelCheckpoint(filename="last", save_on_train_epoch_end=True)
+            callbacks = [SweepMonitor(), ImageGrids(), RunReport(), checkpoint]
+            if options.logger in (None, True):
+                kwargs["logger"] = TensorBoardLogger(options.default_root_dir, name="")
+        else:
+            callbacks = [PredictionWriter() if self.subcommand == "predict" else EvaluationTable()]
+            kwargs["logger"] = False
+            kwargs["enable_checkpointing"] = False
+        if options.enable_progress_bar is None:
+            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+        configured = self._get(self.config_init, "trainer").callbacks or []
+        return super().instantiate_trainer(callbacks=[*callbacks, *configured], **kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        checkpoint = self.config[self.subcommand].ckpt_path
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, self.model)
+
+    def before_fit(self) -> None:
+        """Measures the untrained model, so that learning shows."""
+        if self.config.fit.ckpt_path is None and self.trainer.limit_val_batches:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the `dcpc` command. Bad input is one line on standard error and exit status 2."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    # As `python -m` does, so that a config may name classes in files of the working directory.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for remark in (".*does not have many workers", ".*LeafSpec.* is deprecated"):
+        warnings.filterwarnings("ignore", remark)
+    try:
+        TrainingCLI([_find_config(argument) for argument in arguments])
+    except (DCPCError, OSError, MisconfigurationException) as error:
+        _fail(str(error))
+
+
+def _find_config(argument: str) -> str:
+    """Finds `configs/*.json` in the installed package where the working directory has none."""
+    prefix, path = argument.split("=", 1) if argument.startswith("--config=") else ("", argument)
+    shipped = Path(__file__).parents[2] / path
+    if not path.startswith("configs/") or Path(path).exists() or not shipped.exists():
+        return argument
+    return f"{prefix}={shipped}" if prefix else str(shipped)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OptionError(
+            f"trainer.default_root_dir: cannot write to the folder '{folder}' ({error.strerror}); "
+            "choose another one"
+        ) from error
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"dcpc: error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,141 @@
+"""What is measured on data that were never trained on, each quantity under its own name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyro
+import torch
+from torch import Tensor
+
+from dcpc.divide.model import Model
+from dcpc.errors import DataError
+from dcpc.inference import DCPC
+
+__all__ = ["Evaluation", "evaluate", "format_table", "prior_samples", "summarise"]
+
+LABELS = {
+    "evidence_nll": "evidence NLL",
+    "reconstruction_cross_entropy": "reconstruction cross-entropy",
+    "reconstruction_mse": "reconstruction MSE",
+    "ess_percent": "ESS %",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A batch of held-out data, measured.
+
+    Attributes:
+        evidence_nll: Minus the annealed `log p(x)` in nats, `(B,)`.
+        reconstruction_cross_entropy: `- sum_i x_i log m_i + (1 - x_i) log(1 - m_i)` over the
+            pixels `i`, with `m` the reconstruction, `(B,)`. Not a likelihood of unseen data: `m`
+            has seen `x`.
+        reconstruction_mse: Mean over the pixels of `(x_i - m_i)^2`, `(B,)`.
+        ess_percent: Effective sample size of the particles' weights, in percent of K, `(B,)`.
+        originals: `x`, `(B, *shape)`.
+        reconstructions: `m`, the decoder's mean averaged over the particles after inference on
+            that datum, `(B, *shape)`.
+    """
+
+    evidence_nll: Tensor
+    reconstruction_cross_entropy: Tensor
+    reconstruction_mse: Tensor
+    ess_percent: Tensor
+    originals: Tensor
+    reconstructions: Tensor
+
+
+def evaluate(inference: DCPC, x: Tensor, num_temperatures: int, seed: int) -> Evaluation:
+    """Infers data from scratch by annealing, and measures.
+
+    Costs `2 num_temperatures` sweeps: a pilot adapts the proposals, the second run is measured.
+    The global random state is left as it was.
+
+    Args:
+        inference: Of an exact algorithm.
+        x: Data in [0, 1], `(B, *shape)`.
+        num_temperatures: Length of the annealing ladder.
+        seed: Of the annealing.
+    """
+    # Scores need gradients, which the inference mode of a Lightning trainer forbids.
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.clone()
+        annealed = inference.anneal(x, num_temperatures=num_temperatures, seed=seed)
+        means = inference.observation_means(annealed.state, x)
+    mean = _matching(means, x).detach()
+    return Evaluation(
+        evidence_nll=-annealed.log_evidence,
+        reconstruction_cross_entropy=_cross_entropy(x, mean).flatten(1).sum(1),
+        reconstruction_mse=(x - mean).square().flatten(1).mean(1),
+        ess_percent=100.0 * annealed.state.log_weight.ess() / inference.num_particles,
+        originals=x,
+        reconstructions=mean,
+    )
+
+
+def prior_samples(model: Model, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Draws as many data as `x` holds from the model, by ancestral sampling.
+
+    Returns:
+        The samples, and the decoder's mean that each was drawn around, both shaped like `x`.
+    """
+    devices = list(range(torch.cuda.device_count())) if x.is_cuda else []
+    with torch.random.fork_rng(devices), torch.no_grad(), pyro.validation_enabled(False):
+        torch.manual_seed(seed)
+        trace = pyro.poutine.trace(pyro.poutine.uncondition(model)).get_trace(x)
+    sites = {name: trace.nodes[name] for name in trace.observation_nodes + trace.stochastic_nodes}
+    observed = {n: s for n, s in sites.items() if s["infer"].get("was_observed")}
+    samples = _matching({name: site["value"] for name, site in observed.items()}, x)
+    means = _matching({name: site["fn"].mean for name, site in observed.items()}, x)
+    return samples, means
+
+
+def summarise(evaluations: Sequence[Evaluation]) -> dict[str, float]:
+    """Means over all held-out data, and the standard error of the evidence NLL's mean."""
+    summary = {
+        name: float(torch.cat([getattr(e, name) for e in evaluations]).mean()) for name in LABELS
+    }
+    nll = torch.cat([e.evidence_nll for e in evaluations])
+    # The noise of annealing is independent between data, so that their spread contains it.
+    error = float(nll.std()) / math.sqrt(len(nll)) if len(nll) > 1 else math.nan
+    return {**summary, "evidence_nll_se": error, "num_data": float(len(nll))}
+
+
+def format_table(summary: Mapping[str, float], num_particles: int, num_temperatures: int) -> str:
+    """The table that `dcpc test` prints."""
+    nll, error = summary["evidence_nll"], summary["evidence_nll_se"]
+    rows = [
+        ("evidence_nll", f"{nll:.2f} ± {error:.2f}", "nats per datum ± standard error"),
+        (
+            "reconstruction_cross_entropy",
+            f"{summary['reconstruction_cross_entropy']:.2f}",
+            "nats per datum, of the particle-averaged decoder mean",
+        ),
+        ("reconstruction_mse", f"{summary['reconstruction_mse']:.4f}", "per pixel, of the same"),
+        ("ess_percent", f"{summary['ess_percent']:.0f}", "of the particles, after annealing"),
+    ]
+    heading = (
+        f"{summary['num_data']:.0f} held-out data, {num_particles} particles annealed over "
+        f"{num_temperatures} temperatures"
+    )
+    return "\n".join([heading, *(f"  {LABELS[n]:<30}{v:>16}   {what}" for n, v, what in rows)])
+
+
+def _matching(values: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """The observed site whose value is `x`, in the shape of `x`."""
+    for value in values.values():
+        if value.numel() == x.numel():
+            return value.reshape(x.shape)
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    raise DataError(
+        f"no observed site of the model has as many elements as the data, {tuple(x.shape)}: got "
+        f"{shapes}, so there is nothing to compare reconstructions with"
+    )
+
+
+def _cross_entropy(x: Tensor, mean: Tensor) -> Tensor:
+    mean = mean.clamp(torch.finfo(mean.dtype).eps, 1 - torch.finfo(mean.dtype).eps)
+    return -(x * mean.log() + (1 - x) * torch.log1p(-mean))

@@ -1,0 +1,223 @@
+"""Every training datum's particles, in memory-mapped files.
+
+A datum is visited once per epoch; between two visits its particles rest here. They are addressed
+by the datum's index in the training set, so that any batching and any shuffling will do.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcpc.divide import Division
+from dcpc.errors import DCPCError
+from dcpc.recombine import LogWeights
+from dcpc.sweep import SweepState
+
+__all__ = ["ParticleStore", "StoreError", "datum_axes"]
+
+
+class StoreError(DCPCError):
+    """The particle store cannot be created, or holds particles of something else."""
+
+
+class ParticleStore:
+    """Particles of `num_data` data: latents, weights, and the log-joint that the weights refer to.
+
+    The files are made at the first write, when shapes are known, in a fresh folder below `folder`
+    that disappears with the store; what outlives a run is the checkpoint, which holds
+    `state_dict()`. Pages that nobody has touched take neither memory nor disk space.
+
+    Args:
+        folder: Where the store's own folder is made; created if missing.
+        num_data: Number of data, N.
+
+    Raises:
+        StoreError: `folder` cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, num_data: int) -> None:
+        self.num_data = num_data
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(prefix="particles-", dir=folder))
+        except OSError as error:
+            raise StoreError(
+                f"the particle store cannot write to the folder '{folder}': {error.strerror}; "
+                "choose another one with trainer.default_root_dir or model.store_folder"
+            ) from error
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self._latents: dict[str, Tensor] = {}
+        self._log_weight = self._log_joint = torch.empty(0)
+        self._visited = torch.zeros(num_data, dtype=torch.bool)
+
+    def read(self, index: Tensor, fresh: SweepState, axes: Mapping[str, int]) -> SweepState:
+        """The particles of a batch: the stored ones, and fresh ones where there are none yet.
+
+        Args:
+            index: Indices of the data in the training set, `(B,)`.
+            fresh: Particles `(K, *batch, *event)` to start unvisited data from.
+            axes: By latent, the axis of its value that runs over the data.
+
+        Raises:
+            StoreError: The index is outside the data, or the store holds other shapes.
+        """
+        index = self._check_index(index)
+        visited = self._visited[index]
+        if not bool(visited.any()):
+            return fresh
+        self._check(fresh, axes)
+        latents = {
+            name: _choose(visited, stored[index], fresh.latents[name], axes[name])
+            for name, stored in self._latents.items()
+        }
+        weight, joint = fresh.log_weight.log_weight, fresh.log_joint
+        return replace(
+            fresh,
+            latents=latents,
+            log_weight=LogWeights(_choose(visited, self._log_weight[index], weight, 1)),
+            log_joint=_choose(visited, self._log_joint[index], joint, 1),
+        )
+
+    def write(self, index: Tensor, state: SweepState, axes: Mapping[str, int]) -> None:
+        """Stores the particles of a batch, with weights of mean one, so that nothing drifts.
+
+        Args:
+            index: Indices of the data in the training set, `(B,)`.
+            state: Their particles.
+            axes: By latent, the axis of its value that runs over the data.
+
+        Raises:
+            StoreError: As `read`; or the disk is too small.
+        """
+        index = self._check_index(index)
+        if self._log_weight.numel() == 0:
+            self._create(state, axes)
+        self._check(state, axes)
+        for name, stored in self._latents.items():
+            stored[index] = state.latents[name].detach().movedim(axes[name], 0).to(stored)
+        weights = state.log_weight
+        normalised = weights.log_weight - weights.log_mean()
+        self._log_weight[index] = normalised.detach().T.to(self._log_weight)
+        self._log_joint[index] = state.log_joint.detach().T.to(self._log_joint)
+        self._visited[index] = True
+
+    def visited(self, index: Tensor) -> Tensor:
+        """Which data of a batch have particles, `(B,)`."""
+        return self._visited[self._check_index(index)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, for a checkpoint; latents `(N, K, ...)`, weights `(N, K)`."""
+        return {
+            "latents": dict(self._latents),
+            "log_weight": self._log_weight,
+            "log_joint": self._log_joint,
+            "visited": self._visited,
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Fills the store from a checkpoint's `state_dict()`.
+
+        Raises:
+            StoreError: The checkpoint's training set has another size.
+        """
+        if len(saved["visited"]) != self.num_data:
+            raise StoreError(
+                f"the checkpoint has particles of {len(saved['visited'])} data, but the training "
+                f"set has {self.num_data}; resume with the data settings of the first run"
+            )
+        self._visited = saved["visited"].clone()
+        if saved["log_weight"].numel() == 0:
+            return
+        self._latents = {name: self._fill(name, u) for name, u in saved["latents"].items()}
+        self._log_weight = self._fill("log_weight", saved["log_weight"])
+        self._log_joint = self._fill("log_joint", saved["log_joint"])
+
+    def _create(self, state: SweepState, axes: Mapping[str, int]) -> None:
+        rows = {name: u.movedim(axes[name], 0)[0] for name, u in state.latents.items()}
+        joint = state.log_joint.T[0]
+        needed = self.num_data * sum(row.nbytes for row in (*rows.values(), joint, joint))
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise StoreError(
+                f"the particles of {self.num_data} data need {needed / 1e6:,.0f} MB, but the disk "
+                f"of '{self.folder}' has {free / 1e6:,.0f} MB left; lower model.num_particles or "
+                "choose another model.store_folder"
+            )
+        self._latents = {
+            name: self._map(name, (self.num_data, *row.shape), row.dtype)
+            for name, row in rows.items()
+        }
+        self._log_weight = self._map("log_weight", (self.num_data, *joint.shape), joint.dtype)
+        self._log_joint = self._map("log_joint", (self.num_data, *joint.shape), joint.dtype)
+
+    def _map(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of zeros that lives in a file."""
+        # Site names may hold characters that file names may not.
+        path = self.folder / f"{len(list(self.folder.iterdir()))}.bin"
+        size = torch.Size(shape).numel()
+        return torch.from_file(str(path), shared=True, size=size, dtype=dtype).reshape(shape)
+
+    def _fill(self, name: str, values: Tensor) -> Tensor:
+        mapped = self._map(name, tuple(values.shape), values.dtype)
+        mapped.copy_(values)
+        return mapped
+
+    def _check_index(self, index: Tensor) -> Tensor:
+        index = index.cpu()
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.num_data:
+            raise StoreError(
+                f"the batch has datum indices {int(index.min())} to {int(index.max())}, but the "
+                f"store holds {self.num_data} data; a batch is (x, label, index), with the index "
+                "counted from 0 in the training set"
+            )
+        return index
+
+    def _check(self, state: SweepState, axes: Mapping[str, int]) -> None:
+        for name in {**self._latents, **state.latents}:
+            stored = tuple(self._latents[name].shape[1:]) if name in self._latents else None
+            got = None
+            if name in state.latents:
+                got = tuple(state.latents[name].movedim(axes[name], 0).shape[1:])
+            if stored != got:
+                raise StoreError(
+                    f"site '{name}': the store has particles of shape {stored} per datum, but the "
+                    f"model asks for {got} (particles first); these are particles of another "
+                    "model or of another model.num_particles. Resume with the settings of the "
+                    "first run, or start afresh without --ckpt_path"
+                )
+
+
+def datum_axes(division: Division, num_data: int) -> dict[str, int]:
+    """By latent, the axis of its value `(K, *batch, *event)` that runs over a batch's data.
+
+    Raises:
+        StoreError: The model does not treat the data as independent.
+    """
+    sizes = [plate.size for plate in division.population]
+    if sizes != [num_data]:
+        raise StoreError(
+            f"training keeps particles per datum, so all latents must be in one plate over the "
+            f"{num_data} data of a batch; the plates around every latent of this model have "
+            f"sizes {sizes}. Wrap the model's body in: with pyro.plate('data', len(x))"
+        )
+    return {name: division.population_axes(name)[0] for name in division.latents}
+
+
+def _choose(visited: Tensor, stored: Tensor, fresh: Tensor, axis: int) -> Tensor:
+    """Rows `(B, ...)` of the store where visited, else fresh values; the data move to `axis`."""
+    # A captured program takes the layout that it was captured with.
+    values = stored.to(fresh).movedim(0, axis).contiguous()
+    if bool(visited.all()):
+        return values
+    shape = [1] * fresh.dim()
+    shape[axis] = len(visited)
+    return torch.where(visited.to(fresh.device).reshape(shape), values, fresh)

@@ -1,0 +1,1 @@
+"""The models of the experiments: ordinary Pyro programs, one file each."""

@@ -1,0 +1,103 @@
+"""A deep latent Gaussian model of images: an ordinary Pyro program.
+
+Sennesh, Wu & Salvatori (2024), section 5, after Rezende, Mohamed & Wierstra (2014).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from dcpc.distributions import ContinuousBernoulli, SharedScaleNormal
+
+Likelihood = Literal["continuous_bernoulli", "bernoulli"]
+
+
+class ScaleTril(nn.Module):
+    """A learned lower-triangular scale `(size, size)`, the identity at first.
+
+    The diagonal is the exponential of a parameter, so that it stays positive and a gradient step
+    changes it by a factor.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.zeros(size, size))
+
+    def forward(self) -> Tensor:
+        return self.raw.tril(-1) + self.raw.diagonal().exp().diag()
+
+
+class DeepLatentGaussian(nn.Module):
+    """Layers of Gaussian latents, each a linear map of the rectified layer above, then pixels.
+
+        z_1     ~ N(0, I)
+        z_{l+1} ~ N(W_l relu(z_l) + b_l, L_l L_l^T)
+        x       ~ ContinuousBernoulli(logits = W relu(z_L) + b)
+
+    Args:
+        latent_sizes: Sizes of `z_1, ..., z_L`, top layer first.
+        image_shape: Shape of one image, for example `[1, 8, 8]`.
+        likelihood: `continuous_bernoulli`, a density on intensities in [0, 1], or `bernoulli`,
+            whose log-probability of an intensity is a cross-entropy and no density.
+    """
+
+    def __init__(
+        self,
+        latent_sizes: Sequence[int],
+        image_shape: Sequence[int],
+        likelihood: Likelihood = "continuous_bernoulli",
+    ) -> None:
+        super().__init__()
+        if not latent_sizes or min(latent_sizes) < 1:
+            raise ValueError(
+                f"latent_sizes must hold at least one positive size, got {list(latent_sizes)}"
+            )
+        if not image_shape or min(image_shape) < 1:
+            raise ValueError(f"image_shape must hold positive sizes, got {list(image_shape)}")
+        if likelihood not in ("continuous_bernoulli", "bernoulli"):
+            raise ValueError(
+                f"likelihood must be 'continuous_bernoulli' or 'bernoulli', got {likelihood!r}"
+            )
+        self.latent_sizes = tuple(latent_sizes)
+        self.image_shape = tuple(image_shape)
+        self.likelihood = likelihood
+        sizes = (*latent_sizes, math.prod(image_shape))
+        self.layers = nn.ModuleList(
+            nn.Linear(above, below) for above, below in zip(sizes, sizes[1:], strict=False)
+        )
+        self.scales = nn.ModuleList(ScaleTril(size) for size in latent_sizes[1:])
+
+    def forward(self, x: Tensor | None = None, num_images: int = 1) -> Tensor:
+        """The Pyro program.
+
+        Args:
+            x: Observed images `(num_images, *image_shape)` in [0, 1]; None to draw them.
+            num_images: How many to draw.
+
+        Returns:
+            The images as rows of pixels, `(num_images, pixels)`.
+        """
+        pyro.module("deep_latent_gaussian", self)
+        num_images = num_images if x is None else len(x)
+        weight = self.layers[0].weight
+        with pyro.plate("images", num_images):
+            loc = weight.new_zeros(num_images, self.latent_sizes[0])
+            z = pyro.sample("z1", dist.Normal(loc, 1.0).to_event(1))
+            for index, scale in enumerate(self.scales):
+                loc = self.layers[index](torch.relu(z))
+                z = pyro.sample(f"z{index + 2}", SharedScaleNormal(loc, scale()))
+            pixels = self._pixels(self.layers[-1](torch.relu(z)))
+            return pyro.sample("x", pixels, obs=None if x is None else x.flatten(1))
+
+    def _pixels(self, logits: Tensor) -> dist.Distribution:
+        if self.likelihood == "bernoulli":
+            # Grey intensities are no outcomes of a Bernoulli variable, so nothing is validated.
+            return dist.Bernoulli(logits=logits, validate_args=False).to_event(1)
+        return ContinuousBernoulli(logits).to_event(1)
