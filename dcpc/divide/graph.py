@@ -102,21 +102,23 @@ def group_blocks(graph: SiteGraph, blocks: Sequence[Sequence[str]]) -> list[Memb
     Raises:
         OptionError: A block names a site that is not a latent, or a latent is in two blocks.
     """
+    latents = graph.latents
     seen: dict[str, Members] = {}
     for block in blocks:
+        unknown = [name for name in block if name not in latents]
+        if unknown:
+            raise OptionError(
+                f"blocks: '{unknown[0]}' is not a latent site; the latents are {latents}"
+            )
         for name in block:
-            if name not in graph.latents:
-                raise OptionError(
-                    f"blocks: '{name}' is not a latent site; the latents are {graph.latents}"
-                )
             if name in seen:
                 raise OptionError(
                     f"blocks: latent '{name}' is in {seen[name]} and in {tuple(block)}; a latent "
                     "belongs to one block"
                 )
-            seen[name] = tuple(sorted(block, key=graph.latents.index))
+            seen[name] = tuple(sorted(block, key=latents.index))
     units: list[Members] = []
-    for name in graph.latents:
+    for name in latents:
         unit = seen.get(name, (name,))
         if unit not in units:
             units.append(unit)

@@ -333,9 +333,14 @@ def _static_key(leaf: Any) -> Any:
 
 
 def parameter_key(model: Model) -> tuple:
-    """Identity of Pyro's parameters and the training mode, on which a capture depends too."""
+    """Identity of the parameters, Pyro's and the module's, and the training mode.
+
+    A capture holds parameters and buffers by reference: it sees in-place updates, but not that
+    one was replaced by another.
+    """
     store = pyro.get_param_store()
-    training = (
-        tuple(m.training for m in model.modules()) if isinstance(model, torch.nn.Module) else ()
-    )
-    return tuple((name, id(value)) for name, value in sorted(store._params.items())), training
+    named = tuple((name, id(value)) for name, value in sorted(store._params.items()))
+    if not isinstance(model, torch.nn.Module):
+        return named, (), ()
+    tensors = tuple(id(value) for value in (*model.parameters(), *model.buffers()))
+    return named, tensors, tuple(module.training for module in model.modules())
