@@ -237,7 +237,6 @@ def conjugate_pairs() -> list[Conjugate]:
         _inverse_gamma_variance(),
         _log_normal(),
         _half_normal(),
-        _wishart(),
         _multivariate_normal(),
     ]
 
@@ -434,29 +433,6 @@ def _half_normal() -> Conjugate:
         _t(sd * math.sqrt(1 + a * hazard - hazard**2)),
         evidence,
     )
-
-
-def _wishart() -> Conjugate:
-    """A positive definite latent: the precision matrix of a bivariate Normal."""
-    x = _t([[0.8, -0.1], [-1.2, 0.9], [0.3, 0.4], [1.5, 0.2]])
-    df, scale = 5.0, _t([[0.5, 0.1], [0.1, 0.3]])
-
-    def model() -> None:
-        z = pyro.sample("z", dist.Wishart(_t(df), covariance_matrix=scale))
-        with pyro.plate("n", 4):
-            pyro.sample("x", dist.MultivariateNormal(_t([0.0, 0.0]), precision_matrix=z), obs=x)
-
-    after = torch.linalg.inv(torch.linalg.inv(scale) + x.T @ x)
-    dof = df + 4
-    diagonal = after.diagonal()
-    variance = dof * (after.square() + diagonal[:, None] * diagonal)
-
-    def log_norm(dof: float, scale: Tensor) -> float:
-        value = dof * math.log(2) + torch.special.multigammaln(_t(dof / 2), 2)
-        return float(value + 0.5 * dof * torch.logdet(scale))
-
-    evidence = -4 * LOG_TWO_PI + log_norm(dof, after) - log_norm(df, scale)
-    return Conjugate("wishart-normal", model, dof * after, variance.sqrt(), evidence)
 
 
 def _multivariate_normal() -> Conjugate:
