@@ -1,0 +1,205 @@
+"""Corrections against short independent implementations, on a move of two units in a plate."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+from dcpc.conquer import Diagonal, Langevin
+from dcpc.divide import Evaluation
+from dcpc.recombine import LogWeights, multinomial, systematic
+from dcpc.recombine.correction import (
+    CORRECTIONS,
+    Metropolis,
+    ProposedMove,
+    Resample,
+    Uncorrected,
+    Weight,
+)
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+K, CELLS, ROWS, N, D = 4, 3, 2, 2, 2
+"""Particles, population, another plate, units, values per unit."""
+
+
+class Group:
+    """What a correction asks of a group: its name and how to sum to population cells."""
+
+    name = "z"
+
+    def __init__(self, population: int) -> None:
+        self.population = population
+
+    def over_population(self, value: Tensor) -> Tensor:
+        return value.flatten(1 + self.population).sum(-1)
+
+
+def log_density(value: Tensor) -> Tensor:
+    return (-0.25 * value**4 + value).sum(-1)
+
+
+def evaluate(value: Tensor) -> Evaluation:
+    return Evaluation(log_density(value), -(value**3) + 1)
+
+
+def proposed(population: int = 1, resampler=systematic, seed: int = 0, spoil=None) -> ProposedMove:
+    torch.manual_seed(seed)
+    value = torch.randn(K, CELLS, ROWS, N, D)
+    eta, metric = torch.tensor([0.2, 0.05]), Diagonal(torch.rand(CELLS, ROWS, N, D) + 0.5)
+    before = evaluate(value)
+    proposal = Langevin().propose(value, before.score, eta, metric)
+    cells = (CELLS,) if population else ()
+    after = evaluate if spoil is None else spoil
+    return ProposedMove(
+        Group(population),
+        value,
+        before,
+        Langevin(),
+        proposal,
+        eta,
+        metric,
+        after,
+        LogWeights(torch.randn(K, *cells)),
+        resampler,
+    )
+
+
+def transition(move: ProposedMove, start: Tensor, end: Tensor) -> Tensor:
+    """`log q(end | start)` by torch's Normal, `(K, *plates, n)`."""
+    eta, scale = move.step_size[:, None], move.metric.scale
+    mean = start + eta * scale**2 * (-(start**3) + 1)
+    return Normal(mean, (2 * eta).sqrt() * scale).log_prob(end).sum(-1)
+
+
+def ratio_of(move: ProposedMove) -> Tensor:
+    u, v = move.value, move.proposal.value
+    return log_density(v) + transition(move, v, u) - log_density(u) - transition(move, u, v)
+
+
+@pytest.mark.parametrize("population", [0, 1])
+def test_metropolis_accepts_elementwise_with_the_ratio_of_hastings(population):
+    move = proposed(population)
+    torch.manual_seed(7)
+    outcome = Metropolis().apply(move)
+    torch.manual_seed(7)
+    uniform = torch.rand(K, CELLS, ROWS, N)
+    ratio = ratio_of(move)
+    accepted = uniform.log() < ratio
+    assert 0 < int(accepted.sum()) < accepted.numel()
+    expected = torch.where(accepted[..., None], move.proposal.value, move.value)
+    assert torch.equal(outcome.value, expected)
+    assert outcome.log_weight is None
+    gained = log_density(expected) - log_density(move.value)
+    axes = (2, 3) if population else (1, 2, 3)
+    torch.testing.assert_close(outcome.log_joint, gained.sum(axes))
+    torch.testing.assert_close(outcome.statistic, ratio.exp().clamp(max=1).mean((0, 1, 2)))
+
+
+@pytest.mark.parametrize("population", [0, 1])
+def test_weight_keeps_everything_and_adds_the_ratio_to_the_cell(population):
+    move = proposed(population)
+    outcome = Weight().apply(move)
+    assert torch.equal(outcome.value, move.proposal.value)
+    axes = (2, 3) if population else (1, 2, 3)
+    torch.testing.assert_close(outcome.log_weight, ratio_of(move).sum(axes))
+    gained = log_density(move.proposal.value) - log_density(move.value)
+    torch.testing.assert_close(outcome.log_joint, gained.sum(axes))
+
+
+def test_weight_watches_the_conditional_ess_of_each_unit():
+    move = proposed(1)
+    outcome = Weight().apply(move)
+    normal = move.log_weight.log_weight.exp()
+    normal = normal / normal.sum(0)
+    increment = ratio_of(move).sum(2).exp()  # (K, cells, n)
+    first = (normal[..., None] * increment).sum(0)
+    second = (normal[..., None] * increment**2).sum(0)
+    torch.testing.assert_close(outcome.statistic, (first**2 / second).mean(0))
+
+
+@pytest.mark.parametrize("population", [0, 1])
+@pytest.mark.parametrize("resampler", [systematic, multinomial])
+def test_resample_is_lines_seven_to_eleven_of_algorithm_one(population, resampler):
+    move = proposed(population, resampler)
+    torch.manual_seed(11)
+    outcome = Resample().apply(move)
+    torch.manual_seed(11)
+    v = move.proposal.value
+    local = log_density(v) - transition(move, move.value, v)
+    density = log_density(v)
+    if population:
+        local, density = local.sum(2), density.sum(2)  # (K, cells, n)
+    else:
+        local, density = local.sum((1, 2)), density.sum((1, 2))  # (K, n)
+    ancestors = resampler(torch.softmax(local, 0))
+    value = torch.empty_like(v)
+    log_weight = torch.zeros(K, *((CELLS,) if population else ()))
+    for k in range(K):
+        for unit in range(N):
+            for cell in range(CELLS):
+                index = ancestors[k, cell, unit] if population else ancestors[k, unit]
+                value[k, cell, :, unit] = v[index, cell, :, unit]
+            if population:
+                for cell in range(CELLS):
+                    zhat = local[:, cell, unit].exp().mean().log()
+                    log_weight[k, cell] += zhat - density[ancestors[k, cell, unit], cell, unit]
+            else:
+                zhat = local[:, unit].exp().mean().log()
+                log_weight[k] += zhat - density[ancestors[k, unit], unit]
+    torch.testing.assert_close(outcome.value, value)
+    torch.testing.assert_close(outcome.log_weight, log_weight)
+    assert outcome.statistic is None
+
+
+def test_resample_weighs_the_sweep_by_the_joint():
+    correction = Resample()
+    old = LogWeights(torch.randn(K, CELLS))
+    assert torch.equal(correction.begin(old).log_weight, torch.zeros(K, CELLS))
+    joint = torch.randn(K, CELLS)
+    torch.testing.assert_close(
+        correction.end(old, lambda: joint).log_weight, old.log_weight + joint
+    )
+
+
+def test_uncorrected_keeps_the_proposal_and_touches_no_weight():
+    move = proposed()
+    outcome = Uncorrected().apply(move)
+    assert torch.equal(outcome.value, move.proposal.value)
+    assert outcome.log_weight is None
+    assert outcome.statistic is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["metropolis", "weight", "resample"])
+def test_log_densities_that_are_not_finite_have_zero_density_and_are_counted(name, bad):
+    def spoil(value):
+        after = evaluate(value)
+        after.log_density[1, 2, 0, 1] = bad
+        return after
+
+    move = proposed(spoil=spoil)
+    outcome = CORRECTIONS[name]().apply(move)
+    assert int(outcome.num_bad) == 1
+    if name == "metropolis":
+        assert torch.equal(outcome.value[1, 2, 0, 1], move.value[1, 2, 0, 1])
+        assert bool(outcome.log_joint.isfinite().all())
+    if name == "weight":
+        weight = move.log_weight.add(outcome.log_weight).log_weight
+        assert weight[1, 2] == -math.inf
+        assert int(weight.isfinite().sum()) == K * CELLS - 1
+    if name == "resample":
+        spoilt = move.proposal.value[1, 2, :, 1]
+        assert not any(torch.equal(outcome.value[k, 2, :, 1], spoilt) for k in range(K))
+
+
+def test_only_the_exact_corrections_say_that_they_are_exact():
+    assert {name for name, c in CORRECTIONS.items() if c.is_exact} == {"metropolis", "weight"}
+    assert {name for name, c in CORRECTIONS.items() if c().target is not None} == {
+        "metropolis",
+        "weight",
+    }
