@@ -121,10 +121,13 @@ def build_algorithm(
     """
     preset = lookup("algorithm", name, PRESETS)
     parts = Parts(
-        move=_part("move", move or preset.move, MOVES),
-        correction=_part("correction", correction or preset.correction, CORRECTIONS),
+        move=_part("move", move or preset.move, MOVES, Move),
+        correction=_part("correction", correction or preset.correction, CORRECTIONS, Correction),
         preconditioner=_part(
-            "preconditioner", preconditioner or preset.preconditioner, PRECONDITIONERS
+            "preconditioner",
+            preconditioner or preset.preconditioner,
+            PRECONDITIONERS,
+            Preconditioner,
         ),
         resampler=lookup("resampling", resampling, RESAMPLERS),
         resample_threshold=_in_range("resample_threshold", resample_threshold, 0.0, 1.0),
@@ -169,11 +172,10 @@ def lookup(option: str, name: Any, registry: Mapping[str, Part]) -> Part:
     return registry[name]
 
 
-def _part(option: str, part: Any, registry: Mapping[str, type[Part]]) -> Part:
+def _part(option: str, part: Any, registry: Mapping[str, type[Part]], base: type[Part]) -> Part:
     if isinstance(part, str):
         lookup(option, part, registry)
         return registry[part]()
-    base = next(iter(registry.values())).__mro__[1]
     if not isinstance(part, base):
         raise OptionError(
             f"{option} must be one of {', '.join(registry)} or an instance of {base.__name__}, "

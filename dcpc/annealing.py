@@ -129,6 +129,12 @@ def anneal(
     return Annealed(state, (*climbed, Rung(1.0, state.adaptation)), log_evidence, standard_error)
 
 
+def importance_evidence(state: SweepState) -> tuple[Tensor, Tensor]:
+    """`log Zhat` and its standard error from the weights of independent particles."""
+    error = genealogical_standard_error(state.log_weight, _particle_index(state))
+    return state.log_weight.log_mean(), error
+
+
 def spaced_ladder(num_temperatures: int, power: float = 3.0) -> list[Rung]:
     """Temperatures `(t / T)^power`, dense near the prior, where the target changes fastest."""
     return [Rung((step / num_temperatures) ** power) for step in range(1, num_temperatures + 1)]
@@ -151,7 +157,7 @@ def genealogical_standard_error(weights: LogWeights, eve: Tensor) -> Tensor:
     """
     num_particles = weights.num_particles
     if num_particles == 1:
-        return torch.full(weights.population, math.nan)
+        return torch.full_like(weights.log_weight[0], math.nan)
     normalized = weights.normalized()
     families = torch.zeros_like(normalized).scatter_add_(0, eve, normalized)
     excess = families.square().sum(0) - 1.0 / num_particles

@@ -2,60 +2,30 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import pyro
 import torch
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from dcpc import annealing
 from dcpc.algorithms import build_algorithm
-from dcpc.annealing import Annealed, Rung, anneal, spaced_ladder
+from dcpc.annealing import Annealed, spaced_ladder
 from dcpc.conquer import Move, Preconditioner
-from dcpc.divide import (
-    Arguments,
-    Division,
-    Reference,
-    Target,
-    Unit,
-    constrained_particles,
-    divide,
-    prior_particles,
-    read_sites,
-)
+from dcpc.divide import Arguments, Division, Unit, constrained_particles, divide, read_sites
 from dcpc.divide.graph import Schedule
-from dcpc.divide.model import Model, observation_means, transform_of, unconstrain
+from dcpc.divide.model import Model, observation_means
 from dcpc.divide.program import map_particles, parameter_key
-from dcpc.divide.unit import sum_to_plates
 from dcpc.errors import DataError, EvidenceError, OptionError
-from dcpc.posterior import Evidence, Posterior, Samples, equal_weights
-from dcpc.recombine import LogWeights
+from dcpc.posterior import Posterior, Samples
+from dcpc.progress import ProgressBar
 from dcpc.recombine.correction import Correction
-from dcpc.sweep import (
-    SweepInfo,
-    SweepState,
-    loss,
-    resample,
-    restart_adaptation,
-    retarget,
-    sweep,
-)
+from dcpc.run import Run
+from dcpc.sweep import SweepInfo, SweepState, loss, retarget, sweep
 
 MAX_DIVISIONS = 16
 """Divisions kept for different argument shapes; the least recently used one goes first."""
-
-REFERENCE_SCALE = 2.0
-"""Spread, in unconstrained space, that latents with flat priors start with."""
-
-INITIAL_SCALE = 1.0
-"""Spread, in unconstrained space, around initial values that the user gives."""
 
 
 class Units(list[Unit]):
@@ -221,15 +191,11 @@ class DCPC:
             raise OptionError(f"keep_every must be at least 0, got {keep_every}")
         if not 0.0 < conditional_ess < 1.0:
             raise OptionError(f"conditional_ess must lie in (0, 1), got {conditional_ess!r}")
-        with _seeded(seed), _Bar(progress) as bar:
-            arguments = Arguments(args, kwargs)
-            division = self._divide(arguments)
-            state, estimate = self._approach_posterior(
-                division, arguments, initial_values or {}, evidence, conditional_ess, bar
-            )
-            posterior = self._sample(
-                division, arguments, state, estimate, num_sweeps, num_warmup, keep_every, bar
-            )
+        arguments = Arguments(args, kwargs)
+        with _seeded(seed), ProgressBar(progress) as bar:
+            run = self._run(arguments, bar, initial_values or {}, conditional_ess)
+            state, estimate = run.approach(self._evidence_refusal(run.division), evidence)
+            posterior = run.sample(state, estimate, num_sweeps, num_warmup, keep_every)
         self._posterior = posterior
         return posterior
 
@@ -255,16 +221,12 @@ class DCPC:
             EvidenceError: The correction is not exact, or a prior is improper.
         """
         arguments = Arguments(args, kwargs)
-        division = self._divide(arguments)
-        refusal = self._evidence_refusal(division)
+        refusal = self._evidence_refusal(self._divide(arguments))
         if refusal:
             raise EvidenceError(refusal)
         ladder = None if num_temperatures is None else spaced_ladder(num_temperatures)
-        with _seeded(seed), _Bar(progress) as bar:
-            _, annealed = self._anneal_twice(
-                division, arguments, {}, {}, ladder, conditional_ess, bar
-            )
-        return annealed
+        with _seeded(seed), ProgressBar(progress) as bar:
+            return self._run(arguments, bar, {}, conditional_ess).anneal_twice(ladder)
 
     def get_samples(self) -> Samples:
         """Equally weighted constrained samples of the last run, `(K, *batch, *event)`."""
@@ -286,8 +248,8 @@ class DCPC:
 
     def init(self, *args: Any, **kwargs: Any) -> SweepState:
         """Particles from the guide, or else the prior, whose weights refer to it."""
-        arguments = Arguments(args, kwargs)
-        return self._start(self._divide(arguments), arguments, {}, {})
+        with ProgressBar(False) as bar:
+            return self._run(Arguments(args, kwargs), bar).start()
 
     def sweep(
         self, state: SweepState, *args: Any, adapt: bool = True, **kwargs: Any
@@ -375,239 +337,24 @@ class DCPC:
             self._divisions.popitem(last=False)
         return division
 
-    def _start(
+    def _run(
         self,
-        division: Division,
         arguments: Arguments,
-        initial_values: Mapping[str, Tensor],
-        references: Mapping[str, Reference],
-    ) -> SweepState:
-        """Particles from the guide, or from the prior with references in place of some sites."""
-        if self.guide is not None and not initial_values:
-            return self._start_from_guide(division, arguments)
-        sites, tensors = division.sites, arguments.tensors
-        latents = prior_particles(self.model, sites, arguments, self.num_particles)
-        for name, reference in references.items():
-            noise = torch.randn_like(latents[name])
-            latents[name] = reference.loc + reference.scale * noise
-        with torch.no_grad():
-            log_joint = division.log_joint(latents, tensors, Target(0.0, references))
-        weights = LogWeights(torch.zeros_like(log_joint))
-        return SweepState(latents, weights, log_joint)
-
-    def _start_from_guide(self, division: Division, arguments: Arguments) -> SweepState:
-        guide, sites = self.guide, division.sites
-        assert guide is not None
-        args, kwargs = arguments.rebuild(arguments.tensors)
-
-        def draw(_: Tensor) -> dict[str, Tensor]:
-            with torch.no_grad(), pyro.validation_enabled(False):
-                trace = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
-                trace.compute_log_prob()
-            values = {n: trace.nodes[n]["value"] for n in division.latents if n in trace}
-            missing = set(division.latents) - set(values)
-            if missing:
-                raise OptionError(
-                    f"the guide does not sample latent site(s) {sorted(missing)}; it samples "
-                    f"{list(trace.stochastic_nodes)}"
-                )
-            with torch.no_grad(), pyro.validation_enabled(False):
-                replayed = pyro.poutine.trace(pyro.poutine.replay(self.model, trace))
-                model_trace = replayed.get_trace(*args, **kwargs)
-            result = {}
-            density = []
-            for name in division.latents:
-                node = model_trace.nodes[name]
-                transform = transform_of(node["fn"])
-                u = transform.inv(node["value"])
-                log_det = transform.log_abs_det_jacobian(u, node["value"])
-                result[name] = u
-                density.append(_cell_sum(log_det, division, sites[name].batch_shape))
-            for node in trace.nodes.values():
-                if node["type"] == "sample" and not site_is_subsample(node):
-                    density.append(_cell_sum(node["log_prob"], division))
-            result["_log_guide"] = torch.stack(torch.broadcast_tensors(*density)).sum(0)
-            return result
-
-        guide(*args, **kwargs)
-        drawn = map_particles(draw, torch.zeros(self.num_particles), division.latents)
-        log_guide = drawn.pop("_log_guide")
-        return SweepState(drawn, LogWeights(torch.zeros_like(log_guide)), log_guide)
-
-    def _references(
-        self, division: Division, arguments: Arguments, initial_values: Mapping[str, Tensor]
-    ) -> dict[str, Reference]:
-        """Starting distributions of the latents with flat priors or with initial values."""
-        unknown = set(initial_values) - set(division.latents)
-        if unknown:
-            raise OptionError(
-                f"initial_values names {sorted(unknown)}, but the latents are {division.latents}"
-            )
-        args, kwargs = arguments.rebuild(arguments.tensors)
-        given = unconstrain(self.model, initial_values, args, kwargs, set(initial_values))
-        references = {name: Reference(u, INITIAL_SCALE) for name, u in given.items()}
-        template = prior_particles(self.model, division.sites, arguments, 1)
-        for name in division.latents:
-            if division.sites[name].is_improper and name not in references:
-                centre = torch.zeros_like(template[name][0])
-                references[name] = Reference(centre, REFERENCE_SCALE)
-        return references
-
-    def _approach_posterior(
-        self,
-        division: Division,
-        arguments: Arguments,
-        initial_values: Mapping[str, Tensor],
-        evidence: bool,
-        conditional_ess: float,
-        bar: _Bar,
-    ) -> tuple[SweepState, Evidence]:
-        """Particles to start sweeping from, and the evidence if there is an estimate."""
-        tensors = arguments.tensors
-        references = self._references(division, arguments, initial_values)
-        refusal = self._evidence_refusal(division)
-        if not self.parts.correction.is_exact:
-            state = self._start(division, arguments, initial_values, references)
-            return state, Evidence(refusal=refusal)
-        if self.guide is not None and not initial_values:
-            state = self._start(division, arguments, {}, {})
-            state = retarget(division, state, tensors)
-            error = annealing.genealogical_standard_error(
-                state.log_weight, annealing._particle_index(state)
-            )
-            estimate = Evidence(state.log_weight.log_mean(), error, refusal)
-        elif evidence and not refusal:
-            _, annealed = self._anneal_twice(
-                division, arguments, initial_values, references, None, conditional_ess, bar
-            )
-            state = annealed.state
-            estimate = Evidence(annealed.log_evidence, annealed.log_evidence_se)
-        else:
-            start = self._start(division, arguments, initial_values, references)
-            bar.stage("annealing")
-            state = anneal(
-                division,
-                start,
-                self.parts,
-                tensors,
-                references=references,
-                conditional_ess=conditional_ess,
-                progress=bar.temperature,
-            ).state
-            estimate = Evidence(refusal=refusal or "run(..., evidence=False) was asked for")
-        state, _ = resample(division, state, self.parts, tensors, always=True)
-        return state, estimate
-
-    def _anneal_twice(
-        self,
-        division: Division,
-        arguments: Arguments,
-        initial_values: Mapping[str, Tensor],
-        references: Mapping[str, Reference],
-        ladder: Sequence[Rung] | None,
-        conditional_ess: float,
-        bar: _Bar,
-    ) -> tuple[Annealed, Annealed]:
-        results: list[Annealed] = []
-        for stage in ("annealing, pilot", "annealing"):
-            bar.stage(stage)
-            pilot = results[0] if results else None
-            results.append(
-                anneal(
-                    division,
-                    self._start(division, arguments, initial_values, references),
-                    self.parts,
-                    arguments.tensors,
-                    ladder=pilot.ladder if pilot else ladder,
-                    references=references,
-                    conditional_ess=conditional_ess,
-                    adapt=pilot is None,
-                    progress=bar.temperature,
-                )
-            )
-        return results[0], results[1]
-
-    def _sample(
-        self,
-        division: Division,
-        arguments: Arguments,
-        state: SweepState,
-        estimate: Evidence,
-        num_sweeps: int,
-        num_warmup: int,
-        keep_every: int,
-        bar: _Bar,
-    ) -> Posterior:
-        """Sweeps at the posterior: first adapting, then frozen."""
-        tensors, parts = arguments.tensors, self.parts
-        kept: list[dict[str, Tensor]] = []
-        totals: dict[str, Tensor] = {}
-        num_bad, count, chains = 0, 0, True
-        state = restart_adaptation(state, parts)
-        info: SweepInfo | None = None
-        bar.stage("sweeps", num_sweeps)
-        for index in range(num_sweeps):
-            adapt = index < num_warmup
-            state, info = sweep(
-                division,
-                state,
-                parts,
-                tensors,
-                adapt=adapt,
-                # Step sizes need a while with the preconditioner that they will be used with.
-                adapt_preconditioner=index < num_warmup // 2,
-            )
-            num_bad += info.num_bad
-            if not adapt or num_warmup == num_sweeps:
-                count += 1
-                chains = chains and info.ancestors is None and equal_weights(state.log_weight)
-                for name, statistic in info.statistic.items():
-                    totals[name] = totals.get(name, 0.0) + statistic
-                if keep_every and (index - num_warmup) % keep_every == keep_every - 1:
-                    kept.append(self._equally_weighted(division, state, tensors))
-            bar.advance(info)
-        constrained = constrained_particles(self.model, division.sites, arguments, state.latents)
-        means = {name: total / count for name, total in totals.items()}
-        return Posterior(
-            samples=constrained,
-            state=state,
-            population_axes={
-                name: tuple(
-                    1 + len(division.sites[name].batch_shape) + plate.dim
-                    for plate in division.population
-                )
-                for name in division.latents
-            },
-            acceptance=info.by_unit(division, means) if info else {},
-            step_size=info.by_unit(division, info.step_size) if info else {},
-            unit_of={name: unit.name for unit in division.units for name in unit.sites},
-            num_bad=num_bad,
-            history=self._constrain_history(division, arguments, kept),
-            is_chains=chains and bool(kept),
-            evidence=estimate,
+        bar: ProgressBar,
+        initial_values: Mapping[str, Tensor] | None = None,
+        conditional_ess: float = 0.9,
+    ) -> Run:
+        return Run(
+            self.model,
+            self.guide,
+            self._divide(arguments),
+            arguments,
+            self.parts,
+            self.num_particles,
+            bar,
+            initial_values or {},
+            conditional_ess,
         )
-
-    def _equally_weighted(
-        self, division: Division, state: SweepState, tensors: Sequence[Tensor]
-    ) -> dict[str, Tensor]:
-        if not equal_weights(state.log_weight):
-            state, _ = resample(division, state, self.parts, tensors, always=True)
-        return state.latents
-
-    def _constrain_history(
-        self, division: Division, arguments: Arguments, kept: Sequence[Mapping[str, Tensor]]
-    ) -> Samples:
-        if not kept:
-            return {}
-        stacked = {
-            name: torch.stack([latents[name] for latents in kept], 1).flatten(0, 1)
-            for name in division.latents
-        }
-        values = constrained_particles(self.model, division.sites, arguments, stacked)
-        return {
-            name: value.reshape(self.num_particles, len(kept), *value.shape[1:])
-            for name, value in values.items()
-        }
 
     def _evidence_refusal(self, division: Division) -> str:
         """Why there is no evidence estimate; empty if there is one."""
@@ -642,16 +389,6 @@ class DCPC:
         return self._posterior
 
 
-def _cell_sum(
-    log_prob: Tensor, division: Division, batch_shape: torch.Size | None = None
-) -> Tensor:
-    """Sums one particle's log-density over all but the population plates."""
-    if batch_shape is not None and log_prob.dim() > len(batch_shape):
-        log_prob = log_prob.flatten(len(batch_shape)).sum(-1)
-    plates = [plate for plate in division.population if -plate.dim <= log_prob.dim()]
-    return sum_to_plates(log_prob.unsqueeze(0), plates).squeeze(0)
-
-
 def _cuda_devices() -> list[int]:
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
@@ -665,50 +402,6 @@ def _seeded(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng(devices=_cuda_devices()):
         torch.manual_seed(seed)
         yield
-
-
-class _Bar:
-    """A progress bar over the stages of a run, silent if asked to be."""
-
-    def __init__(self, show: bool) -> None:
-        self._show = show
-        self._bar: tqdm | None = None
-        self._shown = time.monotonic()
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def stage(self, name: str, total: int | None = None) -> None:
-        """Starts a stage: annealing by temperature, or a number of sweeps."""
-        if self._bar is not None:
-            self._bar.close()
-        layout = None if total is not None else "{l_bar}{bar}| {n:.3g}/1 [{elapsed}{postfix}]"
-        self._bar = tqdm(
-            total=1.0 if total is None else total,
-            desc=name,
-            disable=not self._show,
-            bar_format=layout,
-        )
-
-    def temperature(self, temperature: float) -> None:
-        """The temperature that annealing has reached."""
-        assert self._bar is not None
-        self._bar.update(temperature - self._bar.n)
-
-    def advance(self, info: SweepInfo) -> None:
-        """One sweep is done."""
-        assert self._bar is not None
-        if self._show and time.monotonic() - self._shown > 0.5:
-            self._shown = time.monotonic()
-            ess = float(info.ess.mean())
-            rates = [float(s.mean()) for s in info.statistic.values()]
-            accept = sum(rates) / len(rates) if rates else math.nan
-            self._bar.set_postfix_str(f"ess {ess:.0f}, acceptance {accept:.2f}", refresh=False)
-        self._bar.update(1)
 
 
 __all__ = ["DCPC", "Units"]

@@ -1,0 +1,207 @@
+"""Effect handlers that run a Pyro program on unconstrained values, and what they share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
+
+from dcpc.errors import ModelError
+
+INITIAL_RADIUS = 2.0
+"""Half-width of the uniform distribution (unconstrained space) that flat priors start from."""
+
+
+def transform_of(fn: Any) -> Transform:
+    """The bijection from unconstrained space to the support of a distribution."""
+    return biject_to(fn.support)
+
+
+def improper(fn: Any) -> bool:
+    """Whether a distribution is a flat prior: `ImproperUniform`, or one with `.mask(False)`."""
+    return any(
+        isinstance(part, dist.ImproperUniform)
+        or (isinstance(part, dist.MaskedDistribution) and part._mask is False)
+        for part in layers(fn)
+    )
+
+
+class Substitute(Messenger):
+    """Replaces latents by the images of unconstrained values and records the log-factors."""
+
+    def __init__(self, latents: Mapping[str, Tensor], sites: Collection[str] | None) -> None:
+        super().__init__()
+        self.latents = latents
+        self.sites = sites
+        self.values: dict[str, Tensor] = {}
+        self.log_factors: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None:
+            indices = msg["fn"]()
+            whole = len(indices) == msg["fn"].size
+            msg["value"] = indices.as_subclass(_Indices) if whole else indices
+        if msg["name"] not in self.latents:
+            return
+        u = self.latents[msg["name"]]
+        transform = transform_of(msg["fn"])
+        value = transform(u)
+        msg["value"], msg["done"] = value, True
+        self.values[msg["name"]] = value
+        if self.sites is not None and not _is_identity(transform):
+            msg["infer"] = {
+                **msg["infer"],
+                "_log_det_jacobian": transform.log_abs_det_jacobian(u, value),
+            }
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if self.sites is None or not is_random(msg):
+            return
+        name = msg["name"]
+        if name not in self.sites:
+            raise ModelError(
+                f"site '{name}' appeared in this run of the model but not in the first one; the "
+                "set of sites must not change between runs (static structure)"
+            )
+        with _unvalidated(msg["fn"]):
+            log_factor = msg["fn"].log_prob(msg["value"])
+        log_det = msg["infer"].get("_log_det_jacobian")
+        if log_det is not None:
+            extra = log_det.dim() - log_factor.dim()
+            log_factor = log_factor + (
+                log_det.sum(tuple(range(-extra, 0))) if extra > 0 else log_det
+            )
+        self.log_factors[name] = _scale_and_mask(log_factor, msg["scale"], msg["mask"])
+
+
+class _Indices(Tensor):
+    """A plate's indices. Iterated over, as a sequential plate does, they give plain integers.
+
+    Pyro would take them out of torch one by one, which a program that is captured cannot.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+
+class InitialiseFlat(Messenger):
+    """Gives sites with an `ImproperUniform` prior a value, which Pyro cannot sample."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if msg["done"] or msg["is_observed"] or not improper(fn):
+            return
+        base = next((part for part in layers(fn) if isinstance(part, dist.ImproperUniform)), None)
+        if base is None:
+            return
+        transform = transform_of(fn)
+        shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
+        msg["value"] = transform((2 * torch.rand(shape) - 1) * INITIAL_RADIUS)
+        msg["done"] = True
+
+
+class Draw(Messenger):
+    """Samples by inverse CDF where a distribution's own sampler cannot be vectorised.
+
+    Some samplers of torch (Cauchy, Exponential, Laplace) fill a tensor in place, which `vmap`
+    refuses.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["done"] or msg["is_observed"] or not is_random(msg):
+            return
+        fn = msg["fn"]
+        try:
+            msg["value"] = fn()
+        except RuntimeError as error:
+            if "inplace randomness" not in str(error):
+                raise
+            base = fn
+            while isinstance(base, torch.distributions.Independent):
+                base = base.base_dist
+            like = next(value for value in vars(base).values() if isinstance(value, Tensor))
+            shape = fn.batch_shape + fn.event_shape
+            uniform = torch.rand(shape, dtype=like.dtype, device=like.device)
+            msg["value"] = base.icdf(uniform)
+        msg["done"] = True
+
+
+def is_random(msg: Any) -> bool:
+    """A site with a density: not a deterministic, not a plate's subsample."""
+    return (
+        msg["type"] == "sample"
+        and not site_is_subsample(msg)
+        and not msg["infer"].get("_deterministic", False)
+    )
+
+
+def mean_of(fn: Any) -> Tensor:
+    """Mean of a distribution, `(*batch, *event)`."""
+    return fn.mean
+
+
+def layers(fn: Any) -> Iterator[Any]:
+    """The distribution and those that it wraps (Independent, Masked, Expanded)."""
+    while fn is not None:
+        yield fn
+        fn = getattr(fn, "base_dist", None)
+
+
+def _is_identity(transform: Transform) -> bool:
+    if isinstance(transform, IndependentTransform):
+        return _is_identity(transform.base_transform)
+    return isinstance(transform, ComposeTransform) and not transform.parts
+
+
+def _scale_and_mask(value: Tensor, scale: Any, mask: Any) -> Tensor:
+    if mask is False:
+        return torch.zeros_like(value)
+    if not (isinstance(scale, float | int) and scale == 1):
+        value = value * scale
+    if mask is None or mask is True:
+        return value
+    return torch.where(mask, value, value.new_zeros(()))
+
+
+@contextmanager
+def _unvalidated(fn: Any) -> Iterator[None]:
+    """Switches off the validation of a distribution that was made outside of the model.
+
+    An expanded prior, such as a `PyroSample`'s, remembers the setting that it was made under.
+    Validation branches on values, which neither `vmap` nor a capture can.
+    """
+    validated = [part for part in _nested(fn) if part.__dict__.get("_validate_args")]
+    for part in validated:
+        part._validate_args = False
+    try:
+        yield
+    finally:
+        for part in validated:
+            part._validate_args = True
+
+
+def _nested(fn: Any) -> Iterator[Any]:
+    """The distribution and all that it is made of."""
+    yield fn
+    for part in list(vars(fn).values()):
+        if isinstance(part, torch.distributions.Distribution):
+            yield from _nested(part)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Pyro warns on every run about, for example, undeclared batch dimensions; once is enough."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

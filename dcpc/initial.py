@@ -1,0 +1,128 @@
+"""Where particles start: the prior, a reference distribution, or a guide, with proper weights.
+
+In every case the state's `log_joint` is the log-density that the particles were drawn from, so
+that the first reweighting to the target gives each its importance weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyro
+import torch
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from dcpc.divide import Arguments, Division, Reference, Target, prior_particles
+from dcpc.divide.model import Model, transform_of, unconstrain
+from dcpc.divide.program import map_particles
+from dcpc.divide.unit import sum_to_plates
+from dcpc.errors import OptionError
+from dcpc.recombine import LogWeights
+from dcpc.sweep import SweepState
+
+REFERENCE_SCALE = 2.0
+"""Spread, in unconstrained space, that latents with flat priors start with."""
+
+INITIAL_SCALE = 1.0
+"""Spread, in unconstrained space, around initial values that the user gives."""
+
+
+def starting_references(
+    model: Model,
+    division: Division,
+    arguments: Arguments,
+    initial_values: Mapping[str, Tensor],
+) -> dict[str, Reference]:
+    """Starting distributions of the latents with flat priors or with initial values.
+
+    Args:
+        initial_values: Constrained values by site.
+
+    Raises:
+        OptionError: A name that is not a latent.
+    """
+    unknown = set(initial_values) - set(division.latents)
+    if unknown:
+        raise OptionError(
+            f"initial_values names {sorted(unknown)}, but the latents are {division.latents}"
+        )
+    args, kwargs = arguments.rebuild(arguments.tensors)
+    given = unconstrain(model, initial_values, args, kwargs, set(initial_values))
+    references = {name: Reference(u, INITIAL_SCALE) for name, u in given.items()}
+    template = prior_particles(model, division.sites, arguments, 1)
+    for name in division.latents:
+        if division.sites[name].is_improper and name not in references:
+            references[name] = Reference(torch.zeros_like(template[name][0]), REFERENCE_SCALE)
+    return references
+
+
+def draw_from_prior(
+    model: Model,
+    division: Division,
+    arguments: Arguments,
+    num_particles: int,
+    references: Mapping[str, Reference],
+) -> SweepState:
+    """Independent particles from the prior, or from references where a latent has one."""
+    latents = prior_particles(model, division.sites, arguments, num_particles)
+    for name, reference in references.items():
+        noise = torch.randn_like(latents[name])
+        latents[name] = reference.loc + reference.scale * noise
+    with torch.no_grad():
+        log_joint = division.log_joint(latents, arguments.tensors, Target(0.0, references))
+    return SweepState(latents, LogWeights(torch.zeros_like(log_joint)), log_joint)
+
+
+def draw_from_guide(
+    model: Model,
+    guide: Model,
+    division: Division,
+    arguments: Arguments,
+    num_particles: int,
+) -> SweepState:
+    """Independent particles from a guide; the state refers to its log-density.
+
+    Raises:
+        OptionError: The guide does not sample all latents.
+    """
+    args, kwargs = arguments.rebuild(arguments.tensors)
+
+    def draw(_: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad(), pyro.validation_enabled(False):
+            trace = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
+            trace.compute_log_prob()
+            missing = set(division.latents) - set(trace.nodes)
+            if missing:
+                raise OptionError(
+                    f"the guide does not sample latent site(s) {sorted(missing)}; it samples "
+                    f"{list(trace.stochastic_nodes)}"
+                )
+            replayed = pyro.poutine.trace(pyro.poutine.replay(model, trace))
+            nodes = replayed.get_trace(*args, **kwargs).nodes
+        drawn, terms = {}, []
+        for name in division.latents:
+            transform, value = transform_of(nodes[name]["fn"]), nodes[name]["value"]
+            drawn[name] = transform.inv(value)
+            log_det = transform.log_abs_det_jacobian(drawn[name], value)
+            batch_dims = len(division.sites[name].batch_shape)
+            if log_det.dim() > batch_dims:
+                log_det = log_det.flatten(batch_dims).sum(-1)
+            terms.append(_by_cell(log_det, division))
+        terms += [
+            _by_cell(node["unscaled_log_prob"], division)
+            for node in trace.nodes.values()
+            if node["type"] == "sample" and not site_is_subsample(node)
+        ]
+        return {**drawn, "_log_guide": torch.stack(torch.broadcast_tensors(*terms)).sum(0)}
+
+    guide(*args, **kwargs)  # an autoguide sets itself up in its first call
+    latents = map_particles(draw, torch.zeros(num_particles), division.latents)
+    log_guide = latents.pop("_log_guide")
+    return SweepState(latents, LogWeights(torch.zeros_like(log_guide)), log_guide)
+
+
+def _by_cell(log_prob: Tensor, division: Division) -> Tensor:
+    """Sums one particle's log-density over all but the population plates."""
+    plates = [plate for plate in division.population if -plate.dim <= log_prob.dim()]
+    return sum_to_plates(log_prob.unsqueeze(0), plates).squeeze(0)
