@@ -1,0 +1,110 @@
+"""Every command and every example of the README runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SMALL = [
+    "--trainer.max_epochs=1",
+    "--trainer.check_val_every_n_epoch=1",
+    "--model.num_temperatures=3",
+    "--model.evaluation_particles=2",
+]
+EVALUATION = SMALL[2:]
+
+
+def blocks(language: str) -> list[str]:
+    """Fenced code blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    """The README's commands, line by line."""
+    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+def steps(command: str) -> list[str]:
+    return [step.strip() for step in command.split("&&")]
+
+
+INSTALLS = [command for command in commands() if "pip install" in command]
+BENCHMARKS = [command for command in commands() if "experiments.benchmarks" in command]
+SLOW_TESTS = [command for command in commands() if command.startswith("pytest ")]
+
+
+def run(command: list[str], folder: Path) -> str:
+    """Runs a command in a folder; its output, or a failure that shows it."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def dcpc_command(command: str, small: list[str]) -> list[str]:
+    """A `dcpc` command of the README, in this interpreter, made small."""
+    words = shlex.split(command)
+    assert words[0] == "dcpc"
+    return [sys.executable, "-c", "from dcpc.training.cli import main; main()", *words[1:], *small]
+
+
+def test_the_readme_has_one_line_that_installs_and_trains_and_one_that_installs_and_tests() -> None:
+    last = [steps(command)[-1] for command in INSTALLS]
+    assert last == ["dcpc fit --config configs/digits.json", "pytest"]
+
+
+def test_the_training_commands_of_the_readme_run_one_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    ran = 0
+    for command in commands():
+        if command.startswith("dcpc fit"):
+            run(dcpc_command(command, SMALL), tmp_path)
+        elif command.startswith("dcpc "):
+            run(dcpc_command(command, EVALUATION), tmp_path)
+        else:
+            continue
+        ran += 1
+    assert ran >= 4
+    assert (tmp_path / "runs" / "digits" / "last.ckpt").exists()
+
+
+def test_tensorboard_takes_the_command_of_the_readme() -> None:
+    (command,) = [c for c in commands() if c.startswith("tensorboard")]
+    run([sys.executable, "-m", "tensorboard.main", "--help"], ROOT)
+    assert shlex.split(command)[1:] == ["--logdir", "runs"]
+
+
+def test_the_example_of_the_readme_runs_and_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = blocks("python")
+    names: dict[str, object] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    posterior = names["posterior"]
+    # posteriordb's reference: mu 4.41 +- 3.30, tau 3.60 +- 3.20; 1000 particles.
+    assert abs(float(posterior.mean()["mu"]) - 4.41) < 4 * 3.30 / 1000**0.5
+    assert abs(float(posterior.mean()["tau"]) - 3.60) < 4 * 3.20 / 1000**0.5
+    assert "log evidence" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", BENCHMARKS)
+def test_the_benchmarks_of_the_readme_run(command: str) -> None:
+    words = shlex.split(command)
+    run([sys.executable, *words[1:]], ROOT)
+
+
+@pytest.mark.slow
+def test_the_two_commands_install_and_run_from_a_fresh_clone(tmp_path: Path) -> None:
+    for number, command in enumerate(INSTALLS):
+        clone = tmp_path / str(number)
+        run(["git", "clone", "--quiet", str(ROOT), str(clone)], tmp_path)
+        run(["bash", "-c", command], clone)
+
+
+def test_every_command_of_the_readme_is_covered_here() -> None:
+    known = (*INSTALLS, *BENCHMARKS, *SLOW_TESTS)
+    rest = [c for c in commands() if c not in known and not c.startswith(("dcpc ", "tensorboard "))]
+    assert rest == []
