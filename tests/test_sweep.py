@@ -1,0 +1,246 @@
+"""One sweep: what it keeps, what it changes, what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import gaussian_chain, linear_gaussian_dag
+
+from dcpc import DCPC
+from dcpc.divide import Arguments, Target
+from dcpc.errors import DataError, DegenerateWeightsError
+from dcpc.recombine import LogWeights
+from dcpc.sweep import SweepState, resample, retarget
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def copied(state: SweepState):
+    tensors = [state.log_joint, state.log_weight.log_weight, *state.latents.values()]
+    for learned in state.adaptation.values():
+        tensors += [*learned.preconditioner.values(), *learned.step_size.values()]
+    return tensors, [tensor.clone() for tensor in tensors]
+
+
+@pytest.mark.parametrize("algorithm", ["dcpc", "dcpc-smc", "dcpc-paper", "pgd"])
+def test_sweeping_leaves_the_old_state_as_it_was(algorithm):
+    exact = linear_gaussian_dag(3)
+    engine = DCPC(exact.model, num_particles=20, algorithm=algorithm)
+    state, _ = engine.sweep(engine.init())
+    tensors, before = copied(state)
+    engine.sweep(state)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ["dcpc", "dcpc-smc"])
+@pytest.mark.parametrize("seed", range(3))
+def test_log_joint_that_particles_carry_is_that_of_their_values(algorithm, seed):
+    """The sum of the units' gains over a sweep is the change of the joint: no unit lacks a child."""
+    exact = linear_gaussian_dag(seed)
+    engine = DCPC(exact.model, num_particles=20, algorithm=algorithm)
+    state = engine.init()
+    for _ in range(4):
+        state, _ = engine.sweep(state)
+        expected = engine.division().log_joint(state.latents, ())
+        torch.testing.assert_close(state.log_joint, expected)
+
+
+def test_log_joint_is_carried_per_population_cell_too():
+    chain = gaussian_chain(6)
+    engine = DCPC(chain.model, num_particles=5)
+    state = engine.init(*chain.args)
+    assert state.log_joint.shape == (5, 6)
+    for _ in range(3):
+        state, _ = engine.sweep(state, *chain.args)
+        expected = engine.division(*chain.args).log_joint(state.latents, chain.args)
+        torch.testing.assert_close(state.log_joint, expected)
+
+
+def test_weights_take_the_ratio_when_the_parameters_move():
+    def model(x):
+        loc = pyro.param("loc", torch.tensor(0.0))
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor(0.5)
+    engine = DCPC(model, num_particles=30, resample_threshold=0.0)
+    state = engine.init(x)
+    state, _ = engine.sweep(state, x)
+    division = engine.division(x)
+    old, z = state.log_weight.log_weight, state.latents["z"]
+    with torch.no_grad():
+        pyro.param("loc").add_(0.4)
+    new = retarget(division, state, (x,)).log_weight.log_weight
+    expected = dist.Normal(0.4, 1.0).log_prob(z) - dist.Normal(0.0, 1.0).log_prob(z)
+    torch.testing.assert_close(new - old, expected)
+    swept, _ = engine.sweep(state, x)
+    torch.testing.assert_close(swept.log_weight.log_weight, new)
+
+
+def test_tempering_applies_to_likelihoods_only():
+    exact = linear_gaussian_dag(1)
+    engine = DCPC(exact.model, num_particles=7)
+    state = engine.init()
+    division = engine.division()
+    factors = division.log_factors(state.latents, ())
+    for beta in (0.0, 0.3, 1.0):
+        expected = sum(
+            (beta if site.is_observed else 1.0) * factors[name]
+            for name, site in division.sites.items()
+        )
+        got = division.log_joint(state.latents, (), Target(beta))
+        torch.testing.assert_close(got, expected)
+
+
+def test_unit_densities_are_tempered_like_the_joint():
+    exact = linear_gaussian_dag(2)
+    engine = DCPC(exact.model, num_particles=7)
+    state = engine.init()
+    division = engine.division()
+    target = Target(0.3)
+    for group in division.groups:
+        value = group.pack(state.latents)
+        for position in range(len(group.units)):
+            moved = value.clone()
+            moved[..., position, :] += 0.5
+            latents = {**state.latents, **group.unpack(moved)}
+            change = group.log_density(moved, state.latents, (), target) - group.log_density(
+                value, state.latents, (), target
+            )
+            expected = division.log_joint(latents, (), target) - division.log_joint(
+                state.latents, (), target
+            )
+            torch.testing.assert_close(change[..., position], expected)
+
+
+def weighted_state(engine, args, log_weight):
+    state = engine.init(*args)
+    return SweepState(state.latents, LogWeights(log_weight), state.log_joint)
+
+
+def test_resampling_moves_whole_particles_of_the_cells_that_need_it():
+    chain = gaussian_chain(3)
+    engine = DCPC(chain.model, num_particles=4)
+    log_weight = torch.zeros(4, 3)
+    log_weight[:, 1] = torch.tensor([0.0, -50.0, -50.0, -50.0])
+    state = weighted_state(engine, chain.args, log_weight)
+    division = engine.division(*chain.args)
+    after, ancestors = resample(division, state, engine.parts, chain.args)
+    assert ancestors[:, 1].tolist() == [0, 0, 0, 0]
+    for cell in (0, 2):
+        assert ancestors[:, cell].tolist() == [0, 1, 2, 3]
+    for name, u in state.latents.items():
+        for cell in range(3):
+            assert torch.equal(after.latents[name][:, cell], u[ancestors[:, cell], cell])
+    for cell in range(3):
+        assert torch.equal(after.log_joint[:, cell], state.log_joint[ancestors[:, cell], cell])
+    torch.testing.assert_close(after.log_weight.log_mean(), state.log_weight.log_mean())
+    assert torch.equal(after.log_weight.log_weight[0, 1], after.log_weight.log_weight[3, 1])
+
+
+def test_info_reports_the_resampling_and_the_ess_before_it():
+    chain = gaussian_chain()
+    engine = DCPC(chain.model, num_particles=4, algorithm="dcpc-smc")
+    state = engine.init(*chain.args)
+    log_joint = engine.division(*chain.args).log_joint(state.latents, chain.args)
+    skewed = torch.tensor([0.0, -40.0, -40.0, -40.0])
+    state = SweepState(state.latents, LogWeights(skewed), log_joint)
+    _, info = engine.sweep(state, *chain.args)
+    assert info.ess.item() == pytest.approx(1.0)
+    assert info.ancestors.tolist() == [0, 0, 0, 0]
+    assert set(info.statistic) == set(info.step_size) == {"z1", "z2"}
+
+
+def test_frozen_adaptation_stays():
+    exact = linear_gaussian_dag(1)
+    engine = DCPC(exact.model, num_particles=50)
+    state = engine.init()
+    for _ in range(5):
+        state, _ = engine.sweep(state)
+    frozen, _ = engine.sweep(state, adapt=False)
+    for name, learned in state.adaptation.items():
+        for part in ("preconditioner", "step_size"):
+            for key, value in getattr(learned, part).items():
+                assert torch.equal(getattr(frozen.adaptation[name], part)[key], value)
+    moving, _ = engine.sweep(state, adapt=True)
+    assert any(
+        not torch.equal(moving.adaptation[n].step_size["log_step"], a.step_size["log_step"])
+        for n, a in state.adaptation.items()
+    )
+
+
+def test_fixed_step_size_is_not_adapted():
+    exact = linear_gaussian_dag(1)
+    engine = DCPC(exact.model, num_particles=50, step_size=0.07)
+    state = engine.init()
+    for _ in range(3):
+        state, info = engine.sweep(state)
+    for step_size in info.step_size.values():
+        torch.testing.assert_close(step_size, torch.full_like(step_size, 0.07))
+
+
+def test_adaptation_reaches_the_target_acceptance_in_every_unit():
+    exact = linear_gaussian_dag(2)
+    engine = DCPC(exact.model, num_particles=500)
+    posterior = engine.run(num_sweeps=300, seed=0, progress=False)
+    for name, rate in posterior.acceptance.items():
+        assert rate == pytest.approx(0.574, abs=0.06), name
+
+
+def test_a_cell_without_any_density_is_an_error_that_names_the_site():
+    def model(x):
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0))
+            good = pyro.sample("fine", dist.Normal(z, 1.0))
+            loc = torch.where(torch.tensor([False, True, False]), good * math.nan, good)
+            pyro.sample("broken", dist.Normal(loc, 1.0, validate_args=False), obs=x)
+
+    x = torch.zeros(3)
+    engine = DCPC(model, num_particles=6, certify=False)
+    state = engine.init(x)
+    with pytest.raises(DegenerateWeightsError, match=r"all 6 particles.*1 of 3.*\['broken'\]"):
+        engine.sweep(state, x)
+
+
+def test_single_bad_particles_are_left_behind_and_counted():
+    """`sqrt` of a negative latent is NaN: half the prior has zero density."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z.sqrt(), 0.5, validate_args=False), obs=x)
+
+    posterior = DCPC(model, num_particles=200).run(
+        torch.tensor(0.7), num_sweeps=30, seed=0, progress=False
+    )
+    assert posterior.num_bad > 0
+    assert float(posterior.samples["z"].min()) > 0
+    assert "NaN or infinite" in posterior.format_summary()
+
+
+def test_a_state_of_other_data_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    engine = DCPC(model, num_particles=5)
+    state = engine.init(torch.zeros(4))
+    with pytest.raises(DataError, match=r"'z' have shape \(5, 4\).*ask for \(5, 3\).*init"):
+        engine.sweep(state, torch.zeros(3))
+
+
+def test_division_serves_new_data_without_dividing_again():
+    chain = gaussian_chain(4)
+    engine = DCPC(chain.model, num_particles=5)
+    first = engine.division(torch.zeros(4))
+    assert engine.division(torch.ones(4)) is first
+    latents = {"z1": torch.zeros(5, 4), "z2": torch.zeros(5, 4)}
+    tensors = Arguments((torch.ones(4),), {}).tensors
+    expected = dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.0))
+    expected = expected + dist.Normal(0.0, 0.3).log_prob(torch.tensor(0.0))
+    expected = expected + dist.Normal(0.0, 1.0).log_prob(torch.tensor(1.0))
+    torch.testing.assert_close(first.log_joint(latents, tensors), expected.expand(5, 4))
