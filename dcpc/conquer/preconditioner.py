@@ -62,18 +62,18 @@ class Diagonal(Metric):
 
 @dataclass(frozen=True)
 class Dense(Metric):
-    """`P = F F^T` with a square `factor`, broadcastable to `(*plates, n, d, d)`."""
+    """`P = F F^T` with a triangular `factor`, broadcastable to `(*plates, n, d, d)`."""
 
     factor: Tensor
 
     def colour(self, noise: Tensor) -> Tensor:
-        return (self.factor @ noise.unsqueeze(-1)).squeeze(-1)
+        return _multiply(self.factor, noise)
 
     def whiten_score(self, score: Tensor) -> Tensor:
-        return (self.factor.mT @ score.unsqueeze(-1)).squeeze(-1)
+        return _multiply(self.factor.mT, score)
 
     def half_log_det(self) -> Tensor:
-        return torch.linalg.slogdet(self.factor).logabsdet
+        return self.factor.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
 
 
 class Preconditioner(ABC):
@@ -242,6 +242,13 @@ PRECONDITIONERS: dict[str, type[Preconditioner]] = {
     "dense": DenseSecondMoment,
     "adapted": Adapted,
 }
+
+
+def _multiply(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """`(*plates, n, d, d)` times `(K, *plates, n, d)`; one product where plates share a matrix."""
+    if matrix.shape[:-3].numel() == 1:
+        return torch.einsum("...ni,nji->...nj", vectors, matrix.reshape(matrix.shape[-3:]))
+    return (matrix @ vectors.unsqueeze(-1)).squeeze(-1)
 
 
 def _pool(value: Tensor, population: int) -> Tensor:
