@@ -62,7 +62,7 @@ class Diagonal(Metric):
 
 @dataclass(frozen=True)
 class Dense(Metric):
-    """`P = F F^T` with a triangular `factor`, broadcastable to `(*plates, n, d, d)`."""
+    """`P = F F^T` with a square `factor`, broadcastable to `(*plates, n, d, d)`."""
 
     factor: Tensor
 
@@ -73,7 +73,7 @@ class Dense(Metric):
         return _multiply(self.factor.mT, score)
 
     def half_log_det(self) -> Tensor:
-        return self.factor.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+        return torch.linalg.slogdet(self.factor).logabsdet
 
 
 class Preconditioner(ABC):
