@@ -313,6 +313,11 @@ class DCPC:
 
     # -- internals ---------------------------------------------------------------------------
 
+    def _check_data(self, arguments: Arguments) -> None:
+        """Runs the model once on these data, whose shape may have been divided for others."""
+        with torch.random.fork_rng(devices=_cuda_devices()):
+            read_sites(self.model, *arguments.rebuild(arguments.tensors))
+
     def _divide(self, arguments: Arguments) -> Division:
         key = (arguments.key, parameter_key(self.model))
         if key in self._divisions:
@@ -344,6 +349,7 @@ class DCPC:
         initial_values: Mapping[str, Tensor] | None = None,
         conditional_ess: float = 0.9,
     ) -> Run:
+        self._check_data(arguments)
         return Run(
             self.model,
             self.guide,

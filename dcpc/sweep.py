@@ -230,12 +230,16 @@ def retarget(
 
     The temperature rose, the parameters were updated, or the particles were drawn from a prior
     or a guide: each weight takes the ratio of the new log-density to the one it refers to.
+
+    Raises:
+        DegenerateWeightsError: No particle of a population cell has positive density.
     """
     with torch.no_grad():
         log_joint = division.log_joint(state.latents, tensors, target)
-    return replace(
-        state, log_weight=state.log_weight.add(log_joint - state.log_joint), log_joint=log_joint
-    )
+    log_weight = state.log_weight.add(log_joint - state.log_joint)
+    moved = replace(state, log_weight=log_weight, log_joint=log_joint)
+    _check_alive(division, moved, tensors, target)
+    return moved
 
 
 def resample(
