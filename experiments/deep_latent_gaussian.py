@@ -5,6 +5,7 @@ Sennesh, Wu & Salvatori (2024), section 5, after Rezende, Mohamed & Wierstra (20
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -70,7 +71,7 @@ class DeepLatentGaussian(nn.Module):
         self.likelihood = likelihood
         sizes = (*latent_sizes, math.prod(image_shape))
         self.layers = nn.ModuleList(
-            nn.Linear(above, below) for above, below in zip(sizes, sizes[1:], strict=False)
+            nn.Linear(above, below) for above, below in itertools.pairwise(sizes)
         )
         self.scales = nn.ModuleList(ScaleTril(size) for size in latent_sizes[1:])
 

@@ -21,7 +21,15 @@ __all__ = ["EvaluationTable", "ImageGrids", "PredictionWriter", "RunReport", "Sw
 
 
 class SweepMonitor(Callback):
-    """Logs every unit's acceptance and step size, at the trainer's logging interval."""
+    """Logs every unit's acceptance and step size, and the number of bad log-densities.
+
+    Args:
+        every_n_steps: Every so many steps; the trainer's `log_every_n_steps`, since it drops what
+            is logged in between.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self.every_n_steps = every_n_steps
 
     def on_train_batch_end(
         self,
@@ -33,7 +41,7 @@ class SweepMonitor(Callback):
     ) -> None:
         assert isinstance(pl_module, ParticleModule)
         info = pl_module.last_sweep
-        if info is None or trainer.global_step % trainer.log_every_n_steps:
+        if info is None or trainer.global_step % self.every_n_steps:
             return
         division = pl_module.inference.division(batch[0])
         for kind, values in (("acceptance", info.statistic), ("step_size", info.step_size)):
@@ -84,10 +92,9 @@ class EvaluationTable(Callback):
 
     def _print(self, module: LightningModule) -> None:
         assert isinstance(module, ParticleModule)
+        num_particles = module.held_out_inference.num_particles
         summary = summarise(module.evaluations)
-        print(
-            format_table(summary, module.held_out_inference.num_particles, module.num_temperatures)
-        )
+        print("\n" + format_table(summary, num_particles, module.num_temperatures))
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -112,9 +119,8 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         folder = Path(self.folder or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        merged = {
-            name: torch.cat([batch[name] for batch in predictions]) for name in predictions[0]
-        }
+        names = predictions[0]
+        merged = {name: torch.cat([batch[name] for batch in predictions]) for name in names}
         torch.save(merged, folder / "predictions.pt")
         print(f"{len(merged['index'])} reconstructions and samples: {folder / 'predictions.pt'}")
         if merged["originals"].dim() != 4:
@@ -147,9 +153,7 @@ class RunReport(Callback):
             return
         summary = summarise(pl_module.evaluations)
         epoch = trainer.current_epoch + 1 if trainer.state.fn == "fit" else 0
-        trainer.print(
-            f"epoch {epoch:>3}: held-out evidence NLL {_with_error(summary)} nats per datum"
-        )
+        trainer.print(f"epoch {epoch:>3}: held-out evidence NLL {_with_error(summary)}")
         if trainer.global_step == 0:
             self.before = summary
         self.after = summary

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 from torch import nn
@@ -31,7 +30,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     try:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, BadZipFile):
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
         checkpoint = None
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(

@@ -45,6 +45,20 @@ unless --ckpt_path names another one. `dcpc fit --help` lists the keys of a conf
 `dcpc fit --print_config` prints one, `tensorboard --logdir runs` shows the runs.
 """
 
+CONFIG_OPTIONS = ("--config", "-c")
+
+LIGHTNING_REMARKS = (
+    ".*does not have many workers",
+    ".*configure_optimizers` will be overridden",
+    ".*LeafSpec.* is deprecated",
+    ".*callbacks used to create the checkpoint need to be provided",
+    ".*Checkpoint directory .* exists and is not empty",
+    ".*The dirpath has changed from",
+    r"\s*By default only one JsonargparseDeprecationWarning",
+    r"(?s).* was deprecated in v4\.\d+\.\d+ and will\s+be\s+removed\s+in\s+v5",
+)
+"""Warnings that are about Lightning's own doings, or that do not apply to `dcpc`."""
+
 
 class _Parser(LightningArgumentParser):
     """Reads JSON; says in one line what is wrong with a config, and exits with status 2."""
@@ -75,6 +89,7 @@ class TrainingCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
+        _quieten_lightning()
         super().__init__(
             ParticleModule,
             ImageData,
@@ -120,7 +135,8 @@ class TrainingCLI(LightningCLI):
         callbacks: list[Callback]
         if self.subcommand == "fit":
             checkpoint = ModelCheckpoint(filename="last", save_on_train_epoch_end=True)
-            callbacks = [SweepMonitor(), ImageGrids(), RunReport(), checkpoint]
+            monitor = SweepMonitor(options.log_every_n_steps or 50)
+            callbacks = [monitor, ImageGrids(), RunReport(), checkpoint]
             if options.logger in (None, True):
                 kwargs["logger"] = TensorBoardLogger(options.default_root_dir, name="")
         else:
@@ -149,22 +165,40 @@ def main(args: Sequence[str] | None = None) -> None:
     # As `python -m` does, so that a config may name classes in files of the working directory.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for remark in (".*does not have many workers", ".*LeafSpec.* is deprecated"):
-        warnings.filterwarnings("ignore", remark)
     try:
-        TrainingCLI([_find_config(argument) for argument in arguments])
+        TrainingCLI(_find_configs(arguments))
     except (DCPCError, OSError, MisconfigurationException) as error:
         _fail(str(error))
 
 
-def _find_config(argument: str) -> str:
-    """Finds `configs/*.json` in the installed package where the working directory has none."""
-    prefix, path = argument.split("=", 1) if argument.startswith("--config=") else ("", argument)
+def _find_configs(arguments: Sequence[str]) -> list[str]:
+    """Finds `configs/*.json` of the installed package where the working directory has none."""
+    found = []
+    for option, argument in zip(["", *arguments], arguments, strict=False):
+        name, _, path = argument.partition("=")
+        if option in CONFIG_OPTIONS:
+            found.append(_find_config(argument))
+        elif name in CONFIG_OPTIONS and path:
+            found.append(f"{name}={_find_config(path)}")
+        else:
+            found.append(argument)
+    return found
+
+
+def _find_config(path: str) -> str:
     shipped = Path(__file__).parents[2] / path
-    if not path.startswith("configs/") or Path(path).exists() or not shipped.exists():
-        return argument
-    return f"{prefix}={shipped}" if prefix else str(shipped)
+    if Path(path).is_file():
+        return path
+    if path.startswith("configs/") and shipped.is_file():
+        return str(shipped)
+    raise OptionError(f"--config: there is no file '{path}'")
+
+
+def _quieten_lightning() -> None:
+    for library in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    for remark in LIGHTNING_REMARKS:
+        warnings.filterwarnings("ignore", remark)
 
 
 def _check_writable(folder: Path) -> None:

@@ -98,11 +98,11 @@ class ImageData(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.training_set is not None
         sampler = EpochShuffle(len(self.training_set), self.seed)
-        return DataLoader(self.training_set, self.batch_size, sampler=sampler)
+        return DataLoader(self.training_set, batch_size=self.batch_size, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
         assert self.held_out_set is not None
-        return DataLoader(self.held_out_set, self.evaluation_batch_size)
+        return DataLoader(self.held_out_set, batch_size=self.evaluation_batch_size)
 
     def test_dataloader(self) -> DataLoader:
         return self.val_dataloader()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import torch
@@ -86,8 +87,11 @@ def prior_samples(model: Model, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     with torch.random.fork_rng(devices), torch.no_grad(), pyro.validation_enabled(False):
         torch.manual_seed(seed)
         trace = pyro.poutine.trace(pyro.poutine.uncondition(model)).get_trace(x)
-    sites = {name: trace.nodes[name] for name in trace.observation_nodes + trace.stochastic_nodes}
-    observed = {n: s for n, s in sites.items() if s["infer"].get("was_observed")}
+    observed: dict[str, Any] = {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and (site["infer"] or {}).get("was_observed")
+    }
     samples = _matching({name: site["value"] for name, site in observed.items()}, x)
     means = _matching({name: site["fn"].mean for name, site in observed.items()}, x)
     return samples, means

@@ -105,12 +105,19 @@ class ParticleModule(LightningModule):
     def on_train_start(self) -> None:
         """Opens the particle store, with the checkpoint's particles if there are any."""
         folder = self.store_folder or self.trainer.log_dir or self.trainer.default_root_dir
-        self.store = ParticleStore(Path(folder), len(self.trainer.train_dataloader.dataset))
+        loader = self.trainer.train_dataloader
+        assert loader is not None
+        self.store = ParticleStore(Path(folder), len(loader.dataset))
         if self._saved_particles is not None:
             self.store.load_state_dict(self._saved_particles)
             self._saved_particles = None
         if self._seed is None:
             self._seed = torch.initial_seed()
+
+    def on_fit_end(self) -> None:
+        """Removes the store's files: the checkpoint has the particles."""
+        if self.store is not None:
+            self.store.close()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sweeps a batch's particles, stores them, and returns the loss per datum, in nats."""
@@ -124,14 +131,15 @@ class ParticleModule(LightningModule):
             for _ in range(self.first_visit_sweeps if is_first_visit else 0):
                 state, _ = self.inference.sweep(state, x)
             for _ in range(self.sweeps_per_step):
-                state, self.last_sweep = self.inference.sweep(state, x)
+                state, info = self.inference.sweep(state, x)
                 if not self.automatic_optimization:
                     self._step_parameters(self.inference.loss(state, x) / len(x))
             loss = self.inference.loss(state, x) / len(x)
         self.store.write(index, state, axes)
         self.adaptation = state.adaptation
+        self.last_sweep = info
         self._num_steps += 1
-        ess = 100.0 * self.last_sweep.ess.mean() / state.num_particles
+        ess = 100.0 * info.ess.mean() / state.num_particles
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
         self.log("train/ess_percent", ess, prog_bar=True, batch_size=len(x))
         return loss

@@ -6,6 +6,7 @@ by the datum's index in the training set, so that any batching and any shuffling
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import weakref
@@ -33,8 +34,8 @@ class ParticleStore:
     """Particles of `num_data` data: latents, weights, and the log-joint that the weights refer to.
 
     The files are made at the first write, when shapes are known, in a fresh folder below `folder`
-    that disappears with the store; what outlives a run is the checkpoint, which holds
-    `state_dict()`. Pages that nobody has touched take neither memory nor disk space.
+    that disappears with the store or when it is closed; what outlives a run is the checkpoint,
+    which holds `state_dict()`. Pages that nobody has touched take neither memory nor disk space.
 
     Args:
         folder: Where the store's own folder is made; created if missing.
@@ -54,7 +55,7 @@ class ParticleStore:
                 f"the particle store cannot write to the folder '{folder}': {error.strerror}; "
                 "choose another one with trainer.default_root_dir or model.store_folder"
             ) from error
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self._remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self._latents: dict[str, Tensor] = {}
         self._log_weight = self._log_joint = torch.empty(0)
         self._visited = torch.zeros(num_data, dtype=torch.bool)
@@ -104,9 +105,9 @@ class ParticleStore:
         self._check(state, axes)
         for name, stored in self._latents.items():
             stored[index] = state.latents[name].detach().movedim(axes[name], 0).to(stored)
-        weights = state.log_weight
-        normalised = weights.log_weight - weights.log_mean()
-        self._log_weight[index] = normalised.detach().T.to(self._log_weight)
+        log_weight = state.log_weight.log_weight.detach()
+        normalised = torch.log_softmax(log_weight, 0) + math.log(len(log_weight))
+        self._log_weight[index] = normalised.T.to(self._log_weight)
         self._log_joint[index] = state.log_joint.detach().T.to(self._log_joint)
         self._visited[index] = True
 
@@ -140,6 +141,10 @@ class ParticleStore:
         self._latents = {name: self._fill(name, u) for name, u in saved["latents"].items()}
         self._log_weight = self._fill("log_weight", saved["log_weight"])
         self._log_joint = self._fill("log_joint", saved["log_joint"])
+
+    def close(self) -> None:
+        """Removes the files; the particles stay readable while the store lives."""
+        self._remove()
 
     def _create(self, state: SweepState, axes: Mapping[str, int]) -> None:
         rows = {name: u.movedim(axes[name], 0)[0] for name, u in state.latents.items()}

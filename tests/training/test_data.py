@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from dcpc.errors import DataError, OptionError
+from dcpc.training import DigitsData
+from dcpc.training.data import EpochShuffle, check_images
+
+
+def test_digits_are_split_into_disjoint_sets_that_hold_every_digit() -> None:
+    data = DigitsData(num_held_out=297, seed=5)
+    data.setup("fit")
+    parts = [data.training_set, data.held_out_set]
+    assert [len(part) for part in parts] == [1500, 297]
+    images = torch.cat([part.tensors[0] for part in parts]).flatten(1)
+    labels = torch.cat([part.tensors[1] for part in parts])
+    raw = torch.tensor(load_digits().images).flatten(1)
+    key = torch.arange(1.0, 65.0, dtype=torch.float64).sqrt()  # tells images apart
+    ours, theirs = (16.0 * images.double()) @ key, raw @ key
+    order, reference = ours.argsort(), theirs.argsort()
+    assert torch.allclose(ours[order], theirs[reference])
+    assert torch.equal(labels[order], torch.tensor(load_digits().target)[reference])
+
+
+def test_the_split_depends_on_the_seed_alone() -> None:
+    held_out = []
+    for seed in (0, 0, 1):
+        data = DigitsData(seed=seed)
+        data.setup("test")
+        held_out.append(data.held_out_set.tensors[0])
+    assert torch.equal(held_out[0], held_out[1])
+    assert not torch.equal(held_out[0], held_out[2])
+
+
+def test_every_batch_carries_the_index_of_its_data_in_the_training_set() -> None:
+    data = DigitsData(batch_size=64)
+    data.setup("fit")
+    seen = []
+    for images, labels, index in data.train_dataloader():
+        assert images.shape[1:] == (1, 8, 8)
+        assert torch.equal(images, data.training_set.tensors[0][index])
+        assert torch.equal(labels, data.training_set.tensors[1][index])
+        seen.append(index)
+    assert sorted(torch.cat(seen).tolist()) == list(range(1500))
+
+
+def test_the_order_of_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_only() -> None:
+    orders = {}
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        shuffle = EpochShuffle(50, seed)
+        shuffle.set_epoch(epoch)
+        torch.rand(3)  # the global random state does not matter
+        orders[seed, epoch] = list(shuffle)
+        assert sorted(orders[seed, epoch]) == list(range(50))
+        assert orders[seed, epoch] == list(shuffle)
+    assert len({tuple(order) for order in orders.values()}) == 3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -0.1, 1.5])
+def test_an_intensity_that_is_no_number_in_the_unit_interval_is_named(bad: float) -> None:
+    images = torch.rand(5, 1, 2, 2)
+    images[3, 0, 1, 0] = bad
+    with pytest.raises(DataError, match=rf"Scans: image 3 has the intensity {bad:g}"):
+        check_images(images, "Scans")
+
+
+def test_sizes_out_of_range_are_named() -> None:
+    with pytest.raises(OptionError, match=r"data.batch_size must be at least 1, got 0"):
+        DigitsData(batch_size=0)
+    with pytest.raises(OptionError, match=r"data.num_held_out must be smaller than .* 1797"):
+        DigitsData(num_held_out=1797).setup("fit")

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import gc
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning import Callback, Trainer
+
+from dcpc.algorithms import PRESETS
+from dcpc.errors import OptionError
+from dcpc.training import ParticleModule, StoreError
+from dcpc.training.checkpoint import CheckpointError, check_checkpoint, read_checkpoint
+
+
+class Record(Callback):
+    """Keeps every step's loss."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+
+def assert_same(one: object, other: object, where: str = "") -> None:
+    """Equality, bit for bit, of nested dicts, lists, tensors and numbers."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    else:
+        assert one == other, where
+
+
+def test_a_resumed_run_continues_bit_for_bit(
+    deep_module: Callable, images: type, trainer: Callable, tmp_path: Path
+) -> None:
+    whole, first, second = Record(), Record(), Record()
+
+    def fit(epochs: int, record: Record, **options: object) -> Trainer:
+        torch.manual_seed(11 if not options else 99)  # the second process starts elsewhere
+        run = trainer(max_epochs=epochs, callbacks=[record])
+        run.fit(deep_module(sweeps_per_step=2), datamodule=images(batch_size=6), **options)
+        return run
+
+    uninterrupted = fit(4, whole)
+    fit(2, first).save_checkpoint(tmp_path / "half.ckpt")
+    resumed = fit(4, second, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+
+    assert len(whole.losses) == 4 * 4  # 20 training images in batches of 6, 6, 6 and 2
+    assert first.losses + second.losses == whole.losses
+    assert_same(uninterrupted.model.state_dict(), resumed.model.state_dict())
+    assert_same(uninterrupted.model.store.state_dict(), resumed.model.store.state_dict())
+    checkpoints: list[dict] = [{}, {}]
+    for run, checkpoint in zip((uninterrupted, resumed), checkpoints, strict=True):
+        run.model.on_save_checkpoint(checkpoint)
+    assert_same(*checkpoints)
+
+
+def test_a_checkpoint_holds_the_particles_without_pickled_objects(
+    deep_module: Callable, images: type, trainer: Callable, tmp_path: Path
+) -> None:
+    run = trainer()
+    run.fit(deep_module(num_particles=3), datamodule=images())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)["dcpc"]
+    assert saved["particles"]["latents"]["z2"].shape == (20, 3, 3)
+    assert bool(saved["particles"]["visited"].all())
+    assert set(saved["adaptation"]) == {g.name for g in run.model.inference.division(*_x()).groups}
+
+
+def _x() -> tuple[torch.Tensor]:
+    return (torch.rand(8, 1, 2, 2),)
+
+
+def test_evaluation_neither_touches_the_particles_nor_the_randomness_of_training(
+    deep_module: Callable, images: type, trainer: Callable
+) -> None:
+    plain, evaluated = Record(), Record()
+    runs = []
+    for record, batches in ((plain, 0), (evaluated, 1)):
+        torch.manual_seed(5)
+        runs.append(trainer(max_epochs=2, limit_val_batches=batches, callbacks=[record]))
+        runs[-1].fit(deep_module(), datamodule=images())
+    assert plain.losses == evaluated.losses
+    assert_same(runs[0].model.store.state_dict(), runs[1].model.store.state_dict())
+
+
+def test_training_finds_the_maximum_of_a_likelihood_that_is_known_in_closed_form(
+    shifted_gaussian: type, images: type, trainer: Callable
+) -> None:
+    # x ~ N(shift, 2 I), so that the likelihood is largest at the mean of the data.
+    data = images(num_images=64, batch_size=30)  # 60 images: no step is noisier than another
+    module = ParticleModule(shifted_gaussian(), num_particles=32, learning_rate=0.05)
+    run = trainer(max_epochs=60)
+    run.fit(module, datamodule=data)
+    expected = data.training_set.tensors[0].flatten(1).mean(0)
+    # A batch's gradient, x - E[z | x] - shift averaged, has a standard deviation of about .05.
+    assert torch.allclose(module.model.shift.detach(), expected, atol=0.15)
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_a_short_last_batch_trains_like_any_other(
+    deep_module: Callable, images: type, trainer: Callable, last: int
+) -> None:
+    record = Record()
+    run = trainer(max_epochs=3, callbacks=[record])
+    run.fit(deep_module(), datamodule=images(num_images=4 + 16 + last, batch_size=8))
+    assert len(record.losses) == 9
+    assert bool(run.model.store.visited(torch.arange(16 + last)).all())
+
+
+@pytest.mark.parametrize("algorithm", PRESETS)
+def test_every_preset_trains(
+    deep_module: Callable, images: type, trainer: Callable, algorithm: str
+) -> None:
+    num_particles = 1 if PRESETS[algorithm].single_particle else 3
+    module = deep_module(algorithm=algorithm, num_particles=num_particles, sweeps_per_step=2)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    run = trainer()
+    run.fit(module, datamodule=images())
+    every_sweep = PRESETS[algorithm].step_parameters_every_sweep
+    assert run.global_step == 3 * (2 if every_sweep else 1)
+    changed = [n for n, value in module.state_dict().items() if not torch.equal(value, before[n])]
+    assert changed == list(before)
+
+
+def test_first_visits_get_their_extra_sweeps(
+    deep_module: Callable, images: type, trainer: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, count = deep_module(first_visit_sweeps=4), []
+    sweep = module.inference.sweep
+    monkeypatch.setattr(module.inference, "sweep", lambda *args: count.append(1) or sweep(*args))
+    trainer(max_epochs=2).fit(module, datamodule=images(batch_size=20))
+    assert len(count) == (4 + 1) + 1
+
+
+def test_a_checkpoint_of_other_particles_is_refused_on_resuming(
+    deep_module: Callable, images: type, trainer: Callable, tmp_path: Path
+) -> None:
+    run = trainer()
+    run.fit(deep_module(num_particles=2), datamodule=images())
+    run.save_checkpoint(tmp_path / "two.ckpt")
+    with pytest.raises(StoreError, match=r"site 'z1'.*model.num_particles"):
+        trainer(max_epochs=2).fit(
+            deep_module(num_particles=3),
+            datamodule=images(),
+            ckpt_path=tmp_path / "two.ckpt",
+            weights_only=True,
+        )
+
+
+def test_unusable_checkpoints_are_told_apart(deep_module: Callable, tmp_path: Path) -> None:
+    module = deep_module()
+    path = tmp_path / "some.ckpt"
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint .*some\.ckpt"):
+        read_checkpoint(path)
+    torch.save({"state_dict": module.state_dict()}, path)
+    check_checkpoint(path, module)
+    with pytest.raises(CheckpointError, match="has no entry 'dcpc'"):
+        module.on_load_checkpoint(read_checkpoint(path))
+    with pytest.raises(CheckpointError, match=r"another model: parameter 'bias' .* None .* \(2,\)"):
+        check_checkpoint(path, torch.nn.Linear(2, 2))
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:10], b"", b"not a checkpoint at all"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"some.ckpt' .* truncated"):
+            read_checkpoint(path)
+    torch.save([1, 2], path)
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_particles": 0}, "num_particles must be at least 1, got 0"),
+        ({"sweeps_per_step": 0}, r"model\.sweeps_per_step must be at least 1, got 0"),
+        ({"first_visit_sweeps": -1}, r"model\.first_visit_sweeps must be at least 0"),
+        ({"evaluation_particles": 1}, r"model\.evaluation_particles must be at least 2"),
+        ({"num_temperatures": 0}, r"model\.num_temperatures must be at least 1"),
+        ({"learning_rate": -1.0}, r"model\.learning_rate must be positive"),
+        ({"step_size": -0.1}, "step_size must be a positive number"),
+        ({"algorithm": "sgd"}, "unknown algorithm 'sgd'; choose one of dcpc,"),
+        ({"algorithm": "pc", "num_particles": 4}, "one particle per datum"),
+    ],
+)
+def test_options_out_of_range_are_named(deep_module: Callable, options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        deep_module(**options)
+
+
+class MemoryWatch(Callback):
+    """Live tensors, and the process's peak memory, after some steps and at the end."""
+
+    def __init__(self, settled: int) -> None:
+        self.settled = settled
+        self.tensors: list[int] = []
+        self.peaks: list[int] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step >= self.settled and trainer.is_last_batch:
+            gc.collect()
+            alive = gc.get_objects()
+            self.tensors.append(sum(issubclass(type(x), torch.Tensor) for x in alive))
+            self.peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def test_no_tensor_outlives_its_step(
+    deep_module: Callable, images: type, trainer: Callable
+) -> None:
+    watch = MemoryWatch(settled=30)
+    trainer(max_epochs=20, callbacks=[watch]).fit(deep_module(), datamodule=images(batch_size=9))
+    assert len(watch.tensors) > 5
+    assert len(set(watch.tensors)) == 1
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_two_thousand_steps(
+    deep_module: Callable, images: type, trainer: Callable
+) -> None:
+    watch = MemoryWatch(settled=200)
+    run = trainer(max_epochs=700, callbacks=[watch])
+    run.fit(deep_module(), datamodule=images(batch_size=9))
+    assert run.global_step == 2100
+    assert len(set(watch.tensors)) == 1
+    assert watch.peaks[-1] - watch.peaks[0] < 2000  # kilobytes: less than one per step
