@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pyro
 import pyro.distributions as dist
@@ -221,7 +221,6 @@ class Conjugate:
     mean: Tensor
     std: Tensor
     log_evidence: float
-    tags: frozenset[str] = field(default_factory=frozenset)
 
 
 def conjugate_pairs() -> list[Conjugate]:
@@ -232,7 +231,7 @@ def conjugate_pairs() -> list[Conjugate]:
         _exponential_exponential(),
         _beta_binomial(),
         _interval_binomial(),
-        _dirichlet_multinomial(),
+        _dirichlet_categorical(),
         _gamma_precision(),
         _inverse_gamma_variance(),
         _log_normal(),
@@ -331,25 +330,22 @@ def _interval_binomial() -> Conjugate:
     return Conjugate("interval-binomial", model, _t(4 * mean - 1), _t(4 * std), evidence)
 
 
-def _dirichlet_multinomial() -> Conjugate:
-    alpha, x = _t([0.8, 1.5, 2.0, 1.2]), _t([2.0, 5.0, 0.0, 3.0])
+def _dirichlet_categorical() -> Conjugate:
+    alpha, counts = _t([0.8, 1.5, 2.0, 1.2]), _t([2.0, 5.0, 0.0, 3.0])
+    x = torch.repeat_interleave(torch.arange(4), counts.long())
 
     def model() -> None:
         z = pyro.sample("z", dist.Dirichlet(alpha))
-        pyro.sample("x", dist.Multinomial(10, z), obs=x)
+        with pyro.plate("n", 10):
+            pyro.sample("x", dist.Categorical(z), obs=x)
 
-    after = alpha + x
+    after = alpha + counts
     total = after.sum()
     mean = after / total
-    evidence = (
-        math.lgamma(11)
-        - torch.lgamma(x + 1).sum()
-        + torch.lgamma(alpha.sum())
-        - torch.lgamma(total)
-        + (torch.lgamma(after) - torch.lgamma(alpha)).sum()
-    )
+    evidence = torch.lgamma(alpha.sum()) - torch.lgamma(total)
+    evidence = evidence + (torch.lgamma(after) - torch.lgamma(alpha)).sum()
     std = (mean * (1 - mean) / (total + 1)).sqrt()
-    return Conjugate("dirichlet-multinomial", model, mean, std, float(evidence))
+    return Conjugate("dirichlet-categorical", model, mean, std, float(evidence))
 
 
 def _variance_evidence(a: float, b: float, x: Tensor) -> float:
@@ -462,7 +458,9 @@ class _At(Messenger):
             msg["done"] = True
 
 
-def plain_trace(model: Callable, u: Mapping[str, Tensor], args: tuple = (), kwargs: dict | None = None):
+def plain_trace(
+    model: Callable, u: Mapping[str, Tensor], args: tuple = (), kwargs: dict | None = None
+):
     """The trace of one particle at unconstrained values, with the log-probabilities computed."""
     trace = poutine.trace(_At(u)(model)).get_trace(*args, **(kwargs or {}))
     trace.compute_log_prob()

@@ -144,7 +144,7 @@ def test_adaptive_ladder_keeps_the_conditional_ess_that_was_asked_for():
 def test_reference_distributions_change_the_path_and_not_the_evidence():
     """From `N(loc, 1)` in unconstrained space to the posterior, for every kind of support."""
     for pair in conjugate_pairs():
-        if pair.name not in ("gamma-poisson", "dirichlet-multinomial"):
+        if pair.name not in ("gamma-poisson", "dirichlet-categorical"):
             continue
         engine = DCPC(pair.model, num_particles=300)
         posterior = engine.run(

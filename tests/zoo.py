@@ -158,7 +158,9 @@ def bayesian_regression():
             self.linear.weight = PyroSample(
                 dist.Normal(torch.tensor(0.0), 1.0).expand([1, 3]).to_event(2)
             )
-            self.linear.bias = PyroSample(dist.Normal(torch.tensor(0.0), 2.0).expand([1]).to_event(1))
+            self.linear.bias = PyroSample(
+                dist.Normal(torch.tensor(0.0), 2.0).expand([1]).to_event(1)
+            )
             self.scale = PyroParam(torch.tensor(0.7), constraint=dist.constraints.positive)
 
         def forward(self, design, y=None):
@@ -279,9 +281,7 @@ def mixture():
         weight = pyro.sample("weight", dist.Dirichlet(torch.ones(2)))
         with pyro.plate("n", 5):
             components = dist.Normal(locs, 1.0)
-            pyro.sample(
-                "x", dist.MixtureSameFamily(dist.Categorical(weight), components), obs=x
-            )
+            pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(weight), components), obs=x)
 
     return model, (data(5),), {}
 

@@ -80,9 +80,11 @@ def test_langevin_proposals_have_the_mean_and_covariance_of_the_formula(make):
     value = torch.randn(PLATE, N, D)
     score = torch.randn(PLATE, N, D)
     eta = torch.tensor([0.3, 0.05])
-    draws = Langevin().propose(
-        value.expand(count, PLATE, N, D), score.expand(count, PLATE, N, D), eta, metric
-    ).value
+    draws = (
+        Langevin()
+        .propose(value.expand(count, PLATE, N, D), score.expand(count, PLATE, N, D), eta, metric)
+        .value
+    )
     p = covariance(metric)
     mean = value + eta[:, None] * (p @ score[..., None])[..., 0]
     expected = 2 * eta[:, None, None] * p

@@ -116,7 +116,9 @@ def test_dense_second_moment_is_the_inverse_of_the_average_outer_product(populat
 
 
 @pytest.mark.parametrize(
-    "preconditioner", [SecondMoment(), DenseSecondMoment(), Adapted()], ids=lambda p: type(p).__name__
+    "preconditioner",
+    [SecondMoment(), DenseSecondMoment(), Adapted()],
+    ids=lambda p: type(p).__name__,
 )
 def test_scores_of_a_gaussian_at_equilibrium_recover_its_precision(preconditioner):
     """For `N(0, S)` the score at equilibrium has the second moment `S^-1`, so P becomes S."""

@@ -251,9 +251,7 @@ def test_a_block_is_one_unit_with_the_union_of_the_factors():
     latents = {"a": torch.randn(K), "b": torch.randn(K, 2), "c": torch.randn(K)}
     group = next(g for g in division.groups if g.units[0] is block)
     value = group.pack(latents)
-    torch.testing.assert_close(
-        value[:, 0], torch.cat([latents["a"][:, None], latents["b"]], -1)
-    )
+    torch.testing.assert_close(value[:, 0], torch.cat([latents["a"][:, None], latents["b"]], -1))
     evaluation = group.evaluate(value, latents, (torch.tensor(1.0),))
     error = 1.0 - latents["a"] - latents["b"].sum(-1) - latents["c"]
     torch.testing.assert_close(evaluation.score[:, 0], error[:, None] - value[:, 0])

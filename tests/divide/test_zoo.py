@@ -32,13 +32,9 @@ def _divided(name: str, backend: str, schedule: str):
     model, args, kwargs = case.build()
     arguments = Arguments(args, kwargs)
     sites = read_sites(model, args, kwargs)
-    division = divide(
-        model, arguments, sites, K, schedule=SCHEDULES[schedule], backend=backend
-    )
+    division = divide(model, arguments, sites, K, schedule=SCHEDULES[schedule], backend=backend)
     torch.manual_seed(5)
-    latents = {
-        name: torch.randn(K, *sites[name].unconstrained_shape) for name in division.latents
-    }
+    latents = {name: torch.randn(K, *sites[name].unconstrained_shape) for name in division.latents}
     return division, arguments, latents, (model, args, kwargs)
 
 
@@ -92,9 +88,7 @@ def test_unit_log_density_is_the_joint_up_to_a_constant_in_its_value(case):
         moved = group.unpack(value + torch.randn_like(value))
         with torch.no_grad():
             before = group.log_density(value, latents, arguments.tensors)
-            after = group.log_density(
-                group.pack({**latents, **moved}), latents, arguments.tensors
-            )
+            after = group.log_density(group.pack({**latents, **moved}), latents, arguments.tensors)
         for position, unit in enumerate(group.units):
             only = {**latents, **{name: moved[name] for name in unit.sites}}
             for k in range(K):
@@ -213,5 +207,3 @@ def test_prior_particles_have_the_shape_of_the_latents(case):
     for name in division.latents:
         assert particles[name].shape == (7, *division.sites[name].unconstrained_shape)
         assert not torch.equal(particles[name][0], particles[name][1])
-
-
