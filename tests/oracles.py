@@ -71,7 +71,7 @@ class Exact:
 def condition_gaussian(
     mean: Tensor, covariance: Tensor, design: Tensor, noise: Tensor, data: Tensor
 ) -> tuple[Tensor, Tensor, float]:
-    """Posterior of `z ~ N(mean, covariance)` given `data ~ N(design z, diag(noise))`, and log p(x)."""
+    """Posterior of `z ~ N(mean, covariance)` given `data ~ N(design z, diag(noise))`; log p(x)."""
     innovation = design @ covariance @ design.T + torch.diag(noise)
     gain = torch.linalg.solve(innovation, design @ covariance).T
     log_evidence = torch.distributions.MultivariateNormal(design @ mean, innovation).log_prob(data)
@@ -124,7 +124,9 @@ def linear_gaussian_dag(seed: int) -> Exact:
     arrows = torch.zeros(total, total, dtype=torch.float64)
     for (i, j), weight in weights.items():
         arrows[starts[i] : starts[i] + dims[i], starts[j] : starts[j] + dims[j]] = weight
-    noise = torch.cat([torch.full((d,), s**2, dtype=torch.float64) for d, s in zip(dims, scales)])
+    noise = torch.cat(
+        [torch.full((d,), s**2, dtype=torch.float64) for d, s in zip(dims, scales, strict=True)]
+    )
     forward = torch.linalg.inv(torch.eye(total, dtype=torch.float64) - arrows)
     design = torch.zeros(2 * len(observed), total, dtype=torch.float64)
     for row, (i, block, _, _) in enumerate(observed):
@@ -170,7 +172,7 @@ def gaussian_chain(population: int | None = None) -> Exact:
 
 
 def kalman(x: Tensor, decay: float = 0.9, process: float = 0.5, noise: float = 0.7) -> Exact:
-    """AR(1) chain `z_t ~ N(decay z_{t-1}, process^2)` from `z_0 ~ N(0, 1)`, `x_t ~ N(z_t, noise^2)`.
+    """AR(1): `z_0 ~ N(0, 1)`, `z_t ~ N(decay z_{t-1}, process^2)`, `x_t ~ N(z_t, noise^2)`.
 
     Forward Kalman filter, backward Rauch-Tung-Striebel smoother with lagged covariances.
     """

@@ -39,7 +39,7 @@ def test_sweeping_leaves_the_old_state_as_it_was(algorithm):
 @pytest.mark.parametrize("algorithm", ["dcpc", "dcpc-smc"])
 @pytest.mark.parametrize("seed", range(3))
 def test_log_joint_that_particles_carry_is_that_of_their_values(algorithm, seed):
-    """The sum of the units' gains over a sweep is the change of the joint: no unit lacks a child."""
+    """The sum of the units' gains is the change of the joint: no unit lacks a child."""
     exact = linear_gaussian_dag(seed)
     engine = DCPC(exact.model, num_particles=20, algorithm=algorithm)
     state = engine.init()

@@ -1,7 +1,7 @@
 """Small models of every shape that Pyro users write, each with its graph written by hand.
 
-Latents that enter a later latent's support (as in `Uniform(0, z)`) are parents of everything that the
-later latent enters: graphs are in unconstrained space.
+Latents that enter a later latent's support (as in `Uniform(0, z)`) are parents of everything
+that the later latent enters: graphs are in unconstrained space.
 """
 
 from __future__ import annotations

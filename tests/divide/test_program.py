@@ -319,7 +319,7 @@ def test_models_that_are_random_outside_their_sites_are_refused():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(z + torch.randn(()), 1.0), obs=x)
 
-    with pytest.raises(CertificationError, match="'x'.*random outside its sample sites"):
+    with pytest.raises(CertificationError, match=r"'x'.*random outside its sample sites"):
         divided(model, torch.tensor(1.0))
 
 
@@ -346,7 +346,7 @@ def test_a_site_that_comes_and_goes_is_an_error_that_names_it():
             z = pyro.sample("late", dist.Normal(z, 1.0))
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    with pytest.raises(ModelError, match="'late'.*static structure"):
+    with pytest.raises(ModelError, match=r"'late'.*static structure"):
         divided(model, torch.tensor(1.0))
 
 
