@@ -1,0 +1,232 @@
+"""Breaks the package on purpose, one line at a time, and demands that the fast suite notices.
+
+    python tests/mutations.py            all faults
+    python tests/mutations.py drift      those whose description contains "drift"
+    python tests/mutations.py --list     what there is
+
+Each fault is applied to a copy of the repository, in which the engine's tests run until the
+first failure. The script fails if a fault survives, or if its text is no longer in the source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+TESTS = [
+    "tests/conquer",
+    "tests/recombine",
+    "tests/test_algorithms.py",
+    "tests/test_sweep.py",
+    "tests/divide",
+    "tests/test_posterior.py",
+    "tests/test_bad_input.py",
+    "tests/test_annealing.py",
+    "tests/test_inference.py",
+]
+"""Quick and narrow first: most faults fall within seconds."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One line of the package, and what to put in its place."""
+
+    what: str
+    path: str
+    old: str
+    new: str
+
+
+LANGEVIN = "dcpc/conquer/langevin.py"
+PRECONDITIONER = "dcpc/conquer/preconditioner.py"
+CORRECTION = "dcpc/recombine/correction.py"
+WEIGHTS = "dcpc/recombine/weights.py"
+RESAMPLING = "dcpc/recombine/resampling.py"
+HANDLERS = "dcpc/divide/handlers.py"
+GRAPH = "dcpc/divide/graph.py"
+UNIT = "dcpc/divide/unit.py"
+CAPTURE = "dcpc/divide/capture.py"
+PROGRAM = "dcpc/divide/program.py"
+TARGET = "dcpc/divide/target.py"
+SWEEP = "dcpc/sweep.py"
+
+FAULTS = [
+    Fault("the drift points down the density", LANGEVIN,
+          "torch.addcmul((2 * eta).sqrt() * noise, eta, metric",
+          "torch.addcmul((2 * eta).sqrt() * noise, -eta, metric"),
+    Fault("the noise has half the variance", LANGEVIN, "(2 * eta).sqrt()", "eta.sqrt()"),
+    Fault("backward density without its drift", LANGEVIN,
+          "residual = torch.addcmul(proposal.displacement, eta,",
+          "residual = torch.addcmul(proposal.displacement, 0 * eta,"),
+    Fault("normaliser of the proposal without the preconditioner", LANGEVIN,
+          ".log() - metric.half_log_det()", ".log()"),
+    Fault("particle variance without 1/K", PRECONDITIONER,
+          "+ 1.0 / score.shape[0]", "+ 1e-9"),
+    Fault("particle variance not scaled to mean one", PRECONDITIONER,
+          "(precision / precision.mean(-1, keepdim=True)).sqrt()", "precision.sqrt()"),
+    Fault("second moment to twice the power", PRECONDITIONER,
+          ".pow(-0.5 * self.exponent)", ".pow(-1.0 * self.exponent)"),
+    Fault("metropolis without log q backward", CORRECTION,
+          "self.before.log_density + log_backward - self",
+          "self.before.log_density - self"),
+    Fault("metropolis accepts everything", CORRECTION,
+          "accepted = torch.rand_like(ratio).log_() < ratio",
+          "accepted = torch.rand_like(ratio).log_() < ratio + 100"),
+    Fault("rejected moves still change the log-joint", CORRECTION,
+          "torch.where(accepted, after.log_density - proposed.before.log_density, 0.0)",
+          "after.log_density - proposed.before.log_density"),
+    Fault("weight forgets the densities' ratio", CORRECTION,
+          "log_weight=group.over_population(ratio)", "log_weight=group.over_population(gained)"),
+    Fault("the paper's local weight without the proposal", CORRECTION,
+          "local = density - proposed.proposal.log_forward", "local = density"),
+    Fault("the paper's weights without the local densities", CORRECTION,
+          "(weights.log_mean() - kept)", "weights.log_mean().expand_as(kept)"),
+    Fault("weights not reset after resampling", SWEEP,
+          "log_weight=weights.reset_to_mean(low)", "log_weight=weights"),
+    Fault("weights reset to one, which loses the evidence", WEIGHTS,
+          "reset = self.log_mean().expand_as(self.log_weight)",
+          "reset = 0 * self.log_mean().expand_as(self.log_weight)"),
+    Fault("log-mean without the number of particles", WEIGHTS,
+          "torch.logsumexp(self.log_weight, 0) - math.log(self.num_particles)",
+          "torch.logsumexp(self.log_weight, 0)"),
+    Fault("NaN kept as a log-density", WEIGHTS,
+          "bad = ~(log_density.abs() < math.inf)", "bad = log_density == math.inf"),
+    Fault("resampling without the log-joint", SWEEP,
+          "latents=latents, log_joint=log_joint, log_weight=weights",
+          "latents=latents, log_weight=weights"),
+    Fault("resampling of all cells where one is low", SWEEP,
+          "ancestors = torch.where(low, parts.resampler(normalized), stay)",
+          "ancestors = parts.resampler(normalized)"),
+    Fault("the target's change does not reach the weights", SWEEP,
+          "state.log_weight.add(log_joint - state.log_joint)",
+          "state.log_weight.add(0 * log_joint)"),
+    Fault("the loss with the wrong sign", SWEEP,
+          "return -scale * (state", "return scale * (state"),
+    Fault("the loss without the dataset's size", SWEEP,
+          "return -scale * (state", "return -(state"),
+    Fault("no Jacobian", HANDLERS,
+          "if log_det is not None:", "if log_det is not None and False:"),
+    Fault("Jacobian with the wrong sign", HANDLERS,
+          "log_factor = log_factor + (", "log_factor = log_factor - ("),
+    Fault("scale and mask ignored", HANDLERS,
+          '_scale_and_mask(log_factor, msg["scale"], msg["mask"])', "log_factor"),
+    Fault("a unit without one of its children", GRAPH,
+          "return [name for name in self.sites if name in touched]",
+          "return [name for name in self.sites if name in touched][: max(1, len(touched) - 1)]"),
+    Fault("children without the observed sites", GRAPH,
+          "if latents & set(members)\n", "if latents & set(members) and name in self.latents\n"),
+    Fault("blanket without co-parents", GRAPH,
+          "(self.parents(members) | children | co_parents)", "(self.parents(members) | children)"),
+    Fault("all units have one colour", GRAPH,
+          "classes.setdefault(colour[index], [])", "classes.setdefault(0, [])"),
+    Fault("sequential schedule from the roots down", GRAPH,
+          "return [[unit] for unit in reversed(units)]", "return [[unit] for unit in units]"),
+    Fault("log-density scaled by the subsample", UNIT,
+          "density if scale == 1.0 else density * scale", "density"),
+    Fault("plates in the wrong order", UNIT,
+          "return [1 + len(site.batch_shape) + plate.dim for plate in self.plates]",
+          "return [1 + len(site.batch_shape) + p.dim for p in reversed(self.plates)]"),
+    Fault("detach blocks the score", CAPTURE,
+          "if node in needed and node.target is torch.ops.aten.detach.default:",
+          "if node in needed and node.target is None:"),
+    Fault("writes to one index scatter to repeated indices", CAPTURE,
+          "node.target = _select_scatter", "pass"),
+    Fault("shape-only uses count as edges", CAPTURE,
+          "elif _reads_shape_only(node):", "elif False:"),
+    Fault("capture not keyed on non-tensor arguments", PROGRAM,
+          "tuple(_static_key(leaf) for leaf in self._static)", "()"),
+    Fault("capture not keyed on parameters and modes", PROGRAM,
+          "return named, tensors, tuple(module.training for module in model.modules())",
+          "return (), (), ()"),
+    Fault("latents' factors are tempered too", TARGET,
+          "                weighed[name] = value\n", "                weighed[name] = beta * value\n"),
+    Fault("likelihood not tempered", TARGET,
+          "beta * value if beta > 0 else value.new_zeros(value.shape)", "value"),
+    Fault("references keep their weight to the end", TARGET,
+          "(1.0 - beta) * start + (beta * value if beta > 0 else 0.0)",
+          "start + (beta * value if beta > 0 else 0.0)"),
+    Fault("plates are always independent", "dcpc/divide/certify.py",
+          "return not bool(changed.any())", "return True"),
+    Fault("values are not certified", "dcpc/divide/certify.py",
+          "if got.shape != expected.shape or bool(_differs(got, expected).any()):",
+          "if got.shape != expected.shape:"),
+    Fault("dual averaging away from the target", "dcpc/conquer/step_size.py",
+          'state["centre"] - count.sqrt()', 'state["centre"] + count.sqrt()'),
+    Fault("frozen steps use the last value, not the average", "dcpc/conquer/step_size.py",
+          '"log_step" if adapting else "log_average"', '"log_step" if adapting else "log_step"'),
+    Fault("weighted mean without weights", "dcpc/posterior.py",
+          "(self._weights(name) * z).sum(0) for", "z.mean(0) for"),
+    Fault("the standard error ignores families", "dcpc/annealing.py",
+          ".scatter_add_(0, eve, normalized)", ".copy_(normalized)"),
+    Fault("the second annealing run goes on adapting", "dcpc/run.py",
+          "pilot.ladder, adapt=False)", "pilot.ladder, adapt=True)"),
+    Fault("systematic resampling drops the last particle", RESAMPLING,
+          "return _invert_cdf(rows, (slots + uniform) / rows.shape[-1]).movedim(-1, 0)",
+          "return (_invert_cdf(rows, (slots + uniform) / rows.shape[-1]).movedim(-1, 0)"
+          " % max(1, rows.shape[-1] - 1))"),
+]  # fmt: skip
+
+
+def survives(fault: Fault, workdir: Path) -> str | None:
+    """Runs the suite on the broken copy; a reason if the fault is not noticed."""
+    path = workdir / fault.path
+    source = path.read_text()
+    if fault.old not in source:
+        return f"text not found in {fault.path}"
+    path.write_text(source.replace(fault.old, fault.new, 1))
+    try:
+        tests = [test for test in TESTS if (workdir / test).exists()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        environment = {**os.environ, "PYTHONPATH": str(workdir)}
+        result = subprocess.run(
+            command, cwd=workdir, env=environment, capture_output=True, text=True
+        )
+        if result.returncode == 1:
+            lines = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
+            print(f"    {lines[0].split(' - ')[0] if lines else result.stdout[-300:]}")
+            return None
+        return "survived" if result.returncode == 0 else f"pytest failed:\n{result.stdout[-800:]}"
+    finally:
+        path.write_text(source)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("select", nargs="?", default="")
+    parser.add_argument("--list", action="store_true")
+    options = parser.parse_args()
+    chosen = [fault for fault in FAULTS if options.select in fault.what]
+    if options.list:
+        print("\n".join(fault.what for fault in chosen))
+        return
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder)
+        for name in ("dcpc", "tests"):
+            shutil.copytree(
+                ROOT / name, workdir / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        shutil.copy(ROOT / "pyproject.toml", workdir)
+        for fault in chosen:
+            start = time.monotonic()
+            print(fault.what, flush=True)
+            reason = survives(fault, workdir)
+            if reason:
+                survivors.append(fault.what)
+                print(f"    SURVIVED: {reason}")
+            print(f"    {time.monotonic() - start:.0f} s", flush=True)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults noticed")
+    sys.exit(1 if survivors else 0)
+
+
+if __name__ == "__main__":
+    main()
