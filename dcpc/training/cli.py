@@ -7,10 +7,12 @@ import os
 import sys
 import tempfile
 import warnings
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse import DefaultHelpFormatter
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -60,11 +62,15 @@ LIGHTNING_REMARKS = (
 """Warnings that are about Lightning's own doings, or that do not apply to `dcpc`."""
 
 
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the line breaks of descriptions."""
+
+
 class _Parser(LightningArgumentParser):
     """Reads JSON; says in one line what is wrong with a config, and exits with status 2."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"parser_mode": "json", **kwargs})
+        super().__init__(**{"parser_mode": "json", "formatter_class": _HelpFormatter, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         _fail(message)
@@ -119,15 +125,14 @@ class TrainingCLI(LightningCLI):
         if self.config.subcommand in ("validate", "test"):
             options.verbose = False  # the table of EvaluationTable takes the place of Lightning's
         if options.ckpt_path is not None:
+            options.weights_only = True
             read_checkpoint(options.ckpt_path)
 
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
-            if isinstance(error, DCPCError):
-                raise
-            raise OptionError(f"a class of the config refused its arguments: {error}") from error
+            raise _own_error(error) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer whose logs and checkpoints go below `trainer.default_root_dir`."""
@@ -192,6 +197,16 @@ def _find_config(path: str) -> str:
     if path.startswith("configs/") and shipped.is_file():
         return str(shipped)
     raise OptionError(f"--config: there is no file '{path}'")
+
+
+def _own_error(error: BaseException) -> DCPCError:
+    """The error of ours that jsonargparse wrapped into its own, or else one about the config."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, DCPCError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return OptionError(f"a class of the config refused its arguments: {error}")
 
 
 def _quieten_lightning() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dcpc.errors import OptionError
 from dcpc.inference import DCPC
-from dcpc.sweep import Adaptation, SweepInfo
+from dcpc.sweep import Adaptation, SweepInfo, SweepState
 from dcpc.training.checkpoint import CheckpointError
 from dcpc.training.evaluation import Evaluation, evaluate, prior_samples, summarise
 from dcpc.training.particles import ParticleStore, datum_axes
@@ -125,9 +125,9 @@ class ParticleModule(LightningModule):
         x, _, index = batch
         with self._stream(self._num_steps):
             axes = datum_axes(self.inference.division(x), len(x))
-            state = self.store.read(index, self.inference.init(x), axes)
-            state = replace(state, adaptation=self.adaptation)
             is_first_visit = not bool(self.store.visited(index).all())
+            state = self.store.read(index, lambda: self._draw(x), axes)
+            state = replace(state, adaptation=self.adaptation)
             for _ in range(self.first_visit_sweeps if is_first_visit else 0):
                 state, _ = self.inference.sweep(state, x)
             for _ in range(self.sweeps_per_step):
@@ -143,6 +143,11 @@ class ParticleModule(LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
         self.log("train/ess_percent", ess, prog_bar=True, batch_size=len(x))
         return loss
+
+    def _draw(self, x: Tensor) -> SweepState:
+        """Particles of the prior; from a stream of its own, since resuming may draw once more."""
+        with self._stream(self._num_steps, 1):
+            return self.inference.init(x)
 
     def _step_parameters(self, loss: Tensor) -> None:
         optimizer = self.optimizers()
@@ -233,10 +238,10 @@ class ParticleModule(LightningModule):
         self._saved_particles = saved["particles"]
 
     @contextmanager
-    def _stream(self, step: int) -> Iterator[None]:
-        """Random numbers that depend on the seed and the step only; leaves the global ones be."""
+    def _stream(self, *key: int) -> Iterator[None]:
+        """Random numbers that depend on the seed and the key only; leaves the global ones be."""
         assert self._seed is not None
-        seed = int(np.random.SeedSequence([self._seed, step]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence([self._seed, *key]).generate_state(1)[0])
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)

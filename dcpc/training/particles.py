@@ -10,8 +10,7 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,34 +58,39 @@ class ParticleStore:
         self._latents: dict[str, Tensor] = {}
         self._log_weight = self._log_joint = torch.empty(0)
         self._visited = torch.zeros(num_data, dtype=torch.bool)
+        self._fits_model = False
 
-    def read(self, index: Tensor, fresh: SweepState, axes: Mapping[str, int]) -> SweepState:
+    def read(
+        self, index: Tensor, draw: Callable[[], SweepState], axes: Mapping[str, int]
+    ) -> SweepState:
         """The particles of a batch: the stored ones, and fresh ones where there are none yet.
 
         Args:
             index: Indices of the data in the training set, `(B,)`.
-            fresh: Particles `(K, *batch, *event)` to start unvisited data from.
+            draw: Draws particles `(K, *batch, *event)` to start unvisited data from; not called
+                where there are none.
             axes: By latent, the axis of its value that runs over the data.
 
         Raises:
             StoreError: The index is outside the data, or the store holds other shapes.
         """
-        index = self._check_index(index)
+        device, index = index.device, self._check_index(index)
         visited = self._visited[index]
         if not bool(visited.any()):
-            return fresh
-        self._check(fresh, axes)
-        latents = {
-            name: _choose(visited, stored[index], fresh.latents[name], axes[name])
-            for name, stored in self._latents.items()
-        }
-        weight, joint = fresh.log_weight.log_weight, fresh.log_joint
-        return replace(
-            fresh,
-            latents=latents,
-            log_weight=LogWeights(_choose(visited, self._log_weight[index], weight, 1)),
-            log_joint=_choose(visited, self._log_joint[index], joint, 1),
+            return draw()
+        stored = SweepState(
+            latents={
+                name: _rows(u, index, axes.get(name, 1)).to(device)
+                for name, u in self._latents.items()
+            },
+            log_weight=LogWeights(_rows(self._log_weight, index, 1).to(device)),
+            log_joint=_rows(self._log_joint, index, 1).to(device),
         )
+        if self._fits_model and bool(visited.all()):
+            return stored
+        fresh = draw()
+        self._check(fresh, axes)
+        return _merge(visited, stored, fresh, axes)
 
     def write(self, index: Tensor, state: SweepState, axes: Mapping[str, int]) -> None:
         """Stores the particles of a batch, with weights of mean one, so that nothing drifts.
@@ -136,6 +140,7 @@ class ParticleStore:
                 f"set has {self.num_data}; resume with the data settings of the first run"
             )
         self._visited = saved["visited"].clone()
+        self._fits_model = False
         if saved["log_weight"].numel() == 0:
             return
         self._latents = {name: self._fill(name, u) for name, u in saved["latents"].items()}
@@ -199,6 +204,7 @@ class ParticleStore:
                     "model or of another model.num_particles. Resume with the settings of the "
                     "first run, or start afresh without --ckpt_path"
                 )
+        self._fits_model = True
 
 
 def datum_axes(division: Division, num_data: int) -> dict[str, int]:
@@ -217,12 +223,25 @@ def datum_axes(division: Division, num_data: int) -> dict[str, int]:
     return {name: division.population_axes(name)[0] for name in division.latents}
 
 
-def _choose(visited: Tensor, stored: Tensor, fresh: Tensor, axis: int) -> Tensor:
-    """Rows `(B, ...)` of the store where visited, else fresh values; the data move to `axis`."""
+def _rows(stored: Tensor, index: Tensor, axis: int) -> Tensor:
+    """Rows `(B, ...)` of the store, with the data moved to `axis`."""
     # A captured program takes the layout that it was captured with.
-    values = stored.to(fresh).movedim(0, axis).contiguous()
-    if bool(visited.all()):
-        return values
-    shape = [1] * fresh.dim()
-    shape[axis] = len(visited)
-    return torch.where(visited.to(fresh.device).reshape(shape), values, fresh)
+    return stored[index].movedim(0, axis).contiguous()
+
+
+def _merge(
+    visited: Tensor, stored: SweepState, fresh: SweepState, axes: Mapping[str, int]
+) -> SweepState:
+    """The stored particles of the visited data, and fresh ones of the others."""
+
+    def choose(old: Tensor, new: Tensor, axis: int) -> Tensor:
+        shape = [1] * new.dim()
+        shape[axis] = len(visited)
+        return torch.where(visited.to(new.device).reshape(shape), old, new)
+
+    weights = choose(stored.log_weight.log_weight, fresh.log_weight.log_weight, 1)
+    return SweepState(
+        latents={n: choose(stored.latents[n], u, axes[n]) for n, u in fresh.latents.items()},
+        log_weight=LogWeights(weights),
+        log_joint=choose(stored.log_joint, fresh.log_joint, 1),
+    )

@@ -38,7 +38,7 @@ def store(tmp_path: Path) -> ParticleStore:
 def test_what_is_written_at_an_index_is_read_at_that_index(store: ParticleStore) -> None:
     index, written = torch.tensor([4, 0, 6]), state(3)
     store.write(index, written, AXES)
-    back = store.read(torch.tensor([6, 4]), state(2), AXES)
+    back = store.read(torch.tensor([6, 4]), lambda: state(2), AXES)
     assert torch.equal(back.latents["z"], written.latents["z"][:, [2, 0]])
     assert torch.equal(back.latents["w"], written.latents["w"][:, :, [2, 0]])
     assert torch.equal(back.log_joint, written.log_joint[:, [2, 0]])
@@ -50,7 +50,7 @@ def test_unvisited_data_get_the_fresh_particles_also_within_a_mixed_batch(
     written, fresh = state(1), state(3)
     store.write(torch.tensor([2]), written, AXES)
     assert store.visited(torch.tensor([1, 2, 3])).tolist() == [False, True, False]
-    mixed = store.read(torch.tensor([1, 2, 3]), fresh, AXES)
+    mixed = store.read(torch.tensor([1, 2, 3]), lambda: fresh, AXES)
     expected_z, expected_w = fresh.latents["z"].clone(), fresh.latents["w"].clone()
     expected_z[:, 1], expected_w[:, :, 1] = written.latents["z"][:, 0], written.latents["w"][..., 0]
     assert torch.equal(mixed.latents["z"], expected_z)
@@ -59,13 +59,20 @@ def test_unvisited_data_get_the_fresh_particles_also_within_a_mixed_batch(
     assert torch.equal(mixed.log_joint[:, 1], written.log_joint[:, 0])
 
 
+def test_nothing_is_drawn_for_visited_data_once_the_store_is_known_to_fit(
+    store: ParticleStore,
+) -> None:
+    store.write(torch.arange(N), state(N), AXES)
+    store.read(torch.arange(N), lambda: pytest.fail("drew particles that nobody needs"), AXES)
+
+
 def test_stored_weights_have_mean_one_and_keep_their_ratios(store: ParticleStore) -> None:
     written = state(N)
     log_weight = written.log_weight.log_weight + 1e4 * torch.arange(N)
     log_weight[1, 3] = -math.inf
     written = SweepState(written.latents, LogWeights(log_weight), written.log_joint)
     store.write(torch.arange(N), written, AXES)
-    back = store.read(torch.arange(N), state(N), AXES).log_weight
+    back = store.read(torch.arange(N), lambda: state(N), AXES).log_weight
     assert torch.allclose(back.log_weight.exp().mean(0), torch.ones(N))
     assert torch.equal(back.log_weight.isinf(), log_weight.isinf())
     assert torch.allclose(back.normalized(), written.log_weight.normalized(), atol=1e-6)
@@ -106,12 +113,12 @@ def test_a_saved_store_holds_nothing_but_tensors_and_restores_them(
     saved = torch.load(tmp_path / "particles.pt", weights_only=True)
     other = ParticleStore(tmp_path, N)
     other.load_state_dict(saved)
-    back = other.read(torch.tensor([5, 1]), state(2), AXES)
+    back = other.read(torch.tensor([5, 1]), lambda: state(2), AXES)
     assert torch.equal(back.latents["z"], written.latents["z"])
     assert other.visited(torch.arange(N)).tolist() == [i in (1, 5) for i in range(N)]
     other.write(torch.tensor([1]), state(1), AXES)
     assert torch.equal(
-        store.read(torch.tensor([1]), state(1), AXES).log_joint, written.log_joint[:, 1:]
+        store.read(torch.tensor([1]), lambda: state(1), AXES).log_joint, written.log_joint[:, 1:]
     )
 
 
@@ -121,15 +128,19 @@ def test_an_index_outside_the_data_is_refused(store: ParticleStore) -> None:
             store.write(index, state(2), AXES)
 
 
-def test_particles_of_another_model_are_refused_with_the_sites_name(store: ParticleStore) -> None:
-    store.write(torch.arange(N), state(N), AXES)
+def test_particles_of_another_model_are_refused_with_the_sites_name(
+    store: ParticleStore, tmp_path: Path
+) -> None:
+    first = ParticleStore(tmp_path, N)
+    first.write(torch.arange(N), state(N), AXES)
+    store.load_state_dict(first.state_dict())
     for wrong in (state(2, num_particles=K + 1), state(2, size=6)):
         with pytest.raises(StoreError, match=r"site 'z': the store has .*\(3, 5\).* asks for"):
-            store.read(torch.tensor([0, 1]), wrong, AXES)
+            store.read(torch.tensor([0, 1]), lambda wrong=wrong: wrong, AXES)
     renamed = state(2)
     renamed.latents["v"] = renamed.latents.pop("w")
     with pytest.raises(StoreError, match=r"site 'w'.*asks for None"):
-        store.read(torch.tensor([0, 1]), renamed, {"z": 1, "v": 2})
+        store.read(torch.tensor([0, 1]), lambda: renamed, {"z": 1, "v": 2})
 
 
 def test_particles_of_another_training_set_are_refused(
