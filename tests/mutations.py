@@ -125,7 +125,8 @@ FAULTS = [
     Fault("children without the observed sites", GRAPH,
           "if latents & set(members)\n", "if latents & set(members) and name in self.latents\n"),
     Fault("blanket without co-parents", GRAPH,
-          "(self.parents(members) | children | co_parents)", "(self.parents(members) | children)"),
+          "(self.parents(members) | children | co_parents)",
+          "(self.parents(members) | children)"),
     Fault("all units have one colour", GRAPH,
           "classes.setdefault(colour[index], [])", "classes.setdefault(0, [])"),
     Fault("sequential schedule from the roots down", GRAPH,
@@ -148,7 +149,8 @@ FAULTS = [
           "return named, tensors, tuple(module.training for module in model.modules())",
           "return (), (), ()"),
     Fault("latents' factors are tempered too", TARGET,
-          "                weighed[name] = value\n", "                weighed[name] = beta * value\n"),
+          "                weighed[name] = value\n",
+          "                weighed[name] = beta * value\n"),
     Fault("likelihood not tempered", TARGET,
           "beta * value if beta > 0 else value.new_zeros(value.shape)", "value"),
     Fault("references keep their weight to the end", TARGET,
@@ -184,7 +186,9 @@ def survives(fault: Fault, workdir: Path) -> str | None:
         return f"text not found in {fault.path}"
     path.write_text(source.replace(fault.old, fault.new, 1))
     try:
+        place = Path(fault.path).with_suffix("").parts[1]
         tests = [test for test in TESTS if (workdir / test).exists()]
+        tests.sort(key=lambda test: place not in test)  # where it should be noticed, first
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
         environment = {**os.environ, "PYTHONPATH": str(workdir)}
         result = subprocess.run(
