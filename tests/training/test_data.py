@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
 from dcpc.errors import DataError, OptionError
 from dcpc.training import DigitsData
-from dcpc.training.data import EpochShuffle, check_images
+from dcpc.training.data import ArrayData, EpochShuffle, check_images
 
 
 def test_digits_are_split_into_disjoint_sets_that_hold_every_digit() -> None:
@@ -71,3 +72,36 @@ def test_sizes_out_of_range_are_named() -> None:
         DigitsData(batch_size=0)
     with pytest.raises(OptionError, match=r"data.num_held_out must be smaller than .* 1797"):
         DigitsData(num_held_out=1797).setup("fit")
+
+
+@pytest.mark.parametrize("has_labels", [True, False])
+def test_images_from_arrays_are_bytes_over_255_with_their_labels(tmp_path, has_labels) -> None:
+    raw = np.arange(10 * 4 * 3, dtype=np.uint8).reshape(10, 4, 3)
+    np.save(tmp_path / "images.npy", raw)
+    if has_labels:
+        np.save(tmp_path / "labels.npy", raw[:, 0, 0].astype(np.int64))
+    images, labels = ArrayData(str(tmp_path)).load()
+    assert images.shape == (10, 1, 4, 3)
+    np.testing.assert_allclose(images.numpy()[:, 0], raw / 255.0, rtol=1e-6)
+    expected = raw[:, 0, 0] if has_labels else np.zeros(10)
+    np.testing.assert_array_equal(labels.numpy(), expected)
+
+
+def test_missing_data_folder_is_named_with_what_it_must_hold(tmp_path) -> None:
+    with pytest.raises(DataError, match=r"data\.folder: there is no folder '.*nowhere'.*images"):
+        ArrayData(str(tmp_path / "nowhere")).setup("fit")
+    with pytest.raises(DataError, match=r"images\.npy' must be an array .* got no such file"):
+        ArrayData(str(tmp_path)).setup("fit")
+
+
+def test_arrays_of_the_wrong_shape_or_kind_are_named(tmp_path) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((5, 8)))
+    with pytest.raises(DataError, match=r"got an array of shape \(5, 8\)"):
+        ArrayData(str(tmp_path)).load()
+    np.save(tmp_path / "images.npy", np.zeros((5, 8, 8)))
+    np.save(tmp_path / "labels.npy", np.zeros(4))
+    with pytest.raises(DataError, match=r"one label per image, 5, got shape \(4,\)"):
+        ArrayData(str(tmp_path)).load()
+    (tmp_path / "images.npy").write_bytes(b"no array")
+    with pytest.raises(DataError, match=r"images\.npy' is no NumPy array"):
+        ArrayData(str(tmp_path)).load()
