@@ -220,7 +220,10 @@ class Adapted(Preconditioner):
         return self._choose(score, population).init(score, population)
 
     def update(self, state: State, score: Tensor, population: int) -> State:
-        return self._choose(score, population).update(state, score, population)
+        # A short last batch must not change the kind of estimate that the first one chose.
+        if "factor" in state:
+            return DenseSecondMoment(self.decay).update(state, score, population)
+        return SecondMoment(decay=self.decay).update(state, score, population)
 
     def metric(self, state: Mapping[str, Tensor], score: Tensor) -> Metric:
         if "factor" in state:

@@ -57,10 +57,10 @@ def shifted_gaussian() -> type[ShiftedGaussian]:
 def deep_module() -> Callable[..., ParticleModule]:
     """A module around a deep latent Gaussian of 2 x 2 images, always from the same weights."""
 
-    def make(**options: object) -> ParticleModule:
+    def make(latent_sizes: tuple[int, ...] = (2, 3), **options: object) -> ParticleModule:
         pyro.clear_param_store()
         torch.manual_seed(0)
-        model = DeepLatentGaussian([2, 3], [1, 2, 2])
+        model = DeepLatentGaussian(latent_sizes, [1, 2, 2])
         settings = {"evaluation_particles": 2, "num_temperatures": 2, **options}
         return ParticleModule(model, **settings)
 
