@@ -219,6 +219,7 @@ def test_an_optimizer_and_a_schedule_can_be_given(command: Callable, tmp_path: P
         (["--data=nowhere.Data"], "nowhere.Data"),
         (["--model.num_particles=0"], "num_particles must be at least 1, got 0"),
         (["--model.algorithm=sgd"], "unknown algorithm 'sgd'"),
+        (["--num_threads=0"], "num_threads"),
         (["--data.batch_size=0"], "data.batch_size must be at least 1, got 0"),
         (["--model.model.init_args.latent_sizes=[]"], "latent_sizes must hold at least one"),
         (["--ckpt_path=nowhere.ckpt"], "there is no checkpoint 'nowhere.ckpt'"),
