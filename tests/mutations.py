@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -189,16 +190,29 @@ def survives(fault: Fault, workdir: Path) -> str | None:
         place = Path(fault.path).with_suffix("").parts[1]
         tests = [test for test in TESTS if (workdir / test).exists()]
         tests.sort(key=lambda test: place not in test)  # where it should be noticed, first
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-n",
+            "0",
+            *tests,
+        ]
         environment = {**os.environ, "PYTHONPATH": str(workdir)}
         result = subprocess.run(
             command, cwd=workdir, env=environment, capture_output=True, text=True
         )
-        if result.returncode == 1:
-            lines = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
-            print(f"    {lines[0].split(' - ')[0] if lines else result.stdout[-300:]}")
-            return None
-        return "survived" if result.returncode == 0 else f"pytest failed:\n{result.stdout[-800:]}"
+        if result.returncode == 0:
+            return "all tests passed"
+        failures = re.findall(r"^FAILED (\S+)", result.stdout, re.MULTILINE)
+        if not failures:
+            return f"pytest itself failed:\n{result.stdout[-800:]}{result.stderr[-800:]}"
+        print(f"    noticed by {failures[0]}")
+        return None
     finally:
         path.write_text(source)
 
