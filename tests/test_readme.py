@@ -14,6 +14,7 @@ SMALL = [
     "--trainer.max_epochs=1",
     "--trainer.check_val_every_n_epoch=1",
     "--model.num_temperatures=3",
+    "--model.test_temperatures=3",
     "--model.evaluation_particles=2",
 ]
 EVALUATION = SMALL[2:]

@@ -85,16 +85,17 @@ class EvaluationTable(Callback):
     """Prints the measurements of `dcpc test` and `dcpc validate`."""
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._print(pl_module)
+        assert isinstance(pl_module, ParticleModule)
+        self._print(pl_module, pl_module.test_temperatures)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._print(pl_module)
+        assert isinstance(pl_module, ParticleModule)
+        self._print(pl_module, pl_module.num_temperatures)
 
-    def _print(self, module: LightningModule) -> None:
-        assert isinstance(module, ParticleModule)
+    def _print(self, module: ParticleModule, num_temperatures: int) -> None:
         num_particles = module.held_out_inference.num_particles
         summary = summarise(module.evaluations)
-        print("\n" + format_table(summary, num_particles, module.num_temperatures))
+        print("\n" + format_table(summary, num_particles, num_temperatures))
 
 
 class PredictionWriter(BasePredictionWriter):

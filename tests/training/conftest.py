@@ -61,7 +61,8 @@ def deep_module() -> Callable[..., ParticleModule]:
         pyro.clear_param_store()
         torch.manual_seed(0)
         model = DeepLatentGaussian(latent_sizes, [1, 2, 2])
-        settings = {"evaluation_particles": 2, "num_temperatures": 2, **options}
+        ladders = {"num_temperatures": 2, "test_temperatures": 2}
+        settings = {"evaluation_particles": 2, **ladders, **options}
         return ParticleModule(model, **settings)
 
     return make

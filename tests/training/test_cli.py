@@ -41,6 +41,7 @@ def config(folder: Path) -> dict:
             "learning_rate": 0.03,
             "evaluation_particles": 3,
             "num_temperatures": 3,
+            "test_temperatures": 3,
         },
         "data": {
             "class_path": "dcpc.training.data.DigitsData",

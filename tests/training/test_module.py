@@ -186,6 +186,7 @@ def test_unusable_checkpoints_are_told_apart(deep_module: Callable, tmp_path: Pa
         ({"first_visit_sweeps": -1}, r"model\.first_visit_sweeps must be at least 0"),
         ({"evaluation_particles": 1}, r"model\.evaluation_particles must be at least 2"),
         ({"num_temperatures": 0}, r"model\.num_temperatures must be at least 1"),
+        ({"test_temperatures": 0}, r"model\.test_temperatures must be at least 1"),
         ({"learning_rate": -1.0}, r"model\.learning_rate must be positive"),
         ({"step_size": -0.1}, "step_size must be a positive number"),
         ({"algorithm": "sgd"}, "unknown algorithm 'sgd'; choose one of dcpc,"),
