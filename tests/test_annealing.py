@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 from dcpc import DCPC
 from dcpc.annealing import anneal, genealogical_standard_error, spaced_ladder
-from dcpc.divide import Reference
+from dcpc.divide import Reference, Target
 from dcpc.errors import EvidenceError
 from dcpc.recombine import LogWeights
 
@@ -161,6 +161,45 @@ def test_reference_density_is_a_normal_summed_over_the_event():
     got = Reference(loc, 1.5).log_prob(u, batch_dims=1)
     torch.testing.assert_close(got, expected.sum(-1))
     torch.testing.assert_close(Reference(loc, 1.5).log_prob(u, batch_dims=2), expected)
+
+
+@pytest.mark.usefixtures("float64")
+def test_reference_hands_over_to_the_prior_as_the_temperature_rises():
+    """`r(u)^(1 - beta) p(u)^beta`, and the likelihood to the power of beta."""
+    chain = gaussian_chain()
+    engine = DCPC(chain.model, num_particles=6)
+    state, division = engine.init(*chain.args), engine.division(*chain.args)
+    factors = division.log_factors(state.latents, chain.args)
+    z1 = state.latents["z1"]
+    start = dist.Normal(0.4, 1.5).log_prob(z1)
+    references = {"z1": Reference(torch.tensor(0.4), 1.5)}
+    for beta in (0.0, 0.3, 0.9, 1.0):
+        got = Target(beta, references).weigh(factors, state.latents, division.sites)
+        torch.testing.assert_close(got["z1"], (1 - beta) * start + beta * factors["z1"])
+        torch.testing.assert_close(got["z2"], factors["z2"])
+        torch.testing.assert_close(got["x"], beta * factors["x"])
+
+
+def test_second_annealing_run_has_the_pilots_ladder_and_frozen_proposals(monkeypatch):
+    """What the estimate's particles move by must not depend on them."""
+    results = []
+
+    def spy(*args, **kwargs):
+        results.append(anneal(*args, **kwargs))
+        return results[-1]
+
+    monkeypatch.setattr("dcpc.run.anneal", spy)
+    exact = linear_gaussian_dag(1)
+    DCPC(exact.model, num_particles=50).anneal(seed=0)
+    pilot, second = results
+    assert len(pilot.ladder) == len(second.ladder)
+    for learned, used in zip(pilot.ladder, second.ladder, strict=True):
+        assert used.temperature == learned.temperature
+        for name in learned.adaptation:
+            for part in ("preconditioner", "step_size"):
+                before = getattr(learned.adaptation[name], part)
+                after = getattr(used.adaptation[name], part)
+                assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 def flat_model(x):
