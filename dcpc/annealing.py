@@ -22,7 +22,6 @@ from dcpc.sweep import (
     Adaptation,
     Parts,
     SweepState,
-    resample,
     restart_adaptation,
     retarget,
     sweep,
@@ -47,7 +46,7 @@ class Annealed:
     """Particles brought to the posterior.
 
     Attributes:
-        state: Particles and weights at temperature one.
+        state: Particles and weights at temperature one, not yet resampled.
         ladder: The rungs that were climbed, with what the proposals learned on each.
         log_evidence: `log Zhat`, `(*population)`.
         log_evidence_se: Its standard error, `(*population)`.
@@ -123,7 +122,6 @@ def anneal(
             progress(temperature)
     log_evidence = state.log_weight.log_mean()
     standard_error = genealogical_standard_error(state.log_weight, eve)
-    state, _ = resample(division, state, parts, tensors)
     if progress is not None:
         progress(1.0)
     return Annealed(state, (*climbed, Rung(1.0, state.adaptation)), log_evidence, standard_error)

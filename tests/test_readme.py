@@ -30,13 +30,18 @@ def commands() -> list[str]:
     return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
 
 
+def table_commands() -> list[str]:
+    """The commands in the last column of the table of results."""
+    return re.findall(r"\| `((?:dcpc|python|pytest) [^`]+)` \|$", README, flags=re.MULTILINE)
+
+
 def steps(command: str) -> list[str]:
     return [step.strip() for step in command.split("&&")]
 
 
 INSTALLS = [command for command in commands() if "pip install" in command]
-BENCHMARKS = [command for command in commands() if "experiments.benchmarks" in command]
-SLOW_TESTS = [command for command in commands() if command.startswith("pytest ")]
+BENCHMARKS = [command for command in table_commands() if "experiments.benchmarks" in command]
+SLOW_TESTS = [command for command in table_commands() if command.startswith("pytest ")]
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -105,7 +110,19 @@ def test_the_two_commands_install_and_run_from_a_fresh_clone(tmp_path: Path) -> 
         run(["bash", "-c", command], clone)
 
 
+@pytest.mark.parametrize("command", [*BENCHMARKS, *SLOW_TESTS])
+def test_what_the_table_of_results_names_exists(command: str) -> None:
+    words = shlex.split(command)
+    if words[0] == "pytest":
+        assert (ROOT / words[-1]).exists()
+    else:
+        assert "usage" in run([sys.executable, *words[1:], "--help"], ROOT)
+
+
 def test_every_command_of_the_readme_is_covered_here() -> None:
     known = (*INSTALLS, *BENCHMARKS, *SLOW_TESTS)
-    rest = [c for c in commands() if c not in known and not c.startswith(("dcpc ", "tensorboard "))]
+    everything = [*commands(), *table_commands()]
+    rest = [c for c in everything if c not in known and not c.startswith(("dcpc ", "tensorboard "))]
     assert rest == []
+    assert len(BENCHMARKS) == 3
+    assert set(c for c in table_commands() if c.startswith("dcpc ")) <= set(commands())

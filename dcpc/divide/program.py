@@ -127,7 +127,9 @@ class GraphProgram(Program):
     ) -> None:
         super().__init__(model, sites, arguments, example)
         self._module = capture.capture(
-            self._flat, [example[name] for name in self.latents], arguments.tensors
+            self._flat,
+            [example[name].contiguous() for name in self.latents],
+            [value.contiguous() for value in arguments.tensors],
         )
 
     def select(
@@ -141,7 +143,9 @@ class GraphProgram(Program):
             names = list(self.sites)
 
         def run(latents: Latents, tensors: Sequence[Tensor]) -> Factors:
-            outputs = module(*(latents[name] for name in self.latents), *tensors)
+            # A capture holds the views that contiguous examples allowed.
+            values = (*(latents[name] for name in self.latents), *tensors)
+            outputs = module(*(value.contiguous() for value in values))
             return dict(zip(names, outputs, strict=True))
 
         return run
