@@ -393,3 +393,14 @@ def test_all_errors_of_the_package_are_value_errors_of_one_family():
     for kind in (OptionError, ModelError, DataError, DegenerateWeightsError):
         assert issubclass(kind, DCPCError)
         assert issubclass(kind, ValueError)
+
+
+def test_a_model_that_only_the_loop_backend_can_run_says_that_it_is_slow():
+    def model(x):
+        p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+        pyro.sample("x", dist.Multinomial(6, probs=p), obs=x)
+
+    counts = torch.tensor([1.0, 2.0, 3.0])
+    with pytest.warns(UserWarning, match="runs once per particle: right, but slow"):
+        DCPC(model, num_particles=4).units(counts)
+    DCPC(model, num_particles=4, backend="loop").units(counts)

@@ -20,6 +20,7 @@ from dcpc.divide.program import (
     Arguments,
     Factors,
     GraphProgram,
+    LoopProgram,
     Program,
     build_program,
     prior_particles,
@@ -141,6 +142,13 @@ def divide(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = build_program(model, sites, arguments, example, backend)
+    if backend == "auto" and isinstance(program, LoopProgram):
+        warnings.warn(
+            "the model cannot be vectorised over particles, so it runs once per particle: right, "
+            "but slow. Usual causes are writes by boolean mask, in the model or in a log_prob "
+            "(dist.Multinomial); backend='vmap' shows the reason, backend='loop' silences this.",
+            stacklevel=2,
+        )
     if isinstance(program, GraphProgram):
         depends = program.dependencies()
     else:
