@@ -159,8 +159,8 @@ class Run:
             samples=self._constrain(state.latents),
             state=state,
             population_axes={name: division.population_axes(name) for name in division.latents},
-            acceptance=_mean_by_unit(division, [statistic for statistic, _ in about]),
-            step_size=_mean_by_unit(division, [step_size for _, step_size in about]),
+            acceptance=division.by_unit(_mean([statistic for statistic, _ in about])),
+            step_size=division.by_unit(_mean([step_size for _, step_size in about])),
             unit_of={name: unit.name for unit in division.units for name in unit.sites},
             num_bad=num_bad,
             history=self._constrain_history(kept),
@@ -188,15 +188,7 @@ class Run:
         return {name: value.unflatten(0, shape) for name, value in self._constrain(stacked).items()}
 
 
-def _mean_by_unit(division: Division, entries: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Averages `(n,)` per group over sweeps and splits it into one number per unit."""
-    groups = [group for group in division.groups if entries and group.name in entries[0]]
-    return {
-        unit.name: number
-        for group in groups
-        for unit, number in zip(
-            group.units,
-            torch.stack([entry[group.name] for entry in entries]).mean(0).tolist(),
-            strict=True,
-        )
-    }
+def _mean(entries: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Averages tensors by name over sweeps."""
+    names = entries[0] if entries else ()
+    return {name: torch.stack([entry[name] for entry in entries]).mean(0) for name in names}

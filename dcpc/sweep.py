@@ -111,15 +111,6 @@ class SweepInfo:
     ancestors: Tensor | None
     num_bad: int
 
-    def by_unit(self, division: Division, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Splits `(n,)` per group into one number per unit."""
-        return {
-            unit.name: float(number)
-            for group in division.groups
-            if group.name in values
-            for unit, number in zip(group.units, values[group.name].tolist(), strict=True)
-        }
-
 
 def sweep(
     division: Division,

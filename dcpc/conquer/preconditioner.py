@@ -286,6 +286,6 @@ def _inverse_factor(moment: Tensor) -> Tensor:
     ridge = 100 * torch.finfo(moment.dtype).eps
     factor, failed = torch.linalg.cholesky_ex(correlation + ridge * identity)
     if bool(failed.any()):
-        factor = torch.where((failed > 0)[..., None, None], torch.linalg.cholesky(identity), factor)
+        factor = torch.where((failed > 0)[..., None, None], identity, factor)
     inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
     return scale.unsqueeze(-1) * inverse.mT

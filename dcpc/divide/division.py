@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -81,6 +81,15 @@ class Division:
     def population_axes(self, name: str) -> tuple[int, ...]:
         """Axes of the population plates in a latent's value `(K, *batch, *event)`."""
         return tuple(1 + len(self.sites[name].batch_shape) + p.dim for p in self.population)
+
+    def by_unit(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Splits numbers `(n,)` by group name into one number by unit name."""
+        return {
+            unit.name: number
+            for group in self.groups
+            if group.name in values
+            for unit, number in zip(group.units, values[group.name].tolist(), strict=True)
+        }
 
     def log_factors(self, latents: Latents, tensors: Sequence[Tensor]) -> Factors:
         """Log-factors of all sites at `K` particles, each `(K, *batch_shape)`."""

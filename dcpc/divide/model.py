@@ -15,10 +15,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 
 from dcpc.divide.handlers import (
-    INITIAL_RADIUS,
     Draw,
     InitialiseFlat,
     Substitute,
@@ -127,7 +125,7 @@ def log_factors(
 def sample_prior(model: Model, args: tuple, kwargs: dict) -> dict[str, Tensor]:
     """One ancestral sample of the latents, unconstrained.
 
-    Flat priors are replaced by a uniform distribution of half-width `INITIAL_RADIUS`.
+    Flat priors are replaced by a uniform distribution of half-width `handlers.INITIAL_RADIUS`.
     """
     with torch.no_grad(), quiet(), pyro.validation_enabled(False):
         drawn = Draw()(InitialiseFlat()(model))
@@ -266,13 +264,11 @@ def _subsample_scale(msg: Any) -> float:
 
 
 __all__ = [
-    "INITIAL_RADIUS",
     "Latents",
     "Model",
     "Plate",
     "Site",
     "constrain",
-    "constraints",
     "improper",
     "log_factors",
     "read_sites",

@@ -45,7 +45,7 @@ class SweepMonitor(Callback):
             return
         division = pl_module.inference.division(batch[0])
         for kind, values in (("acceptance", info.statistic), ("step_size", info.step_size)):
-            for unit, value in info.by_unit(division, values).items():
+            for unit, value in division.by_unit(values).items():
                 pl_module.log(f"{kind}/{unit}", value, batch_size=1)
         pl_module.log("train/num_bad", float(info.num_bad), batch_size=1)
 
