@@ -13,7 +13,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from dcpc.training.evaluation import format_table, prior_samples, summarise
+from dcpc.evaluation import format_table, prior_samples, summarise
 from dcpc.training.images import image_grid, save_png
 from dcpc.training.module import ParticleModule
 

@@ -17,7 +17,7 @@ from dcpc.errors import OptionError
 from dcpc.inference import DCPC
 from dcpc.sweep import Adaptation, SweepInfo, SweepState
 from dcpc.training.checkpoint import CheckpointError
-from dcpc.training.evaluation import Evaluation, evaluate, prior_samples, summarise
+from dcpc.evaluation import Evaluation, evaluate, prior_samples, summarise
 from dcpc.training.particles import ParticleStore, datum_axes
 
 __all__ = ["ParticleModule"]

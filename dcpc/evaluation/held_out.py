@@ -1,21 +1,18 @@
-"""What is measured on data that were never trained on, each quantity under its own name."""
+"""Evidence and reconstructions of held-out data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 
-from dcpc.divide.model import Model
-from dcpc.errors import DataError
+from dcpc.evaluation.samples import matching_site
 from dcpc.inference import DCPC
 
-__all__ = ["Evaluation", "evaluate", "format_table", "prior_samples", "summarise"]
+__all__ = ["Evaluation", "evaluate", "format_table", "summarise"]
 
 LABELS = {
     "evidence_nll": "evidence NLL",
@@ -66,7 +63,7 @@ def evaluate(inference: DCPC, x: Tensor, num_temperatures: int, seed: int) -> Ev
         x = x.clone()
         annealed = inference.anneal(x, num_temperatures=num_temperatures, seed=seed)
         means = inference.observation_means(annealed.state, x)
-    mean = _matching(means, x).detach()
+    mean = matching_site(means, x).detach()
     return Evaluation(
         evidence_nll=-annealed.log_evidence,
         reconstruction_cross_entropy=_cross_entropy(x, mean).flatten(1).sum(1),
@@ -75,26 +72,6 @@ def evaluate(inference: DCPC, x: Tensor, num_temperatures: int, seed: int) -> Ev
         originals=x,
         reconstructions=mean,
     )
-
-
-def prior_samples(model: Model, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Draws as many data as `x` holds from the model, by ancestral sampling.
-
-    Returns:
-        The samples, and the decoder's mean that each was drawn around, both shaped like `x`.
-    """
-    devices = list(range(torch.cuda.device_count())) if x.is_cuda else []
-    with torch.random.fork_rng(devices), torch.no_grad(), pyro.validation_enabled(False):
-        torch.manual_seed(seed)
-        trace = pyro.poutine.trace(pyro.poutine.uncondition(model)).get_trace(x)
-    observed: dict[str, Any] = {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and (site["infer"] or {}).get("was_observed")
-    }
-    samples = _matching({name: site["value"] for name, site in observed.items()}, x)
-    means = _matching({name: site["fn"].mean for name, site in observed.items()}, x)
-    return samples, means
 
 
 def summarise(evaluations: Sequence[Evaluation]) -> dict[str, float]:
@@ -126,18 +103,6 @@ def format_table(summary: Mapping[str, float], num_particles: int, num_temperatu
         f"{num_temperatures} temperatures"
     )
     return "\n".join([heading, *(f"  {LABELS[n]:<30}{v:>16}   {what}" for n, v, what in rows)])
-
-
-def _matching(values: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """The observed site whose value is `x`, in the shape of `x`."""
-    for value in values.values():
-        if value.numel() == x.numel():
-            return value.reshape(x.shape)
-    shapes = {name: tuple(value.shape) for name, value in values.items()}
-    raise DataError(
-        f"no observed site of the model has as many elements as the data, {tuple(x.shape)}: got "
-        f"{shapes}, so there is nothing to compare reconstructions with"
-    )
 
 
 def _cross_entropy(x: Tensor, mean: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from dcpc import DCPC
 from dcpc.errors import DataError
-from dcpc.training.evaluation import evaluate, format_table, prior_samples, summarise
+from dcpc.evaluation import evaluate, format_table, prior_samples, summarise
 from dcpc.training.images import image_grid
 
 
