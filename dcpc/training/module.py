@@ -14,10 +14,10 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from dcpc.errors import OptionError
+from dcpc.evaluation import Evaluation, evaluate, prior_samples, summarise
 from dcpc.inference import DCPC
 from dcpc.sweep import Adaptation, SweepInfo, SweepState
 from dcpc.training.checkpoint import CheckpointError
-from dcpc.evaluation import Evaluation, evaluate, prior_samples, summarise
 from dcpc.training.particles import ParticleStore, datum_axes
 
 __all__ = ["ParticleModule"]
