@@ -1,167 +1,24 @@
 """Distributions that Pyro lacks, or computes at many times the cost they need.
 
-`ContinuousBernoulli` is the likelihood of grey-scale pixels, by its logit. `SharedScaleNormal` is a
-multivariate normal whose scale is one matrix for the whole batch. Both agree with their namesakes
-in `torch.distributions`, stay accurate where those do not, and survive a capture by
-`make_fx(torch.vmap(...))` as a few nodes that still differentiate when the graph runs again.
-
-A `torch.autograd.Function` would lose its backward in a capture, and an operator given one by
-`torch.library.register_autograd` raises under `torch.func.grad` and returns zero tangents under
-`torch.func.jvp` (torch 2.13). So the operators of the continuous Bernoulli bring their own kernel
-for the dispatcher's `Autograd` key.
+`ContinuousBernoulli` is the likelihood of grey-scale pixels, by its logit. `DiscretizedNormal` is
+that of pixels with 256 levels. `SharedScaleNormal` is a multivariate normal whose scale is one
+matrix for the whole batch. All stay accurate where simpler formulas do not, and survive a capture
+by `make_fx(torch.vmap(...))` as a few nodes that still differentiate when the graph runs again.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 
-__all__ = ["ContinuousBernoulli", "SharedScaleNormal"]
+from dcpc import kernels
+from dcpc.kernels import NUM_BINS, SPACING
 
-_LIBRARY = torch.library.Library("dcpc", "FRAGMENT")
-
-
-def _define_elementwise(
-    schema: str, kernel: Callable[..., Tensor], partials: tuple[Callable[..., Tensor], ...]
-) -> Any:
-    """Defines a broadcasting elementwise operator that is one node in every capture.
-
-    Args:
-        schema: the operator's schema; every argument and the result are tensors.
-        kernel: the value. It runs below autograd and may work in place on its own temporaries.
-        partials: for each argument, the partial derivative as a function of all arguments.
-
-    Returns:
-        The operator. `torch.autograd` in both modes, any nesting of `torch.func` transforms,
-        `make_fx` and `torch.compile` understand it.
-    """
-    name = schema.split("(")[0]
-    _LIBRARY.define(schema)
-    op = getattr(torch.ops.dcpc, name).default
-
-    class Elementwise(_SingleLevelFunction):
-        @staticmethod
-        def forward(keyset: Any, grad: bool, forward_grad: bool, *inputs: Tensor) -> Tensor:
-            # A Function turns both modes off, here and in jvp; outer transforms still need them.
-            with (
-                torch._C._AutoDispatchBelowAutograd(),
-                torch.set_grad_enabled(grad),
-                forward_ad._set_fwd_grad_enabled(forward_grad),
-            ):
-                return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            ctx.save_for_backward(*inputs[3:])
-            ctx.save_for_forward(*inputs[3:])
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            inputs = ctx.saved_tensors
-            columns = zip(ctx.needs_input_grad[3:], partials, strict=True)
-            # Autograd sums what was broadcast.
-            grads = [grad * partial(*inputs) if needed else None for needed, partial in columns]
-            return None, None, None, *grads
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-            columns = zip(tangents[3:], partials, strict=True)
-            with forward_ad._set_fwd_grad_enabled(True):
-                inputs = [forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors]
-                terms = [t * partial(*inputs) for t, partial in columns if t is not None]
-                return functools.reduce(torch.add, terms)
-
-    def autograd_kernel(keyset: Any, *inputs: Tensor) -> Tensor:
-        modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
-        with enable_single_level_autograd_function():
-            return Elementwise.apply(keyset, *modes, *inputs)  # type: ignore[attr-defined]
-
-    def fake(*inputs: Tensor) -> Tensor:
-        return torch.empty_like(functools.reduce(torch.add, inputs))
-
-    def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
-        rank = max(x.dim() - (dim is not None) for x, dim in zip(inputs, dims, strict=True))
-        aligned = []
-        for x, dim in zip(inputs, dims, strict=True):
-            if dim is not None:
-                x = x.movedim(dim, 0)
-                x = x.reshape(x.shape[:1] + (1,) * (rank + 1 - x.dim()) + x.shape[1:])
-            aligned.append(x)
-        return op(*aligned), 0
-
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, autograd_kernel, "Autograd", with_keyset=True)
-    torch.library.register_fake(f"dcpc::{name}", fake, lib=_LIBRARY)
-    torch.library.register_vmap(f"dcpc::{name}", vmap, lib=_LIBRARY)
-    return op
-
-
-# mean - 1/2 = sum over k of B_2k / (2k)! lambda^(2k-1), B the Bernoulli numbers. Below the switch
-# 1/(1 - exp(-lambda)) - 1/lambda loses digits, and these terms are exact to rounding; in single
-# precision the first four are.
-_SWITCH = 1.0
-_SERIES = (
-    1 / 12,
-    -1 / 720,
-    1 / 30240,
-    -1 / 1209600,
-    1 / 47900160,
-    -691 / 1307674368000,
-    1 / 74724249600,
-    -3617 / 10670622842880000,
-    43867 / 5109094217170944000,
-    -174611 / 802857662698291200000,
-)
-
-
-def _log_prob_kernel(value: Tensor, logits: Tensor) -> Tensor:
-    magnitude = logits.abs().clamp_(min=torch.finfo(logits.dtype).tiny)
-    log_ratio = magnitude.neg().expm1_().div_(magnitude).neg_().log_()
-    # relu comes off the exponent first: it cancels there, and would swamp log_ratio.
-    return (value * logits).sub_(logits.clamp(min=0)).sub_(log_ratio)
-
-
-def _mean_kernel(logits: Tensor) -> Tensor:
-    series = _SERIES if logits.dtype == torch.float64 else _SERIES[:4]
-    mean = logits.neg().exp_().neg_().add_(1).reciprocal_()
-    square = logits.reciprocal()
-    mean.sub_(square)
-    torch.mul(logits, logits, out=square)
-    near_zero = square.mul(series[-1])
-    for coefficient in series[-2:0:-1]:
-        near_zero.add_(coefficient).mul_(square)
-    near_zero.add_(series[0]).mul_(logits).add_(0.5)
-    return torch.where(square < _SWITCH**2, near_zero, mean, out=mean)
-
-
-def _variance(logits: Tensor) -> Tensor:
-    small = logits.abs() < _SWITCH
-    magnitude = torch.where(small, _SWITCH, logits.abs())
-    decay = torch.exp(-magnitude)
-    square = torch.where(small, logits, 0).square()
-    near_zero = torch.zeros_like(logits)
-    for power, coefficient in reversed(list(enumerate(_SERIES))):
-        near_zero = near_zero * square + (2 * power + 1) * coefficient
-    return torch.where(small, near_zero, magnitude**-2 - decay / (1 - decay) ** 2)
-
-
-_mean = _define_elementwise(
-    "continuous_bernoulli_mean(Tensor logits) -> Tensor", _mean_kernel, (_variance,)
-)
-_log_prob = _define_elementwise(
-    "continuous_bernoulli_log_prob(Tensor value, Tensor logits) -> Tensor",
-    _log_prob_kernel,
-    (lambda value, logits: logits, lambda value, logits: value - _mean(logits)),
-)
+__all__ = ["ContinuousBernoulli", "DiscretizedNormal", "SharedScaleNormal"]
 
 
 class ContinuousBernoulli(TorchDistribution):
@@ -218,23 +75,25 @@ class ContinuousBernoulli(TorchDistribution):
     @property
     def mean(self) -> Tensor:
         """Mean, of shape `batch_shape`; the derivative of `log Z`."""
-        return _mean(self._logits).expand(self.batch_shape)
+        return kernels.continuous_bernoulli_mean(self._logits).expand(self.batch_shape)
 
     @property
     def variance(self) -> Tensor:
         """Variance, of shape `batch_shape`; the second derivative of `log Z`."""
-        return _variance(self._logits).expand(self.batch_shape)
+        return kernels.continuous_bernoulli_variance(self._logits).expand(self.batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density, of the shape of `value` broadcast against `batch_shape`."""
         if self._validate_args:
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape, self.batch_shape)
-        return _log_prob(value, self._logits).expand(shape)
+        return kernels.continuous_bernoulli_log_prob(value, self._logits).expand(shape)
 
     def entropy(self) -> Tensor:
         """Differential entropy: minus the log-density, which is linear in x, at the mean."""
-        return -_log_prob(_mean(self._logits), self._logits).expand(self.batch_shape)
+        return -kernels.continuous_bernoulli_log_prob(
+            kernels.continuous_bernoulli_mean(self._logits), self._logits
+        ).expand(self.batch_shape)
 
     def cdf(self, value: Tensor) -> Tensor:
         """Distribution function `expm1(lambda x) / expm1(lambda)`, from the thin end."""
@@ -274,35 +133,122 @@ class ContinuousBernoulli(TorchDistribution):
         return self.icdf(torch.rand(shape, dtype=self._logits.dtype, device=self._logits.device))
 
 
-def _shared_solve(scale_tril: Tensor, rows: Tensor) -> Tensor:
-    """Solves `scale_tril y = x` for every row x: `(d, d)` and `(*batch, d)` to `(*batch, d)`."""
-    flat = rows.reshape(-1, rows.shape[-1])
-    solved = torch.linalg.solve_triangular(scale_tril.mT, flat, upper=True, left=False)
-    return solved.reshape(rows.shape)
+class _PixelGrid(constraints.Constraint):
+    """The 256 values `v / 127.5 - 1`, to within a hundredth of their spacing."""
+
+    is_discrete = True
+
+    def check(self, value: Tensor) -> Tensor:
+        level = (value + 1) / SPACING
+        on_grid = (level - level.round()).abs() < 1e-2
+        return on_grid & (level > -0.5) & (level < NUM_BINS - 0.5)
+
+    def __repr__(self) -> str:
+        return "PixelGrid()"
 
 
-def _shared_solve_vmap(
-    info: Any, dims: tuple[int | None, ...], scale_tril: Tensor, rows: Tensor
-) -> tuple[Tensor, int]:
-    """Folds the mapped axis into the rows, where torch would solve once per batch element."""
-    scale_dim, rows_dim = dims[0], dims[1]
-    if scale_dim is None and rows_dim is not None:
-        return torch.ops.dcpc.shared_solve(scale_tril, rows.movedim(rows_dim, 0)), 0
-    assert scale_dim is not None
-    scales = scale_tril.movedim(scale_dim, 0)
-    if rows_dim is None:
-        rows = rows.expand(scales.shape[:1] + rows.shape)
-    else:
-        rows = rows.movedim(rows_dim, 0)
-    flat = rows.reshape(rows.shape[0], -1, rows.shape[-1])
-    solved = torch.linalg.solve_triangular(scales.mT, flat, upper=True, left=False)
-    return solved.reshape(rows.shape), 0
+class DiscretizedNormal(TorchDistribution):
+    r"""A normal variable rounded to the 256 levels of a pixel in [-1, 1].
+
+    .. math:: P(c) = \Phi\Big(\frac{c + d - \mu}{s}\Big) - \Phi\Big(\frac{c - d - \mu}{s}\Big),
+        \qquad c = v / 127.5 - 1, \quad d = 1 / 255
+
+    for level `v`; the first bin takes the whole left tail and the last one the whole right tail, so
+    that the 256 probabilities sum to one. Log-probability and gradient are exact to rounding at
+    every distance of loc and for scales far below and above a bin's width. Source: Ho, Jain and
+    Abbeel, "Denoising diffusion probabilistic models", NeurIPS 2020, equation 13.
+
+    Args:
+        loc: location mu, of shape `batch_shape` after broadcasting; *not* quite the mean.
+        scale: positive s; cheapest as one number for all pixels.
+        validate_args: whether to check arguments and values; Pyro's default if None.
+
+    Raises:
+        ValueError: while validating, if `scale` is not positive or a value is none of the levels
+            (images in [0, 1] are not, nor are those resized after they were rounded).
+    """
+
+    arg_constraints = {  # noqa: RUF012
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
+    support = _PixelGrid()
+
+    def __init__(
+        self, loc: Tensor | float, scale: Tensor | float, *, validate_args: bool | None = None
+    ) -> None:
+        # Not expanded: a scale of one number makes all that depends on it a number.
+        like = next((x for x in (loc, scale) if isinstance(x, Tensor)), torch.empty(()))
+        self._loc, self._scale = (torch.as_tensor(x).to(like) for x in (loc, scale))
+        shape = torch.broadcast_shapes(self._loc.shape, self._scale.shape)
+        super().__init__(shape, validate_args=validate_args)
+
+    def __repr__(self) -> str:
+        return f"DiscretizedNormal(loc: {self.batch_shape}, scale: {self.batch_shape})"
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "DiscretizedNormal":
+        """Returns the distribution with a larger batch shape, sharing the arguments' memory."""
+        new = self._get_checked_instance(DiscretizedNormal, _instance)
+        new._loc, new._scale = self._loc, self._scale
+        super(DiscretizedNormal, new).__init__(torch.Size(batch_shape), validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @property
+    def loc(self) -> Tensor:
+        """Location, of shape `batch_shape`."""
+        return self._loc.expand(self.batch_shape)
+
+    @property
+    def scale(self) -> Tensor:
+        """Scale, of shape `batch_shape`."""
+        return self._scale.expand(self.batch_shape)
+
+    @property
+    def mean(self) -> Tensor:
+        """Exact mean, of shape `batch_shape`, by a sum over the 255 edges; memory of one.
+
+        It lies inside [-1, 1] wherever loc is. Not meant to be differentiated, which would keep
+        all terms.
+        """
+        total = torch.zeros_like(self._loc / self._scale)
+        for edge in _EDGES:
+            total = total + self._mass_above(edge)
+        return (total * SPACING - 1).expand(self.batch_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """Exact variance, of shape `batch_shape`, by a sum over the edges of positive terms."""
+        mean = self.mean
+        centre = ((mean + 1) / SPACING).round() * SPACING - 1
+        total = (centre - mean).square()
+        for edge in _EDGES:
+            above = self._mass_above(edge)
+            mass = torch.where(centre < edge, above, 1 - above)
+            total = total + 2 * SPACING * (edge - mean).abs() * mass
+        return total
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of the bin that holds `value`, broadcast against `batch_shape`."""
+        if self._validate_args:
+            self._validate_sample(value)
+        shape = torch.broadcast_shapes(value.shape, self.batch_shape)
+        centre = ((value + 1) / SPACING).round() * SPACING - 1
+        return kernels.discretized_normal_log_prob(centre, self._loc, self._scale).expand(shape)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Levels, `sample_shape + batch_shape`: a normal draw, rounded to the grid and clipped."""
+        shape = self._extended_shape(sample_shape)
+        with torch.no_grad():
+            noise = torch.randn(shape, dtype=self._loc.dtype, device=self._loc.device)
+            level = ((self._loc + self._scale * noise + 1) / SPACING).round()
+            return level.clamp(0, NUM_BINS - 1) * SPACING - 1
+
+    def _mass_above(self, edge: float) -> Tensor:
+        return 0.5 * torch.erfc((edge - self._loc) / self._scale * 0.5**0.5)
 
 
-# Composite: it dissolves into plain torch operators everywhere, also in a capture and its backward.
-_LIBRARY.define("shared_solve(Tensor scale_tril, Tensor rows) -> Tensor")
-_LIBRARY.impl("shared_solve", _shared_solve, "CompositeImplicitAutograd")
-torch.library.register_vmap("dcpc::shared_solve", _shared_solve_vmap, lib=_LIBRARY)
+_EDGES = tuple((level + 0.5) * SPACING - 1 for level in range(NUM_BINS - 1))
 
 
 class SharedScaleNormal(TorchDistribution):
@@ -386,7 +332,7 @@ class SharedScaleNormal(TorchDistribution):
         """Log-density, of `value`'s batch shape broadcast against `batch_shape`."""
         if self._validate_args:
             self._validate_sample(value)
-        whitened = torch.ops.dcpc.shared_solve(self.scale_tril, value - self.loc)
+        whitened = kernels.shared_solve(self.scale_tril, value - self.loc)
         return -0.5 * whitened.square().sum(-1) - self._log_normalizer()
 
     def entropy(self) -> Tensor:
