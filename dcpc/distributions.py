@@ -133,15 +133,19 @@ class ContinuousBernoulli(TorchDistribution):
         return self.icdf(torch.rand(shape, dtype=self._logits.dtype, device=self._logits.device))
 
 
+def _nearest_level(value: Tensor) -> Tensor:
+    level = (value * 127.5 + 127.5).round()
+    return (2 * level - 255) / 255  # rounded once, for scales that are hardly above rounding
+
+
 class _PixelGrid(constraints.Constraint):
     """The 256 values `v / 127.5 - 1`, to within a hundredth of their spacing."""
 
     is_discrete = True
 
     def check(self, value: Tensor) -> Tensor:
-        level = (value + 1) / SPACING
-        on_grid = (level - level.round()).abs() < 1e-2
-        return on_grid & (level > -0.5) & (level < NUM_BINS - 0.5)
+        on_grid = (value - _nearest_level(value)).abs() < 1e-2 * SPACING
+        return on_grid & (value.abs() < 1 + 0.5 * SPACING)
 
     def __repr__(self) -> str:
         return "PixelGrid()"
@@ -220,7 +224,7 @@ class DiscretizedNormal(TorchDistribution):
     def variance(self) -> Tensor:
         """Exact variance, of shape `batch_shape`, by a sum over the edges of positive terms."""
         mean = self.mean
-        centre = ((mean + 1) / SPACING).round() * SPACING - 1
+        centre = _nearest_level(mean)
         total = (centre - mean).square()
         for edge in _EDGES:
             above = self._mass_above(edge)
@@ -233,16 +237,16 @@ class DiscretizedNormal(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape, self.batch_shape)
-        centre = ((value + 1) / SPACING).round() * SPACING - 1
-        return kernels.discretized_normal_log_prob(centre, self._loc, self._scale).expand(shape)
+        return kernels.discretized_normal_log_prob(
+            _nearest_level(value), self._loc, self._scale
+        ).expand(shape)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Levels, `sample_shape + batch_shape`: a normal draw, rounded to the grid and clipped."""
         shape = self._extended_shape(sample_shape)
         with torch.no_grad():
             noise = torch.randn(shape, dtype=self._loc.dtype, device=self._loc.device)
-            level = ((self._loc + self._scale * noise + 1) / SPACING).round()
-            return level.clamp(0, NUM_BINS - 1) * SPACING - 1
+            return _nearest_level((self._loc + self._scale * noise).clamp(-1, 1))
 
     def _mass_above(self, edge: float) -> Tensor:
         return 0.5 * torch.erfc((edge - self._loc) / self._scale * 0.5**0.5)

@@ -211,8 +211,9 @@ def _tails(centre: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, 
 
 def _mills_ratio(x: Tensor) -> Tensor:
     """`Q(x) / phi(x)` for `x >= 5` by Laplace's continued fraction, exact to rounding."""
+    depth = 30 if x.dtype == torch.float64 else 10
     denominator = x
-    for numerator in range(12, 0, -1):
+    for numerator in range(depth, 0, -1):
         denominator = x + numerator / denominator
     return 1 / denominator
 

@@ -15,7 +15,7 @@ from torch.func import grad, hessian, jacrev, jvp, vmap
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dcpc.distributions import ContinuousBernoulli, SharedScaleNormal
+from dcpc.distributions import ContinuousBernoulli, DiscretizedNormal, SharedScaleNormal
 
 EXTREME = [-1e4, -300.0, -88.8, -17.0, 17.0, 88.8, 300.0, 1e4]
 NEAR_ZERO = [0.0, -0.0, 1e-30, 1e-8, -1e-6, 1e-4, -7.4e-4, 1e-3, 0.04, -0.05]
@@ -711,3 +711,203 @@ def test_captured_pyro_model_gives_the_gradient_of_its_log_joint() -> None:
     torch.testing.assert_close(
         actual_grads[2].tril(), expected_grads[2].tril(), rtol=1e-6, atol=1e-6
     )
+
+
+LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+SCALES = [1e-3, 4e-3, 0.0156, 0.0158, 0.03, 0.2, 1.0, 30.0, 1e3]
+# In scales from the centre of the bin, around the hand-overs of the formulas and far out.
+DISTANCES = [0.0, 1e-3, 0.4, -1.0, 2.5, -4.9, 5.2, 14.0, -40.0, 1e3, -1e3]
+
+
+def exact_bin(level: int, loc: float, scale: float) -> tuple[float, float, float]:
+    """Log-mass of a bin and its derivatives in loc and scale, from the definition."""
+    with mpmath.workdps(60):
+        loc, scale = mpmath.mpf(loc), mpmath.mpf(scale)
+        edges = [mpmath.mpf(2 * level + shift) / 255 - 1 for shift in (-1, 1)]
+        lower, upper = ((edge - loc) / scale for edge in edges)
+        lower = -mpmath.inf if level == 0 else lower
+        upper = mpmath.inf if level == 255 else upper
+
+        def tail(x: mpmath.mpf) -> mpmath.mpf:
+            return mpmath.erfc(x / mpmath.sqrt(2)) / 2
+
+        def moment(x: mpmath.mpf) -> mpmath.mpf:
+            return mpmath.mpf(0) if mpmath.isinf(x) else x * mpmath.npdf(x)
+
+        # The side on which both tails are small, so that 60 digits suffice.
+        above = lower > 0
+        mass = tail(lower) - tail(upper) if above else tail(-upper) - tail(-lower)
+        by_loc = (mpmath.npdf(lower) - mpmath.npdf(upper)) / (mass * scale)
+        by_scale = (moment(lower) - moment(upper)) / (mass * scale)
+        return float(mpmath.log(mass)), float(by_loc), float(by_scale)
+
+
+@pytest.mark.parametrize("level", [0, 1, 100, 254, 255])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 2e-12), (torch.float32, 2e-5)])
+def test_discretized_normal_is_exact_at_every_scale_and_distance(level, dtype, tolerance) -> None:
+    pairs = list(itertools.product(SCALES, DISTANCES))
+    scale = torch.tensor([s for s, _ in pairs], dtype=dtype, requires_grad=True)
+    centre = LEVELS[level].to(dtype)
+    offset = torch.tensor([s * d for s, d in pairs], dtype=dtype)
+    loc = (centre - offset).detach().requires_grad_()
+    log_prob = DiscretizedNormal(loc, scale).log_prob(centre)
+    actual = (log_prob, *torch.autograd.grad(log_prob.sum(), (loc, scale)))
+    # The formula sees `centre - loc` as rounded, and centres that are not quite j / 127.5 - 1.
+    seen = LEVELS[level] - (centre - loc).detach().double()
+    inputs = zip(seen.tolist(), scale.tolist(), strict=True)
+    expected = torch.tensor([exact_bin(level, *x) for x in inputs], dtype=torch.float64).T
+    # Units: nats, nats per scale. Terms of size m^2 cancel in the derivatives' sums.
+    size = 1 + (offset.double() / scale.detach().double()).square()
+    scale = scale.detach().double()
+    assert all(bool(x.isfinite().all()) for x in actual)
+    assert ((actual[0].double() - expected[0]).abs() <= tolerance * size).all()
+    for got, right in zip(actual[1:], expected[1:], strict=True):
+        assert ((got.double() - right).abs() * scale <= tolerance * size).all()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("loc", [-1.0, 0.0, 0.003, 0.71, 1.4, -60.0])
+def test_the_256_probabilities_sum_to_one(loc: float, scale: float) -> None:
+    arguments = (torch.tensor(loc, dtype=torch.float64), torch.tensor(scale, dtype=torch.float64))
+    log_prob = DiscretizedNormal(*arguments).log_prob(LEVELS)
+    assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-12)
+    single = DiscretizedNormal(*(x.float() for x in arguments)).log_prob(LEVELS.float())
+    assert single.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(("loc", "scale"), [(0.1, 0.2), (-0.95, 0.3), (1.3, 0.1), (0.501, 2e-3)])
+def test_moments_and_samples_are_those_of_the_256_probabilities(loc: float, scale: float) -> None:
+    distribution = DiscretizedNormal(
+        *(torch.tensor([x], dtype=torch.float64) for x in (loc, scale))
+    )
+    mass = torch.tensor(
+        [math.exp(exact_bin(level, loc, scale)[0]) for level in range(256)]
+    ).double()
+    mean = (mass * LEVELS).sum().item()
+    variance = (mass * (LEVELS - mean) ** 2).sum().item()
+    assert distribution.mean.item() == pytest.approx(mean, abs=1e-7)
+    assert distribution.variance.item() == pytest.approx(variance, rel=1e-6)
+    num_samples = 20_000
+    samples = distribution.sample((num_samples,))
+    assert samples.shape == (num_samples, 1)
+    assert distribution.support.check(samples).all()
+    counts = torch.bincount((samples.flatten() * 127.5 + 127.5).round().long(), minlength=256)
+    expected = num_samples * mass
+    likely = expected > 5
+    # Chi-squared over n bins: mean n, standard deviation sqrt(2 n).
+    statistic = ((counts - expected)[likely] ** 2 / expected[likely]).sum().item()
+    count = int(likely.sum())
+    assert statistic < count + 4.5 * math.sqrt(2 * count)
+    assert counts[~likely].sum().item() <= expected[~likely].sum().item() + 12
+
+
+def discretized_log_prob(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    return DiscretizedNormal(loc, scale, validate_args=False).log_prob(value)
+
+
+def plain_log_prob(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    """The definition, which is accurate near loc and in double precision."""
+    normal = torch.distributions.Normal(loc, scale, validate_args=False)
+    below = torch.where(value < -0.999, 0.0, normal.cdf(value - 1 / 255))
+    above = torch.where(value > 0.999, 1.0, normal.cdf(value + 1 / 255))
+    return (above - below).log()
+
+
+def pixels(*shape: int) -> Tensor:
+    """Levels of every kind: inner ones, and the two open ends."""
+    return LEVELS[torch.randint(-40, 296, shape).clamp(0, 255)]
+
+
+def discretized_arguments() -> tuple[Tensor, Tensor]:
+    loc = torch.empty(4, 7, 3, dtype=torch.float64).uniform_(-0.8, 0.8)
+    return loc, torch.tensor([0.9, 0.7, 0.6], dtype=torch.float64)
+
+
+@forward_mode
+def test_discretized_derivatives_match_finite_differences() -> None:
+    value, (loc, scale) = pixels(5, 3), discretized_arguments()
+    loc, scale[2] = loc[0, :5], 0.01  # which needs the tails
+    loc[:, 2] = value[:, 2] + 0.01 * torch.randn(5, dtype=torch.float64)
+    loc.requires_grad_()
+    scale.requires_grad_()
+    function = discretized_log_prob
+    assert torch.autograd.gradcheck(
+        lambda loc, scale: function(value, loc, scale), (loc, scale), check_forward_ad=True
+    )
+    fixed = scale.detach()
+    assert torch.autograd.gradgradcheck(lambda loc: function(value, loc, fixed), (loc,))
+    (slope,) = torch.autograd.grad(function(value, loc, scale).sum(), loc, create_graph=True)
+    with pytest.raises(NotImplementedError, match="in loc only"):
+        slope.sum().backward()
+
+
+def test_value_and_gradient_do_not_depend_on_how_the_work_is_vectorised() -> None:
+    value, (loc, scale) = pixels(7, 3), discretized_arguments()
+    expected = plain_log_prob(value, loc, scale)
+    by_loc, by_scale = torch.autograd.functional.jacobian(
+        lambda loc, scale: plain_log_prob(value, loc, scale).sum(), (loc, scale)
+    )
+    close = torch.testing.assert_close
+    tolerance = {"rtol": 1e-8, "atol": 1e-9}
+    over_particles = vmap(discretized_log_prob, in_dims=(None, 0, None))
+    close(over_particles(value, loc, scale), expected, **tolerance)
+    both = grad(lambda *a: over_particles(value, *a).sum(), argnums=(0, 1))(loc, scale)
+    close(both, (by_loc, by_scale), **tolerance)
+    inside = vmap(grad(lambda loc: discretized_log_prob(value, loc, scale).sum()))(loc)
+    close(inside, by_loc, **tolerance)
+    # All shapes of scale: a number, per pixel, per particle, wider than loc.
+    close(discretized_log_prob(value, loc, scale.expand(4, 7, 3)), expected, **tolerance)
+    close(
+        discretized_log_prob(value, loc[0, 0, 0], scale), plain_log_prob(value, loc[0, 0, 0], scale)
+    )
+    mapped = vmap(discretized_log_prob, in_dims=(None, None, 0))
+    scales = scale.expand(4, 3) * torch.arange(1, 5)[:, None]
+    each = torch.stack([plain_log_prob(value, loc[0], s) for s in scales])
+    close(mapped(value, loc[0], scales), each, **tolerance)
+
+
+def test_discretized_capture_is_one_node_and_keeps_its_gradients_on_new_data() -> None:
+    function = vmap(discretized_log_prob, in_dims=(None, 0, None))
+    graph = make_fx(function)(pixels(7, 3), *discretized_arguments())
+    names = [name for name in operators(graph) if "dcpc" in name]
+    assert names == ["dcpc.discretized_normal_log_prob.default"]
+    value, arguments = pixels(7, 3), discretized_arguments()
+    for x in arguments:
+        x.requires_grad_()
+    expected = plain_log_prob(value, *arguments)
+    actual = graph(value, *arguments)
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
+    actual_grads = torch.autograd.grad(actual.sum(), arguments)
+    torch.testing.assert_close(actual_grads, torch.autograd.grad(expected.sum(), arguments))
+    torch.library.opcheck(
+        torch.ops.dcpc.discretized_normal_log_prob.default, (pixels(2, 3), *discretized_arguments())
+    )
+
+
+def test_discretized_expand_shares_its_arguments_and_keeps_every_shape() -> None:
+    loc, scale = torch.zeros(3), torch.tensor(0.2)
+    distribution = DiscretizedNormal(loc, scale)
+    expanded = distribution.expand([4, 2, 3])
+    assert expanded.batch_shape == (4, 2, 3)
+    assert expanded.loc.data_ptr() == loc.data_ptr()
+    for name in ("loc", "scale", "mean", "variance"):
+        assert torch.equal(getattr(expanded, name), getattr(distribution, name).expand(4, 2, 3))
+    value = pixels(2, 3).float()
+    assert torch.equal(expanded.log_prob(value), distribution.log_prob(value).expand(4, 2, 3))
+    assert expanded.sample((5,)).shape == (5, 4, 2, 3)
+    assert expanded.sample().unique().numel() > 15  # independent noise
+    assert expanded.to_event(2).log_prob(value).shape == (4,)
+    assert DiscretizedNormal(0.0, 1.0).batch_shape == ()
+    assert DiscretizedNormal(0.0, torch.ones(2).double()).loc.dtype == torch.float64
+
+
+def test_discretized_normal_validates_like_torch() -> None:
+    with pytest.raises(ValueError, match="scale"):
+        DiscretizedNormal(torch.zeros(2), torch.tensor(0.0), validate_args=True)
+    with pytest.raises(ValueError, match="loc"):
+        DiscretizedNormal(torch.tensor(math.nan), 1.0, validate_args=True)
+    distribution = DiscretizedNormal(torch.zeros(2), 1.0, validate_args=True)
+    for wrong in (1 + 2 / 255, 0.0, math.nan):  # no level; zero lies between two
+        with pytest.raises(ValueError, match="support"):
+            distribution.log_prob(torch.tensor(wrong))
+    assert distribution.log_prob(LEVELS[:, None].float()).shape == (256, 2)
