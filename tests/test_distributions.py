@@ -880,7 +880,7 @@ def test_discretized_capture_is_one_node_and_keeps_its_gradients_on_new_data() -
     actual_grads = torch.autograd.grad(actual.sum(), arguments)
     torch.testing.assert_close(actual_grads, torch.autograd.grad(expected.sum(), arguments))
     torch.library.opcheck(
-        torch.ops.dcpc.discretized_normal_log_prob.default, (pixels(2, 3), *discretized_arguments())
+        torch.ops.dcpc.discretized_normal_log_prob.default, (pixels(7, 3), *discretized_arguments())
     )
 
 
