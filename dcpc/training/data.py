@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dcpc.errors import DataError, OptionError
 
-__all__ = ["ArrayData", "DigitsData", "EpochShuffle", "ImageData", "check_images"]
+__all__ = [
+    "ArrayData",
+    "Batch",
+    "DigitsData",
+    "EpochShuffle",
+    "ImageData",
+    "ImageSet",
+    "TensorImages",
+    "check_images",
+]
+
+Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class EpochShuffle(Sampler[int]):
@@ -23,16 +35,24 @@ class EpochShuffle(Sampler[int]):
 
     A resumed run therefore visits the data in the order in which the first one would have.
     Lightning calls `set_epoch`.
+
+    Args:
+        size: Number of data.
+        seed: Of all permutations.
+        follow: Is told every epoch's number too: a data set that changes from epoch to epoch.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(self, size: int, seed: int, follow: Callable[[int], None] | None = None) -> None:
         self.size = size
         self.seed = seed
         self.epoch = 0
+        self.follow = follow
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the permutation."""
         self.epoch = epoch
+        if self.follow is not None:
+            self.follow(epoch)
 
     def __len__(self) -> int:
         return self.size
@@ -42,24 +62,69 @@ class EpochShuffle(Sampler[int]):
         return iter(torch.randperm(self.size, generator=generator).tolist())
 
 
+class ImageSet(Dataset[Batch]):
+    """Images with labels and indices, fetched a whole batch at a time."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abstractmethod
+    def __getitems__(self, index: Sequence[int]) -> Batch:
+        """The images of a batch, their labels, and `index` itself."""
+
+    def __getitem__(self, index: int) -> Batch:
+        images, labels, indices = self.__getitems__([index])
+        return images[0], labels[0], indices[0]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Hears about a new epoch of training."""
+
+
+class TensorImages(ImageSet):
+    """Images that lie ready in memory.
+
+    Args:
+        images: `(N, channels, height, width)`.
+        labels: `(N,)`.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.tensors = images, labels, torch.arange(len(images))
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitems__(self, index: Sequence[int]) -> Batch:
+        rows = torch.as_tensor(index)
+        images, labels, indices = (tensor[rows] for tensor in self.tensors)
+        return images, labels, indices
+
+
 class ImageData(LightningDataModule):
     """Base class: a subclass says where the images come from.
 
-    A batch is `(images, labels, index)`: images `(B, channels, height, width)` in [0, 1], labels
-    `(B,)`, and each datum's index in its own set, by which its particles are found.
+    A batch is `(images, labels, index)`: images `(B, channels, height, width)` with intensities in
+    `intensity_range`, labels `(B,)`, and each datum's index in its own set, by which its particles
+    are found.
 
     Args:
         batch_size: Training data per batch.
         evaluation_batch_size: Held-out data per batch.
-        num_held_out: How many images are never trained on.
+        num_held_out: How many images are never trained on; None where the subclass decides.
         seed: Of the split and of the shuffling.
+
+    Attributes:
+        intensity_range: The intensities of black and of white.
     """
+
+    intensity_range: tuple[float, float] = (0.0, 1.0)
 
     def __init__(
         self,
         batch_size: int = 100,
         evaluation_batch_size: int = 300,
-        num_held_out: int = 297,
+        num_held_out: int | None = 297,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -68,18 +133,21 @@ class ImageData(LightningDataModule):
             ("evaluation_batch_size", evaluation_batch_size),
             ("num_held_out", num_held_out),
         ):
-            if value < 1:
+            if value is not None and value < 1:
                 raise OptionError(f"data.{name} must be at least 1, got {value}")
         self.batch_size = batch_size
         self.evaluation_batch_size = evaluation_batch_size
         self.num_held_out = num_held_out
         self.seed = seed
-        self.training_set: TensorDataset | None = None
-        self.held_out_set: TensorDataset | None = None
+        self.training_set: ImageSet | None = None
+        self.held_out_set: ImageSet | None = None
 
     @abstractmethod
     def load(self) -> tuple[Tensor, Tensor]:
-        """All images `(N, channels, height, width)` in [0, 1], and their labels `(N,)`."""
+        """All images `(N, channels, height, width)`, and their labels `(N,)`.
+
+        Images are floats in [0, 1], or bytes where the subclass has an `image_set` of its own.
+        """
 
     def setup(self, stage: str) -> None:
         """Loads, checks and splits the images, once."""
@@ -87,24 +155,44 @@ class ImageData(LightningDataModule):
             return
         images, labels = self.load()
         check_images(images, type(self).__name__)
-        if self.num_held_out >= len(images):
+        training, held_out = self.split(len(images))
+        self.training_set = self.image_set(images, labels, training, is_training=True)
+        self.held_out_set = self.image_set(images, labels, held_out, is_training=False)
+
+    def split(self, num_images: int) -> tuple[Tensor, Tensor]:
+        """Rows of the training images and of the held-out ones, drawn by the seed alone.
+
+        Raises:
+            OptionError: Nothing would be left to train on.
+        """
+        num_held_out = self.count_held_out(num_images)
+        if num_held_out >= num_images:
             raise OptionError(
-                f"data.num_held_out must be smaller than the number of images, {len(images)}, got "
-                f"{self.num_held_out}"
+                f"data.num_held_out must be smaller than the number of images, {num_images}, got "
+                f"{num_held_out}"
             )
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
-        training, held_out = order[self.num_held_out :], order[: self.num_held_out]
-        self.training_set = _indexed(images[training], labels[training])
-        self.held_out_set = _indexed(images[held_out], labels[held_out])
+        order = torch.randperm(num_images, generator=torch.Generator().manual_seed(self.seed))
+        return order[num_held_out:], order[:num_held_out]
+
+    def count_held_out(self, num_images: int) -> int:
+        """How many of all images are never trained on."""
+        assert self.num_held_out is not None
+        return self.num_held_out
+
+    def image_set(
+        self, images: Tensor, labels: Tensor, rows: Tensor, *, is_training: bool
+    ) -> ImageSet:
+        """The set that consists of some rows of all images."""
+        return TensorImages(images[rows], labels[rows])
 
     def train_dataloader(self) -> DataLoader:
         assert self.training_set is not None
-        sampler = EpochShuffle(len(self.training_set), self.seed)
-        return DataLoader(self.training_set, batch_size=self.batch_size, sampler=sampler)
+        sampler = EpochShuffle(len(self.training_set), self.seed, self.training_set.set_epoch)
+        return _loader(self.training_set, self.batch_size, sampler)
 
     def val_dataloader(self) -> DataLoader:
         assert self.held_out_set is not None
-        return DataLoader(self.held_out_set, batch_size=self.evaluation_batch_size)
+        return _loader(self.held_out_set, self.evaluation_batch_size)
 
     def test_dataloader(self) -> DataLoader:
         return self.val_dataloader()
@@ -191,6 +279,8 @@ def check_images(images: Tensor, source: str) -> None:
     Raises:
         DataError: Naming the first image that is not.
     """
+    if images.dtype == torch.uint8:
+        return  # every byte is a grey level
     valid = (images >= 0) & (images <= 1)  # NaN is neither
     if bool(valid.all()):
         return
@@ -202,5 +292,10 @@ def check_images(images: Tensor, source: str) -> None:
     )
 
 
-def _indexed(images: Tensor, labels: Tensor) -> TensorDataset:
-    return TensorDataset(images, labels, torch.arange(len(images)))
+def _loader(images: ImageSet, batch_size: int, sampler: EpochShuffle | None = None) -> DataLoader:
+    # The set collates: its `__getitems__` returns a batch.
+    return DataLoader(images, batch_size, sampler=sampler, collate_fn=_unchanged)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
