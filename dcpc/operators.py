@@ -2,12 +2,12 @@
 
 A `torch.autograd.Function` would lose its backward in a capture by `make_fx(torch.vmap(...))`, and
 an operator given one by `torch.library.register_autograd` raises under `torch.func.grad` and
-returns zero tangents under `torch.func.jvp` (torch 2.13). So the elementwise operators bring their
-own kernel for the dispatcher's `Autograd` key.
+returns zero tangents under `torch.func.jvp` (torch 2.13). So our operators bring their own
+kernel for the dispatcher's `Autograd` key.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,20 +16,33 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-__all__ = ["LIBRARY", "define_elementwise"]
+__all__ = ["define_elementwise", "define_operator"]
 
 LIBRARY = torch.library.Library("dcpc", "FRAGMENT")
 
 
-def define_elementwise(
-    schema: str, kernel: Callable[..., Tensor], partials: tuple[Callable[..., Tensor], ...]
+def define_operator(
+    schema: str,
+    kernel: Callable[..., Tensor],
+    *,
+    vjp: Callable[..., Sequence[Tensor | None]],
+    jvp: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    vmap: Callable[..., tuple[Tensor, int]],
+    saves_output: bool = False,
 ) -> Any:
-    """Defines a broadcasting elementwise operator that is one node in every capture.
+    """Defines a differentiable operator that is one node in every capture.
 
     Args:
         schema: the operator's schema; every argument and the result are tensors.
         kernel: the value. It runs below autograd and may work in place on its own temporaries.
-        partials: for each argument, the partial derivative as a function of all arguments.
+        vjp: for each argument its gradient or None, as a function of the result's gradient, of
+            what is needed (a bool for each argument), and of all arguments.
+        jvp: the result's tangent, as a function of the arguments' tangents (a tuple of tensors and
+            None) and of all arguments.
+        fake: an empty result of the right shape.
+        vmap: the operator with a mapped axis, as `torch.library.register_vmap` calls it.
+        saves_output: whether vjp and jvp get the result after the arguments.
 
     Returns:
         The operator. `torch.autograd` in both modes, any nesting of `torch.func` transforms,
@@ -39,7 +52,12 @@ def define_elementwise(
     LIBRARY.define(schema)
     op = getattr(torch.ops.dcpc, name).default
 
-    class Elementwise(_SingleLevelFunction):
+    def push_forward(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        with forward_ad._set_fwd_grad_enabled(True):
+            saved = [forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors]
+            return jvp(tangents[3:], *saved)
+
+    class Operator(_SingleLevelFunction):
         @staticmethod
         def forward(keyset: Any, grad: bool, forward_grad: bool, *inputs: Tensor) -> Tensor:
             # A Function turns both modes off, here and in jvp; outer transforms still need them.
@@ -52,29 +70,49 @@ def define_elementwise(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            ctx.save_for_backward(*inputs[3:])
-            ctx.save_for_forward(*inputs[3:])
+            saved = (*inputs[3:], output) if saves_output else inputs[3:]
+            ctx.save_for_backward(*saved)
+            ctx.save_for_forward(*saved)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            inputs = ctx.saved_tensors
-            columns = zip(ctx.needs_input_grad[3:], partials, strict=True)
-            # Autograd sums what was broadcast.
-            grads = [grad * partial(*inputs) if needed else None for needed, partial in columns]
-            return None, None, None, *grads
+            needed = ctx.needs_input_grad[3:]
+            return None, None, None, *vjp(grad, needed, *ctx.saved_tensors)
 
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-            columns = zip(tangents[3:], partials, strict=True)
-            with forward_ad._set_fwd_grad_enabled(True):
-                inputs = [forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors]
-                terms = [t * partial(*inputs) for t, partial in columns if t is not None]
-                return functools.reduce(torch.add, terms)
+        jvp = staticmethod(push_forward)
 
     def autograd_kernel(keyset: Any, *inputs: Tensor) -> Tensor:
         modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
         with enable_single_level_autograd_function():
-            return Elementwise.apply(keyset, *modes, *inputs)  # type: ignore[attr-defined]
+            return Operator.apply(keyset, *modes, *inputs)  # type: ignore[attr-defined]
+
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, autograd_kernel, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"dcpc::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"dcpc::{name}", vmap, lib=LIBRARY)
+    return op
+
+
+def define_elementwise(
+    schema: str, kernel: Callable[..., Tensor], partials: tuple[Callable[..., Tensor], ...]
+) -> Any:
+    """Defines a broadcasting elementwise operator.
+
+    Args:
+        schema: as for `define_operator`.
+        kernel: as for `define_operator`.
+        partials: for each argument, the partial derivative as a function of all arguments.
+    """
+
+    def vjp(grad: Tensor, needed: Sequence[bool], *inputs: Tensor) -> list[Tensor | None]:
+        # Autograd sums what was broadcast.
+        columns = zip(needed, partials, strict=True)
+        return [grad * partial(*inputs) if wanted else None for wanted, partial in columns]
+
+    def jvp(tangents: Sequence[Tensor | None], *inputs: Tensor) -> Tensor:
+        columns = zip(tangents, partials, strict=True)
+        terms = [t * partial(*inputs) for t, partial in columns if t is not None]
+        return functools.reduce(torch.add, terms)
 
     def fake(*inputs: Tensor) -> Tensor:
         return torch.empty_like(functools.reduce(torch.add, inputs))
@@ -89,8 +127,5 @@ def define_elementwise(
             aligned.append(x)
         return op(*aligned), 0
 
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, autograd_kernel, "Autograd", with_keyset=True)
-    torch.library.register_fake(f"dcpc::{name}", fake, lib=LIBRARY)
-    torch.library.register_vmap(f"dcpc::{name}", vmap, lib=LIBRARY)
+    op = define_operator(schema, kernel, vjp=vjp, jvp=jvp, fake=fake, vmap=vmap)
     return op

@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from dcpc.distributions import ContinuousBernoulli, SharedScaleNormal
+from dcpc.distributions import Bernoulli, ContinuousBernoulli, SharedScaleNormal
 
 Likelihood = Literal["continuous_bernoulli", "bernoulli"]
 
@@ -100,5 +100,5 @@ class DeepLatentGaussian(nn.Module):
     def _pixels(self, logits: Tensor) -> dist.Distribution:
         if self.likelihood == "bernoulli":
             # Grey intensities are no outcomes of a Bernoulli variable, so nothing is validated.
-            return dist.Bernoulli(logits=logits, validate_args=False).to_event(1)
+            return Bernoulli(logits=logits, validate_args=False).to_event(1)
         return ContinuousBernoulli(logits).to_event(1)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import mpmath
 import numpy as np
@@ -15,7 +16,13 @@ from torch.func import grad, hessian, jacrev, jvp, vmap
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dcpc.distributions import ContinuousBernoulli, DiscretizedNormal, SharedScaleNormal
+from dcpc import kernels
+from dcpc.distributions import (
+    Bernoulli,
+    ContinuousBernoulli,
+    DiscretizedNormal,
+    SharedScaleNormal,
+)
 
 EXTREME = [-1e4, -300.0, -88.8, -17.0, 17.0, 88.8, 300.0, 1e4]
 NEAR_ZERO = [0.0, -0.0, 1e-30, 1e-8, -1e-6, 1e-4, -7.4e-4, 1e-3, 0.04, -0.05]
@@ -598,10 +605,10 @@ def test_capture_solves_once_and_never_expands_the_scale(with_gradient: bool) ->
     # The gradient's second solve is with the transposed scale.
     assert len(solves) == 1 + with_gradient
     for node in solves:
-        assert str(node.target) == "aten.linalg_solve_triangular.default"
+        assert str(node.target).startswith("dcpc.shared_solve")
         matrix, rows = (a.meta["tensor_meta"].shape for a in node.args)
         assert matrix == (dim, dim)
-        assert rows == (particles * population, dim)
+        assert rows == (particles, population, dim)
     for node in graph.graph.nodes:
         meta = node.meta.get("tensor_meta")
         assert getattr(meta, "shape", torch.Size()).numel() <= particles * population * dim
@@ -617,6 +624,82 @@ def test_capture_solves_once_and_never_expands_the_scale(with_gradient: bool) ->
         actual_grads = torch.autograd.grad(graph(z, scale_tril).sum(), (z, scale_tril))
     torch.testing.assert_close(actual_grads[0], expected_grads[0])
     torch.testing.assert_close(actual_grads[1].tril(), expected_grads[1].tril())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dim", [64, 65, 128, 150])
+def test_solve_by_blocks_agrees_with_lapack(dim: int, transposed: bool, dtype: torch.dtype) -> None:
+    scale_tril = random_scale(dim).to(dtype)
+    rows = torch.randn(4, 50, dim, dtype=dtype)
+    solve = kernels.shared_solve_transposed if transposed else kernels.shared_solve
+    matrix = (scale_tril.mT if transposed else scale_tril).double()
+    expected = torch.linalg.solve_triangular(matrix, rows.double().mT, upper=transposed).mT
+    error = (solve(scale_tril, rows) - expected).abs().max()
+    lapack = torch.linalg.solve_triangular(matrix.to(dtype), rows.mT, upper=transposed).mT
+    assert error <= 4 * (lapack - expected).abs().max() + 1e-13
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_solve_by_blocks_has_all_derivatives(transposed: bool) -> None:
+    dim = 70
+    scale_tril, rows = random_scale(dim), torch.randn(130, dim, dtype=torch.float64)
+    solve = kernels.shared_solve_transposed if transposed else kernels.shared_solve
+
+    def ours(scale: Tensor, rows: Tensor) -> Tensor:
+        return solve(scale, rows).sin().sum()
+
+    def dense(scale: Tensor, rows: Tensor) -> Tensor:
+        matrix = scale.tril().mT if transposed else scale.tril()
+        return torch.linalg.solve(matrix, rows.mT).mT.sin().sum()
+
+    arguments, tangents = (scale_tril, rows), (random_scale(dim).tril(), torch.randn_like(rows))
+    torch.testing.assert_close(
+        grad(ours, argnums=(0, 1))(*arguments), grad(dense, argnums=(0, 1))(*arguments)
+    )
+    torch.testing.assert_close(jvp(ours, arguments, tangents), jvp(dense, arguments, tangents))
+
+    def curvature(function: Callable[..., Tensor]) -> Tensor:
+        return jvp(grad(function, argnums=(0, 1)), arguments, tangents)[1]
+
+    torch.testing.assert_close(curvature(ours), curvature(dense))
+
+
+def test_bernoulli_agrees_with_cross_entropy() -> None:
+    logits = torch.tensor(
+        [-800.0, -50.0, -1.5, 0.0, 1e-9, 3.0, 39.0, 41.0, 800.0], dtype=torch.float64
+    )
+    for value in (0.0, 0.3, 1.0):
+        x = torch.full_like(logits, value)
+        leaf = logits.clone().requires_grad_()
+        log_prob = Bernoulli(logits=leaf, validate_args=False).log_prob(x)
+        # x log p + (1 - x) log(1 - p), with both logarithms without cancellation.
+        expected = -x * torch.logaddexp(torch.zeros(()), -logits) - (1 - x) * torch.logaddexp(
+            torch.zeros(()), logits
+        )
+        torch.testing.assert_close(log_prob, expected, rtol=1e-14, atol=1e-15)
+        (slope,) = torch.autograd.grad(log_prob.sum(), leaf)
+        torch.testing.assert_close(slope, x - torch.special.expit(logits))
+
+
+def test_bernoulli_is_one_operator_in_a_capture() -> None:
+    logits, x = torch.randn(3, 5), torch.rand(5)
+
+    def log_prob(logits: Tensor) -> Tensor:
+        return Bernoulli(logits=logits, validate_args=False).log_prob(x)
+
+    graph = make_fx(vmap(log_prob))(logits)
+    calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    views = ("aten.permute.default", "aten.view.default")
+    assert [call for call in calls if call not in views] == ["dcpc.bernoulli_log_prob.default"]
+    cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits
+    expected = -cross_entropy(logits, x.expand(3, 5), reduction="none")
+    torch.testing.assert_close(graph(logits), expected)
+
+
+def test_bernoulli_checks_its_values() -> None:
+    with pytest.raises(ValueError, match="support"):
+        Bernoulli(logits=torch.zeros(2), validate_args=True).log_prob(torch.tensor([0.5, 1.0]))
 
 
 def test_expand_leaves_the_scale_alone() -> None:

@@ -84,8 +84,9 @@ def dependencies(module: fx.GraphModule) -> list[frozenset[int]]:
 def slice_outputs(module: fx.GraphModule, positions: Sequence[int]) -> fx.GraphModule:
     """The part of a captured graph that computes some of its outputs; all inputs are kept.
 
-    `detach` is dropped on the way: a slice is differentiated with respect to latents only, and
-    the score is the derivative of the log-density whatever the author detaches for learning.
+    A slice is differentiated with respect to latents only. So the author's `detach` is dropped on
+    the way: the score is the derivative of the log-density whatever is detached for learning. And
+    the parameters are detached, which spares the backward pass their gradients.
     """
     outputs = next(node for node in module.graph.nodes if node.op == "output").args[0]
     wanted = [outputs[position] for position in positions]
@@ -103,6 +104,8 @@ def slice_outputs(module: fx.GraphModule, positions: Sequence[int]) -> fx.GraphM
             copied[node] = copied[node.args[0]]
         elif node in needed or node.op == "placeholder":
             copied[node] = graph.node_copy(node, copied.__getitem__)
+            if node.op == "get_attr":
+                copied[node] = graph.call_function(torch.ops.aten.detach.default, (copied[node],))
     graph.output(tuple(copied[node] for node in wanted))
     return fx.GraphModule(module, graph)
 
