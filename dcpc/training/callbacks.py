@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import BasePredictionWriter
+from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from dcpc.evaluation import format_table, prior_samples, summarise
+from dcpc.sweep import SweepInfo
 from dcpc.training.images import image_grid, save_png
 from dcpc.training.module import ParticleModule
 
@@ -21,11 +24,16 @@ __all__ = ["EvaluationTable", "ImageGrids", "PredictionWriter", "RunReport", "Sw
 
 
 class SweepMonitor(Callback):
-    """Logs every unit's acceptance and step size, and the number of bad log-densities.
+    """Logs what the sweeps of a training step did; idle for modules that do not sweep.
+
+    As scalars, by unit: acceptance (or conditional ESS, see `SweepInfo.statistic`) and step size;
+    and the number of bad log-densities. As histograms over the batch's data, in TensorBoard:
+    every latent's unconstrained values, the particles' log-weights (of mean weight one), and the
+    ESS in percent before resampling.
 
     Args:
-        every_n_steps: Every so many steps; the trainer's `log_every_n_steps`, since it drops what
-            is logged in between.
+        every_n_steps: Every so many batches; the trainer's `log_every_n_steps`, since it drops
+            what is logged in between.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -39,15 +47,21 @@ class SweepMonitor(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        assert isinstance(pl_module, ParticleModule)
-        info = pl_module.last_sweep
-        if info is None or trainer.global_step % self.every_n_steps:
+        # Batches, not steps of the optimiser, of which `ipc` takes several per batch.
+        step = trainer.fit_loop.total_batch_idx
+        if not isinstance(pl_module, ParticleModule) or (step + 1) % self.every_n_steps:
             return
+        info = pl_module.last_sweep
+        assert info is not None
         division = pl_module.inference.division(batch[0])
         for kind, values in (("acceptance", info.statistic), ("step_size", info.step_size)):
             for unit, value in division.by_unit(values).items():
                 pl_module.log(f"{kind}/{unit}", value, batch_size=1)
         pl_module.log("train/num_bad", float(info.num_bad), batch_size=1)
+        writer = _tensorboard(trainer)
+        if writer is not None:
+            for tag, numbers in _histograms(pl_module, info, batch[2]).items():
+                writer.add_histogram(tag, numbers, step)
 
 
 class ImageGrids(Callback):
@@ -62,8 +76,8 @@ class ImageGrids(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ParticleModule)
-        writer = getattr(trainer.logger, "experiment", None)
-        if not hasattr(writer, "add_image") or not pl_module.evaluations:
+        writer = _tensorboard(trainer)
+        if writer is None or not pl_module.evaluations:
             return
         first = pl_module.evaluations[0]
         originals = first.originals[: self.num_images]
@@ -76,8 +90,7 @@ class ImageGrids(Callback):
             ("reconstructions", first.reconstructions[: self.num_images]),
             ("prior_samples", means),
         ):
-            grid = image_grid(pictures, columns)
-            assert writer is not None
+            grid = image_grid(pictures, columns, _intensity_range(pl_module))
             writer.add_image(f"images/{name}", grid, trainer.global_step)
 
 
@@ -129,7 +142,8 @@ class PredictionWriter(BasePredictionWriter):
         rows = ("originals", "reconstructions", "prior_sample_means", "prior_samples")
         count = min(self.num_images, len(merged["index"]))
         pictures = torch.cat([merged[name][:count] for name in rows])
-        save_png(folder / "predictions.png", image_grid(pictures, columns=count))
+        grid = image_grid(pictures, count, _intensity_range(pl_module))
+        save_png(folder / "predictions.png", grid)
         print(
             f"picture, from top to bottom {', '.join(rows).replace('_', ' ')}: "
             f"{folder / 'predictions.png'}"
@@ -169,6 +183,30 @@ class RunReport(Callback):
         if checkpoint:
             link = _link_latest(Path(checkpoint), Path(trainer.default_root_dir))
             print(f"checkpoint: {link} (now {os.readlink(link)})")
+
+
+def _tensorboard(trainer: Trainer) -> SummaryWriter | None:
+    """The writer of the first logger that is TensorBoard's."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            return logger.experiment
+    return None
+
+
+def _histograms(module: ParticleModule, info: SweepInfo, index: Tensor) -> dict[str, Tensor]:
+    """By tag, the numbers of a batch's data that are finite."""
+    assert module.store is not None
+    stored = module.store.state_dict()
+    rows = index.cpu()
+    numbers = {f"latents/{name}": u[rows] for name, u in stored["latents"].items()}
+    numbers["particles/log_weight"] = stored["log_weight"][rows]
+    numbers["particles/ess_percent"] = 100.0 * info.ess / module.inference.num_particles
+    finite = {tag: values[values.isfinite()] for tag, values in numbers.items()}
+    return {tag: values for tag, values in finite.items() if values.numel()}
+
+
+def _intensity_range(module: LightningModule) -> tuple[float, float]:
+    return getattr(module, "intensity_range", (0.0, 1.0))
 
 
 def _with_error(summary: dict[str, float]) -> str:

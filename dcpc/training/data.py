@@ -294,7 +294,7 @@ def check_images(images: Tensor, source: str) -> None:
 
 def _loader(images: ImageSet, batch_size: int, sampler: EpochShuffle | None = None) -> DataLoader:
     # The set collates: its `__getitems__` returns a batch.
-    return DataLoader(images, batch_size, sampler=sampler, collate_fn=_unchanged)
+    return DataLoader(images, batch_size=batch_size, sampler=sampler, collate_fn=_unchanged)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -14,21 +14,26 @@ GAP = 1
 MAGNIFICATION = 4
 
 
-def image_grid(images: Tensor, columns: int) -> Tensor:
+def image_grid(
+    images: Tensor, columns: int, intensity_range: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
     """Arranges images row by row, with a grey line between them.
 
     Args:
-        images: `(N, channels, height, width)` in [0, 1].
+        images: `(N, channels, height, width)`; intensities beyond the range are clamped to it.
         columns: Images per row.
+        intensity_range: The intensities of black and of white.
 
     Returns:
-        `(channels, rows * (height + 1) + 1, columns * (width + 1) + 1)`.
+        `(channels, rows * (height + 1) + 1, columns * (width + 1) + 1)`, in [0, 1].
     """
+    black, white = intensity_range
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     cell_height, cell_width = height + GAP, width + GAP
     grid = torch.full((channels, rows * cell_height + GAP, columns * cell_width + GAP), 0.5)
-    for position, picture in enumerate(images.cpu().clamp(0, 1)):
+    shown = ((images.detach().cpu() - black) / (white - black)).clamp(0, 1)
+    for position, picture in enumerate(shown):
         top = GAP + position // columns * cell_height
         left = GAP + position % columns * cell_width
         grid[:, top : top + height, left : left + width] = picture
