@@ -56,8 +56,8 @@ class SweepMonitor(Callback):
         division = pl_module.inference.division(batch[0])
         for kind, values in (("acceptance", info.statistic), ("step_size", info.step_size)):
             for unit, value in division.by_unit(values).items():
-                pl_module.log(f"{kind}/{unit}", value, batch_size=1)
-        pl_module.log("train/num_bad", float(info.num_bad), batch_size=1)
+                pl_module.log(f"sweep/{kind}/{unit}", value, batch_size=1)
+        pl_module.log("sweep/num_bad", float(info.num_bad), batch_size=1)
         writer = _tensorboard(trainer)
         if writer is not None:
             for tag, numbers in _histograms(pl_module, info, batch[2]).items():
@@ -198,9 +198,9 @@ def _histograms(module: ParticleModule, info: SweepInfo, index: Tensor) -> dict[
     assert module.store is not None
     stored = module.store.state_dict()
     rows = index.cpu()
-    numbers = {f"latents/{name}": u[rows] for name, u in stored["latents"].items()}
-    numbers["particles/log_weight"] = stored["log_weight"][rows]
-    numbers["particles/ess_percent"] = 100.0 * info.ess / module.inference.num_particles
+    numbers = {f"sweep/latents/{name}": u[rows] for name, u in stored["latents"].items()}
+    numbers["sweep/log_weight"] = stored["log_weight"][rows]
+    numbers["sweep/ess_percent"] = 100.0 * info.ess / module.inference.num_particles
     finite = {tag: values[values.isfinite()] for tag, values in numbers.items()}
     return {tag: values for tag, values in finite.items() if values.numel()}
 

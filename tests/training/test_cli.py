@@ -115,13 +115,13 @@ def test_tensorboard_has_every_curve(events: list[EventAccumulator]) -> None:
     for tag in (
         "train/loss",
         "train/ess_percent",
-        *(f"{kind}/{unit}" for kind in ("acceptance", "step_size") for unit in UNITS),
+        *(f"sweep/{kind}/{unit}" for kind in ("acceptance", "step_size") for unit in UNITS),
     ):
         values = scalars(events, tag)
         assert values, tag
         assert all(0 < value < 1e4 for _, value in values), tag
     for unit in UNITS:
-        assert all(value <= 1 for _, value in scalars(events, f"acceptance/{unit}"))
+        assert all(value <= 1 for _, value in scalars(events, f"sweep/acceptance/{unit}"))
 
 
 def test_evidence_is_measured_before_training_and_after_every_evaluated_epoch(
