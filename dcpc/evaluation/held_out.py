@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dcpc.evaluation.intensities import IntensityRange, cross_entropy, to_unit
 from dcpc.evaluation.samples import matching_site
 from dcpc.inference import DCPC
 
@@ -29,13 +30,13 @@ class Evaluation:
     Attributes:
         evidence_nll: Minus the annealed `log p(x)` in nats, `(B,)`.
         reconstruction_cross_entropy: `- sum_i x_i log m_i + (1 - x_i) log(1 - m_i)` over the
-            pixels `i`, with `m` the reconstruction, `(B,)`. Not a likelihood of unseen data: `m`
-            has seen `x`.
-        reconstruction_mse: Mean over the pixels of `(x_i - m_i)^2`, `(B,)`.
+            pixels `i`, with `m` the reconstruction, both scaled to [0, 1], `(B,)`. Not a
+            likelihood of unseen data: `m` has seen `x`.
+        reconstruction_mse: Mean over the pixels of `(x_i - m_i)^2`, both scaled to [0, 1], `(B,)`.
         ess_percent: Effective sample size of the particles' weights, in percent of K, `(B,)`.
-        originals: `x`, `(B, *shape)`.
+        originals: `x`, `(B, *shape)`, in the data's own intensities.
         reconstructions: `m`, the decoder's mean averaged over the particles after inference on
-            that datum, `(B, *shape)`.
+            that datum, `(B, *shape)`, in the data's own intensities.
     """
 
     evidence_nll: Tensor
@@ -46,7 +47,13 @@ class Evaluation:
     reconstructions: Tensor
 
 
-def evaluate(inference: DCPC, x: Tensor, num_temperatures: int, seed: int) -> Evaluation:
+def evaluate(
+    inference: DCPC,
+    x: Tensor,
+    num_temperatures: int,
+    seed: int,
+    intensity_range: IntensityRange = (0.0, 1.0),
+) -> Evaluation:
     """Infers data from scratch by annealing, and measures.
 
     Costs `2 num_temperatures` sweeps: a pilot adapts the proposals, the second run is measured.
@@ -54,9 +61,16 @@ def evaluate(inference: DCPC, x: Tensor, num_temperatures: int, seed: int) -> Ev
 
     Args:
         inference: Of an exact algorithm.
-        x: Data in [0, 1], `(B, *shape)`.
+        x: Data, `(B, *shape)`.
         num_temperatures: Length of the annealing ladder.
         seed: Of the annealing.
+        intensity_range: The data's intensities of black and of white. Reconstructions are compared
+            with the data in intensities from 0 to 1, so that figures of different models compare.
+
+    Raises:
+        EvidenceError: The algorithm is not exact, or a prior is improper.
+        DataError: No observed site of the model is `x`.
+        OptionError: An impossible range.
     """
     # Scores need gradients, which the inference mode of a Lightning trainer forbids.
     with torch.inference_mode(False), torch.enable_grad():
@@ -64,10 +78,11 @@ def evaluate(inference: DCPC, x: Tensor, num_temperatures: int, seed: int) -> Ev
         annealed = inference.anneal(x, num_temperatures=num_temperatures, seed=seed)
         means = inference.observation_means(annealed.state, x)
     mean = matching_site(means, x).detach()
+    pixels, predicted = (to_unit(v, intensity_range).flatten(1) for v in (x, mean))
     return Evaluation(
         evidence_nll=-annealed.log_evidence,
-        reconstruction_cross_entropy=_cross_entropy(x, mean).flatten(1).sum(1),
-        reconstruction_mse=(x - mean).square().flatten(1).mean(1),
+        reconstruction_cross_entropy=cross_entropy(pixels, predicted).sum(1),
+        reconstruction_mse=(pixels - predicted).square().mean(1),
         ess_percent=100.0 * annealed.state.log_weight.ess() / inference.num_particles,
         originals=x,
         reconstructions=mean,
@@ -103,8 +118,3 @@ def format_table(summary: Mapping[str, float], num_particles: int, num_temperatu
         f"{num_temperatures} temperatures"
     )
     return "\n".join([heading, *(f"  {LABELS[n]:<30}{v:>16}   {what}" for n, v, what in rows)])
-
-
-def _cross_entropy(x: Tensor, mean: Tensor) -> Tensor:
-    mean = mean.clamp(torch.finfo(mean.dtype).eps, 1 - torch.finfo(mean.dtype).eps)
-    return -(x * mean.log() + (1 - x) * torch.log1p(-mean))

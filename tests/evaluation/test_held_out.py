@@ -8,8 +8,9 @@ from torch.distributions import Normal
 from torch.nn import functional
 
 from dcpc import DCPC
-from dcpc.errors import DataError
+from dcpc.errors import DataError, OptionError
 from dcpc.evaluation import evaluate, format_table, prior_samples, summarise
+from dcpc.evaluation.intensities import cross_entropy, to_unit
 from dcpc.training.images import image_grid
 
 
@@ -111,3 +112,37 @@ def test_a_grid_shows_every_image_in_reading_order() -> None:
         top, left = 1 + position // 3 * 3, 1 + position % 3 * 4
         assert torch.equal(grid[:, top : top + 2, left : left + 3], picture)
     assert bool((grid[:, 0] == 0.5).all())
+
+
+def test_intensities_of_any_range_are_compared_on_the_scale_from_zero_to_one(
+    shifted_gaussian: type,
+) -> None:
+    inference = DCPC(shifted_gaussian(4), num_particles=4)
+    x = 2 * torch.rand(5, 4) - 1
+    plain, scaled = (
+        evaluate(inference, x, 3, seed=1, intensity_range=r) for r in ((0.0, 1.0), (-1.0, 1.0))
+    )
+    mean = (plain.reconstructions + 1) / 2
+    assert torch.equal(plain.evidence_nll, scaled.evidence_nll)
+    assert torch.equal(plain.reconstructions, scaled.reconstructions)
+    assert torch.allclose(scaled.reconstruction_mse, plain.reconstruction_mse / 4)
+    eps = torch.finfo(torch.float32).eps
+    expected = functional.binary_cross_entropy(
+        mean.clamp(eps, 1 - eps), (x + 1) / 2, reduction="none"
+    )
+    assert torch.allclose(scaled.reconstruction_cross_entropy, expected.sum(1), rtol=1e-4)
+
+
+def test_the_cross_entropy_is_finite_for_every_mean() -> None:
+    x = torch.tensor([0.0, 1.0, 0.5, 1.0])
+    mean = torch.tensor([1.0, 0.0, -3.0, 1.0])
+    result = cross_entropy(x, mean)
+    assert bool(result.isfinite().all())
+    eps = torch.finfo(torch.float32).eps
+    assert torch.allclose(result, -torch.tensor([1, 1, 0.5, 0]) * math.log(eps), atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [(1.0, 0.0), (0.0, 0.0), (0.0, math.inf)])
+def test_an_impossible_range_of_intensities_is_refused(bad: tuple[float, float]) -> None:
+    with pytest.raises(OptionError, match="black < white"):
+        to_unit(torch.zeros(2), bad)
