@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gzip
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -506,6 +508,23 @@ def test_a_cache_folder_that_cannot_be_written_is_named(pictures: Path, tmp_path
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"data\.cache_folder: cannot write to '.*file/cache'"):
         open_data(pictures, cache_folder=str(tmp_path / "file" / "cache"))
+
+
+def test_the_recipe_for_emnist_makes_a_folder_that_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide = (Path(__file__).parents[2] / "configs" / "README.md").read_text()
+    (recipe,) = re.findall(r"```python\n(.*?)```", guide.partition("### EMNIST")[2], re.DOTALL)
+    stored = np.random.default_rng(1).integers(0, 256, (10, 28, 28), dtype=np.uint8)
+    labels = np.arange(37, 47, dtype=np.uint8)
+    for name, header, values in (("images-idx3", 16, stored), ("labels-idx1", 8, labels)):
+        with gzip.open(tmp_path / f"emnist-balanced-train-{name}-ubyte.gz", "wb") as file:
+            file.write(bytes(header) + values.tobytes())
+    monkeypatch.chdir(tmp_path)
+    exec(recipe, {})
+    images, labels, _ = contents(open_data("data/emnist-balanced").train_dataloader())
+    rows = rows_of(images, stored.transpose(0, 2, 1))
+    assert labels.tolist() == [37 + row for row in rows]
 
 
 @pytest.mark.slow

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import image
+from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from dcpc.training import ImageData, ParticleModule
+from dcpc.training.callbacks import ImageGrids, PredictionWriter, SweepMonitor
+from dcpc.training.images import MAGNIFICATION, image_grid
+
+
+class ColourImages(ImageData):
+    """Twelve 3 x 2 x 2 images in [-1, 1], from a generator of their own."""
+
+    intensity_range = (-1.0, 1.0)
+
+    def __init__(self) -> None:
+        super().__init__(batch_size=4, num_held_out=4)
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(8)
+        images = torch.rand(12, 3, 2, 2, generator=generator)
+        return images, torch.zeros(12, dtype=torch.long)
+
+    def image_set(self, images: Tensor, labels: Tensor, rows: Tensor, **options: bool):
+        return super().image_set(2 * images - 1, labels, rows, **options)
+
+
+@pytest.fixture
+def colour_module(shifted_gaussian: type) -> ParticleModule:
+    module = ParticleModule(
+        shifted_gaussian(12), evaluation_particles=2, num_temperatures=2, test_temperatures=2
+    )
+    module.intensity_range = (-1.0, 1.0)
+    return module
+
+
+def logged(folder: Path) -> EventAccumulator:
+    """What TensorBoard would read, all of it."""
+    everything = {"images": 0, "histograms": 0, "scalars": 0}
+    return EventAccumulator(str(folder), everything).Reload()
+
+
+def decoded(events: EventAccumulator, tag: str) -> Tensor:
+    """The last image of a tag, `(channels, height, width)` in [0, 1]."""
+    png = events.Images(tag)[-1].encoded_image_string
+    return torch.from_numpy(image.imread(io.BytesIO(png), format="png")).permute(2, 0, 1)
+
+
+def test_a_grid_has_its_pictures_in_rows_with_grey_lines_between() -> None:
+    images = torch.arange(5.0).reshape(5, 1, 1, 1).expand(5, 3, 2, 4) / 4
+    grid = image_grid(images, columns=3)
+    assert grid.shape == (3, 2 * 3 + 1, 3 * 5 + 1)
+    for index, intensity in enumerate((0.0, 0.25, 0.5, 0.75, 1.0)):
+        top, left = 1 + 3 * (index // 3), 1 + 5 * (index % 3)
+        assert (grid[:, top : top + 2, left : left + 4] == intensity).all()
+    assert (grid[:, ::3] == 0.5).all()
+    assert (grid[:, :, ::5] == 0.5).all()
+    assert (grid[:, 4:, 11:] == 0.5).all()  # no sixth picture
+
+
+def test_a_grid_maps_the_range_to_the_unit_interval_and_clamps_what_is_beyond() -> None:
+    images = torch.tensor([-1.5, -1.0, -0.5, 0.0, 1.0, 3.0]).reshape(1, 1, 1, 6)
+    grid = image_grid(images, 1, (-1.0, 1.0))
+    assert grid[0, 1, 1:-1].tolist() == [0.0, 0.0, 0.25, 0.5, 1.0, 1.0]
+    assert image_grid(images, 1)[0, 1, 1:-1].tolist() == [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+
+
+def test_grids_of_colour_images_in_minus_one_to_one_have_their_colours(
+    colour_module: ParticleModule, trainer: Callable, tmp_path: Path
+) -> None:
+    logger = TensorBoardLogger(tmp_path, name="")
+    data = ColourImages()
+    trainer(limit_val_batches=1.0, logger=logger, callbacks=[ImageGrids()]).validate(
+        colour_module, datamodule=data, verbose=False
+    )
+    logger.finalize("success")
+    grid = decoded(logged(Path(logger.log_dir)), "images/originals")
+    assert grid.shape == (3, 7, 7)  # four images of 2 x 2 in two rows
+    held_out = (data.held_out_set.tensors[0] + 1) / 2
+    for index, original in enumerate(held_out):
+        top, left = 1 + 3 * (index // 2), 1 + 3 * (index % 2)
+        shown = grid[:, top : top + 2, left : left + 2]
+        torch.testing.assert_close(shown, original, atol=1 / 255, rtol=0)
+
+
+def test_predictions_of_colour_images_in_minus_one_to_one_make_a_picture(
+    colour_module: ParticleModule, trainer: Callable, tmp_path: Path
+) -> None:
+    data = ColourImages()
+    trainer(callbacks=[PredictionWriter(str(tmp_path), num_images=3)]).predict(
+        colour_module, datamodule=data, return_predictions=False
+    )
+    picture = image.imread(tmp_path / "predictions.png")[..., :3]
+    assert picture.shape[:2] == (MAGNIFICATION * (4 * 3 + 1), MAGNIFICATION * (3 * 3 + 1))
+    small = torch.from_numpy(picture[::MAGNIFICATION, ::MAGNIFICATION]).permute(2, 0, 1)
+    for index, original in enumerate(data.held_out_set.tensors[0][:3]):
+        shown = small[:, 1:3, 1 + 3 * index : 3 + 3 * index]
+        torch.testing.assert_close(shown, (original + 1) / 2, atol=1 / 255, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "units"),
+    [("dcpc", ["z1", "z2"]), ("dcpc-smc", ["z1", "z2"]), ("ipc", ["z1+z2"])],
+)
+def test_the_monitor_logs_every_few_batches_whatever_the_algorithm(
+    algorithm: str,
+    units: list[str],
+    deep_module: Callable,
+    images: type,
+    trainer: Callable,
+    tmp_path: Path,
+) -> None:
+    logger = TensorBoardLogger(tmp_path, name="")
+    num_particles = 1 if algorithm == "ipc" else 3
+    module = deep_module(algorithm=algorithm, num_particles=num_particles, sweeps_per_step=3)
+    # Twenty images in five batches per epoch; `ipc` steps its optimiser three times per batch.
+    trainer(
+        max_epochs=4, logger=logger, callbacks=[SweepMonitor(every_n_steps=4)], log_every_n_steps=4
+    ).fit(module, datamodule=images(batch_size=4))
+    logger.finalize("success")
+    events = logged(Path(logger.log_dir))
+    tags = events.Tags()
+    for tag in (*(f"sweep/step_size/{unit}" for unit in units), "sweep/num_bad"):
+        assert [event.step for event in events.Scalars(tag)] == [3, 7, 11, 15, 19], tag
+    assert ("sweep/acceptance/z1" in tags["scalars"]) == (algorithm != "ipc")
+    counts = {"sweep/ess_percent": 4, "sweep/log_weight": 4 * num_particles}
+    counts |= {f"sweep/latents/{z}": 4 * num_particles * n for z, n in (("z1", 2), ("z2", 3))}
+    assert set(tags["histograms"]) == set(counts)
+    for tag, count in counts.items():
+        shown = events.Histograms(tag)
+        assert [event.step for event in shown] == [3, 7, 11, 15, 19]
+        assert all(event.histogram_value.num == count for event in shown)
+
+
+def test_histograms_skip_numbers_that_are_not_finite(
+    deep_module: Callable, images: type, trainer: Callable, tmp_path: Path
+) -> None:
+    logger = TensorBoardLogger(tmp_path, name="")
+
+    class Spoil(SweepMonitor):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            stored = pl_module.store.state_dict()
+            stored["log_weight"][batch[2], 0] = -np.inf
+            stored["latents"]["z1"][batch[2]] = np.nan
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    trainer(logger=logger, callbacks=[Spoil(every_n_steps=1)], log_every_n_steps=1).fit(
+        deep_module(num_particles=3), datamodule=images(batch_size=4)
+    )
+    logger.finalize("success")
+    events = logged(Path(logger.log_dir))
+    assert "sweep/latents/z1" not in events.Tags()["histograms"]
+    assert events.Histograms("sweep/log_weight")[0].histogram_value.num == 4 * 2
+
+
+def test_the_monitor_needs_no_tensorboard(
+    deep_module: Callable, images: type, trainer: Callable
+) -> None:
+    run = trainer(callbacks=[SweepMonitor(every_n_steps=1)])
+    run.fit(deep_module(), datamodule=images())
+    assert "sweep/step_size/z1" in run.callback_metrics
