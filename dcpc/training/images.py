@@ -8,6 +8,8 @@ import torch
 from matplotlib import image
 from torch import Tensor
 
+from dcpc.evaluation.intensities import IntensityRange, to_unit
+
 __all__ = ["image_grid", "save_png"]
 
 GAP = 1
@@ -15,7 +17,7 @@ MAGNIFICATION = 4
 
 
 def image_grid(
-    images: Tensor, columns: int, intensity_range: tuple[float, float] = (0.0, 1.0)
+    images: Tensor, columns: int, intensity_range: IntensityRange = (0.0, 1.0)
 ) -> Tensor:
     """Arranges images row by row, with a grey line between them.
 
@@ -27,13 +29,11 @@ def image_grid(
     Returns:
         `(channels, rows * (height + 1) + 1, columns * (width + 1) + 1)`, in [0, 1].
     """
-    black, white = intensity_range
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     cell_height, cell_width = height + GAP, width + GAP
     grid = torch.full((channels, rows * cell_height + GAP, columns * cell_width + GAP), 0.5)
-    shown = ((images.detach().cpu() - black) / (white - black)).clamp(0, 1)
-    for position, picture in enumerate(shown):
+    for position, picture in enumerate(to_unit(images.cpu(), intensity_range).clamp(0, 1)):
         top = GAP + position // columns * cell_height
         left = GAP + position % columns * cell_width
         grid[:, top : top + height, left : left + width] = picture

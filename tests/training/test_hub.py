@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from pytorch_lightning import Callback
 from dcpc.distributions import DiscretizedNormal
 from dcpc.errors import DataError, OptionError
 from dcpc.training import hub
+from dcpc.training.cli import main
 from dcpc.training.hub import HubImages
 from dcpc.training.pixels import PixelSet, open_pixels, prepare
 
@@ -525,6 +527,55 @@ def test_the_recipe_for_emnist_makes_a_folder_that_loads(
     images, labels, _ = contents(open_data("data/emnist-balanced").train_dataloader())
     rows = rows_of(images, stored.transpose(0, 2, 1))
     assert labels.tolist() == [37 + row for row in rows]
+
+
+def config(folder: Path, source: Path, **options: object) -> list[str]:
+    """Arguments of the command: a small model of colour pictures of 16 x 16 pixels."""
+    generator = "experiments.convolutional_generator.ConvolutionalGenerator"
+    sizes = {"latent_size": 2, "image_shape": [3, 16, 16]}
+    shape = {"size": 16, "channels": 3, "intensity_range": [-1, 1], "batch_size": 9}
+    settings = {
+        "trainer": {
+            "accelerator": "cpu",
+            "default_root_dir": str(folder),
+            "limit_val_batches": 0,
+            "max_epochs": 1,
+            "log_every_n_steps": 1,
+        },
+        "model": {"model": {"class_path": generator, "init_args": sizes}, "num_particles": 2},
+        "data": {
+            "class_path": "dcpc.training.hub.HubImages",
+            "init_args": {"path": str(source), **shape, **options},
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    return ["--config", str(folder / "config.json")]
+
+
+def test_the_command_trains_on_a_folder_that_a_config_names(pictures: Path, tmp_path: Path) -> None:
+    main(["fit", *config(tmp_path, pictures)])
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["dcpc"]["particles"]["latents"]["z"].shape == (18, 2, 2)
+    assert bool(checkpoint["dcpc"]["particles"]["visited"].all())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "no/such/folder"}, "data.path: there is no folder 'no/such/folder'"),
+        ({"channels": 4}, "data.channels must be 1 for grey or 3 for colour, got 4"),
+        ({"num_training": 1000}, "data.num_training must be at most 18"),
+        ({"binarise": True}, "data.binarise draws pixels of 0 and 1"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong_with_the_data(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture, options: dict, message: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fit", *config(tmp_path, pictures, **options)])
+    assert exit_info.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "dcpc: error" in line]
+    assert message in line
 
 
 @pytest.mark.slow
