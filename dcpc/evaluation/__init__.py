@@ -1,6 +1,21 @@
 """What is measured on data that were never trained on, each quantity under its own name."""
 
+from dcpc.evaluation.bounds import elbo, importance_weighted_bound, prior_sample_estimate
 from dcpc.evaluation.held_out import Evaluation, evaluate, format_table, summarise
-from dcpc.evaluation.samples import prior_samples
+from dcpc.evaluation.samples import matching_site, prior_samples
+from dcpc.evaluation.temperatures import Setting, TemperatureStudy, temperature_study
 
-__all__ = ["Evaluation", "evaluate", "format_table", "prior_samples", "summarise"]
+__all__ = [
+    "Evaluation",
+    "Setting",
+    "TemperatureStudy",
+    "elbo",
+    "evaluate",
+    "format_table",
+    "importance_weighted_bound",
+    "matching_site",
+    "prior_sample_estimate",
+    "prior_samples",
+    "summarise",
+    "temperature_study",
+]

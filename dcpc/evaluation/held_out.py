@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dcpc.evaluation.batches import gradients_allowed
 from dcpc.evaluation.intensities import IntensityRange, cross_entropy, to_unit
 from dcpc.evaluation.samples import matching_site
 from dcpc.inference import DCPC
@@ -72,8 +73,7 @@ def evaluate(
         DataError: No observed site of the model is `x`.
         OptionError: An impossible range.
     """
-    # Scores need gradients, which the inference mode of a Lightning trainer forbids.
-    with torch.inference_mode(False), torch.enable_grad():
+    with gradients_allowed():
         x = x.clone()
         annealed = inference.anneal(x, num_temperatures=num_temperatures, seed=seed)
         means = inference.observation_means(annealed.state, x)

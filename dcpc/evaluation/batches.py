@@ -1,0 +1,67 @@
+"""What every measurement over many data shares: batches, seeds, and leave to take gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcpc.errors import OptionError
+
+__all__ = [
+    "BATCH_SIZE",
+    "batches",
+    "derived_seed",
+    "gradients_allowed",
+    "require_positive",
+    "seeded",
+]
+
+BATCH_SIZE = 250
+"""Data that are measured at once: memory grows with it, and speed hardly does beyond it."""
+
+
+@contextmanager
+def gradients_allowed() -> Iterator[None]:
+    """Scores need gradients, which the inference mode of a Lightning trainer forbids."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def batches(x: Tensor, batch_size: int) -> list[Tensor]:
+    """Splits data into copies of its batches, which may be differentiated through.
+
+    Raises:
+        OptionError: An impossible batch size, or no data.
+    """
+    require_positive("batch_size", batch_size)
+    if x.dim() == 0 or len(x) == 0:
+        raise OptionError(f"x must hold at least one datum, got shape {tuple(x.shape)}")
+    return [part.clone() for part in x.split(batch_size)]
+
+
+def derived_seed(seed: int, *key: int) -> int:
+    """A seed that depends on a seed and a key, and collides with no other."""
+    return int(np.random.SeedSequence([seed, *key]).generate_state(1)[0])
+
+
+@contextmanager
+def seeded(seed: int, like: Tensor) -> Iterator[None]:
+    """Seeds a block of code and leaves the global random state as it was."""
+    devices = [like.device] if like.is_cuda else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def require_positive(name: str, value: int) -> None:
+    """Checks a count.
+
+    Raises:
+        OptionError: It is below one.
+    """
+    if value < 1:
+        raise OptionError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,137 @@
+"""x ~ N(0, 2 I) by z ~ N(0, I) and x ~ N(z, I), so that z | x ~ N(x / 2, I / 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+from dcpc.errors import EvidenceError, ModelError, OptionError
+from dcpc.evaluation import elbo, importance_weighted_bound, prior_sample_estimate
+
+SIZE = 3
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(7, SIZE) * math.sqrt(2)
+
+
+def log_evidence(x: Tensor) -> Tensor:
+    return Normal(0.0, math.sqrt(2.0)).log_prob(x).sum(1)
+
+
+def guide_of(variance: float, transform: Callable = lambda normal: normal) -> Callable:
+    """The posterior where the variance is one half, and elsewhere wider or narrower than it."""
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", transform(dist.Normal(x / 2, math.sqrt(variance))).to_event(1))
+
+    return guide
+
+
+def test_the_posterior_as_a_guide_gives_the_evidence_from_any_number_of_samples(
+    float64: None, shifted_gaussian: type, x: Tensor
+) -> None:
+    x = x.double()
+    for bound in (importance_weighted_bound, elbo):
+        result = bound(shifted_gaussian(SIZE), guide_of(0.5), x, 3, 0, chunk_size=2, batch_size=5)
+        assert torch.allclose(result, log_evidence(x), atol=1e-10)
+
+
+def test_the_elbo_falls_short_of_the_evidence_by_the_kullback_leibler_divergence(
+    shifted_gaussian: type, x: Tensor
+) -> None:
+    # KL(N(m, v) || N(m, 1/2)) = v - 1/2 - log(2 v) / 2 in each dimension.
+    divergence = SIZE * (1.0 - 0.5 - 0.5 * math.log(2.0))
+    # log w = const - d(z)^2 (1 - 1/2), a square of a normal: its variance is 2 / 4 per dimension.
+    error = 4 * math.sqrt(SIZE * 0.5 / (4000 * len(x)))
+    result = elbo(shifted_gaussian(SIZE), guide_of(1.0), x, 4000, seed=1, chunk_size=1000)
+    assert float((result - log_evidence(x)).mean()) == pytest.approx(-divergence, abs=error)
+
+
+def test_more_samples_close_the_gap_of_a_guide_that_is_too_wide(
+    shifted_gaussian: type, x: Tensor
+) -> None:
+    model, x = shifted_gaussian(SIZE), x.repeat(20, 1)
+    gaps = [
+        float((log_evidence(x) - importance_weighted_bound(model, guide_of(1.0), x, s, 2)).mean())
+        for s in (1, 10, 1000)
+    ]
+    # E w^2 / (E w)^2 = v / sqrt(2 v / 2 - 1/4) for proposal variance v = 1, target variance 1/2.
+    variance = (1.0 / math.sqrt(0.75)) ** SIZE - 1
+    assert gaps[0] > gaps[1] > gaps[2]
+    assert abs(gaps[2] - variance / 2000) < 4 * math.sqrt(variance / 1000 / len(x))
+
+
+def test_a_positive_latent_has_the_evidence_of_its_logarithm(float64: None, x: Tensor) -> None:
+    def positive(normal: dist.Normal) -> dist.TransformedDistribution:
+        return dist.LogNormal(normal.loc, normal.scale)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(torch.zeros_like(x), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.log(), 1.0).to_event(1), obs=x)
+
+    x = x.double()
+    result = importance_weighted_bound(model, guide_of(0.5, positive), x, 2, seed=0)
+    assert torch.allclose(result, log_evidence(x), atol=1e-10)
+
+
+def test_the_mean_likelihood_of_prior_samples_is_the_evidence_in_an_easy_model(
+    shifted_gaussian: type, x: Tensor
+) -> None:
+    result = prior_sample_estimate(shifted_gaussian(SIZE), x, 4000, seed=3, chunk_size=1000)
+    # E p(x|z)^2 / p(x)^2, by completing squares: (2/sqrt(3)) exp(x^2 / 6) in each dimension.
+    relative = ((2 / math.sqrt(3)) ** SIZE * (x.square().sum(1) / 6).exp() - 1) / 4000
+    assert bool(((result - log_evidence(x)).abs() < 5 * relative.sqrt() + relative).all())
+
+
+def test_few_prior_samples_fall_below_the_evidence(shifted_gaussian: type) -> None:
+    x = torch.randn(200, 8) * math.sqrt(2)
+    short = prior_sample_estimate(shifted_gaussian(8), x, 5, seed=0) - log_evidence(x)
+    assert float(short.mean()) < -4 * float(short.std()) / math.sqrt(200)
+
+
+def test_the_same_seed_gives_the_same_samples_and_the_global_state_stays(
+    shifted_gaussian: type, x: Tensor
+) -> None:
+    model, before = shifted_gaussian(SIZE), torch.get_rng_state()
+    with torch.inference_mode():
+        first, again, other = (prior_sample_estimate(model, x, 20, seed=s) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_data_that_are_not_independent_have_no_bound_of_their_own(x: Tensor) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z - z.mean(0), 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ModelError, match="independent given the parameters"):
+        prior_sample_estimate(model, x, 10)
+
+
+def test_a_flat_prior_cannot_be_sampled(x: Tensor) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            flat = dist.ImproperUniform(dist.constraints.real, (), ())
+            z = pyro.sample("z", flat)
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), torch.ones(SIZE)).to_event(1), obs=x)
+
+    with pytest.raises(EvidenceError, match="'z'"):
+        prior_sample_estimate(model, x, 10)
+
+
+def test_a_number_of_samples_below_one_is_refused(shifted_gaussian: type, x: Tensor) -> None:
+    with pytest.raises(OptionError, match="num_samples must be at least 1, got 0"):
+        elbo(shifted_gaussian(SIZE), guide_of(0.5), x, 0, seed=0)
