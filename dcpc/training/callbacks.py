@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from dcpc.evaluation import format_table, prior_samples, summarise
+from dcpc.evaluation.intensities import IntensityRange
 from dcpc.sweep import SweepInfo
+from dcpc.training.data import ImageData
 from dcpc.training.images import image_grid, save_png
 from dcpc.training.module import ParticleModule
 
@@ -90,7 +92,7 @@ class ImageGrids(Callback):
             ("reconstructions", first.reconstructions[: self.num_images]),
             ("prior_samples", means),
         ):
-            grid = image_grid(pictures, columns, _intensity_range(pl_module))
+            grid = image_grid(pictures, columns, _intensity_range(trainer))
             writer.add_image(f"images/{name}", grid, trainer.global_step)
 
 
@@ -142,7 +144,7 @@ class PredictionWriter(BasePredictionWriter):
         rows = ("originals", "reconstructions", "prior_sample_means", "prior_samples")
         count = min(self.num_images, len(merged["index"]))
         pictures = torch.cat([merged[name][:count] for name in rows])
-        grid = image_grid(pictures, count, _intensity_range(pl_module))
+        grid = image_grid(pictures, count, _intensity_range(trainer))
         save_png(folder / "predictions.png", grid)
         print(
             f"picture, from top to bottom {', '.join(rows).replace('_', ' ')}: "
@@ -205,8 +207,10 @@ def _histograms(module: ParticleModule, info: SweepInfo, index: Tensor) -> dict[
     return {tag: values for tag, values in finite.items() if values.numel()}
 
 
-def _intensity_range(module: LightningModule) -> tuple[float, float]:
-    return getattr(module, "intensity_range", (0.0, 1.0))
+def _intensity_range(trainer: Trainer) -> IntensityRange:
+    """Of the data that are shown; [0, 1] where they do not come from an `ImageData`."""
+    data = getattr(trainer, "datamodule", None)
+    return data.intensity_range if isinstance(data, ImageData) else (0.0, 1.0)
 
 
 def _with_error(summary: dict[str, float]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dcpc.errors import DataError, OptionError
+from dcpc.evaluation.intensities import IntensityRange
 
 __all__ = [
     "ArrayData",
@@ -118,7 +119,7 @@ class ImageData(LightningDataModule):
         intensity_range: The intensities of black and of white.
     """
 
-    intensity_range: tuple[float, float] = (0.0, 1.0)
+    intensity_range: IntensityRange = (0.0, 1.0)
 
     def __init__(
         self,

@@ -36,11 +36,9 @@ class ColourImages(ImageData):
 
 @pytest.fixture
 def colour_module(shifted_gaussian: type) -> ParticleModule:
-    module = ParticleModule(
+    return ParticleModule(
         shifted_gaussian(12), evaluation_particles=2, num_temperatures=2, test_temperatures=2
     )
-    module.intensity_range = (-1.0, 1.0)
-    return module
 
 
 def logged(folder: Path) -> EventAccumulator:
