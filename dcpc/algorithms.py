@@ -28,6 +28,8 @@ class Preset:
         single_particle: Whether the method has one particle per datum.
         step_parameters_every_sweep: Whether training steps the parameters after every sweep of
             a batch, instead of once per batch.
+        warm_starts_every_visit: Whether training draws a datum's particles from the guide at every
+            visit, where there is a guide, instead of keeping them.
         source: Where the method comes from.
     """
 
@@ -38,6 +40,7 @@ class Preset:
     source: str
     single_particle: bool = False
     step_parameters_every_sweep: bool = False
+    warm_starts_every_visit: bool = False
 
 
 PRESETS: dict[str, Preset] = {
@@ -56,7 +59,12 @@ PRESETS: dict[str, Preset] = {
     ),
     "pgd": Preset("joint", "langevin", "none", "identity", "Kuntz, Lim & Johansen (2023)"),
     "lpc": Preset(
-        "joint", "langevin", "none", SecondMoment(exponent=0.5), "Zahid, Guo & Fountas (2024)"
+        "joint",
+        "langevin",
+        "none",
+        SecondMoment(exponent=0.5),
+        "Zahid, Guo & Fountas (2024)",
+        warm_starts_every_visit=True,
     ),
     "mcpc": Preset(
         "joint",

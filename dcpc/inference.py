@@ -18,6 +18,7 @@ from dcpc.divide.graph import Schedule
 from dcpc.divide.model import Model, observation_means
 from dcpc.divide.program import map_particles, parameter_key
 from dcpc.errors import DataError, EvidenceError, OptionError
+from dcpc.initial import guide_loss
 from dcpc.posterior import Posterior, Samples
 from dcpc.progress import ProgressBar
 from dcpc.recombine.correction import Correction
@@ -278,6 +279,20 @@ class DCPC:
         division = self._divide(arguments)
         self._check_state(division, state)
         return loss(division, state, arguments.tensors)
+
+    def guide_loss(self, state: SweepState, *args: Any, **kwargs: Any) -> Tensor:
+        """`- sum_k W_k log q(z_k | x)`: its gradient trains the guide on the particles.
+
+        Raises:
+            OptionError: There is no guide.
+        """
+        if self.guide is None:
+            raise OptionError("there is no guide to train; give one: DCPC(model, guide, ...)")
+        arguments = Arguments(args, kwargs)
+        division = self._divide(arguments)
+        self._check_state(division, state)
+        values = self.constrain(state.latents, *args, **kwargs)
+        return guide_loss(self.guide, division, arguments, state, values)
 
     def constrain(self, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Samples:
         """Constrained values of unconstrained latents `(K, *batch, *event)`."""

@@ -91,7 +91,6 @@ def draw_from_guide(
     def draw(_: Tensor) -> dict[str, Tensor]:
         with torch.no_grad(), pyro.validation_enabled(False):
             trace = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
-            trace.compute_log_prob()
             missing = set(division.latents) - set(trace.nodes)
             if missing:
                 raise OptionError(
@@ -109,17 +108,50 @@ def draw_from_guide(
             if log_det.dim() > batch_dims:
                 log_det = log_det.flatten(batch_dims).sum(-1)
             terms.append(_by_cell(log_det, division))
-        terms += [
-            _by_cell(node["unscaled_log_prob"], division)
-            for node in trace.nodes.values()
-            if node["type"] == "sample" and not site_is_subsample(node)
-        ]
+        terms.append(_log_density(trace, division))
         return {**drawn, "_log_guide": torch.stack(torch.broadcast_tensors(*terms)).sum(0)}
 
     guide(*args, **kwargs)  # an autoguide sets itself up in its first call
     latents = map_particles(draw, torch.zeros(num_particles), division.latents)
     log_guide = latents.pop("_log_guide")
     return SweepState(latents, LogWeights(torch.zeros_like(log_guide)), log_guide)
+
+
+def guide_loss(
+    guide: Model,
+    division: Division,
+    arguments: Arguments,
+    state: SweepState,
+    values: Mapping[str, Tensor],
+) -> Tensor:
+    """`- sum_cells sum_k W_k log q(z_k | x)`: the cross-entropy of the particles and the guide.
+
+    Particles and weights are constants, so that its gradient trains the guide alone, as in
+    reweighted wake-sleep (Bornschein & Bengio 2015).
+
+    Args:
+        values: Constrained values of the particles, `(K, *batch, *event)` by name.
+    """
+    args, kwargs = arguments.rebuild(arguments.tensors)
+    log_guide = []
+    for k in range(state.num_particles):
+        particle = {name: values[name][k].detach() for name in division.latents}
+        trace = pyro.poutine.trace(pyro.poutine.condition(guide, particle)).get_trace(
+            *args, **kwargs
+        )
+        log_guide.append(_log_density(trace, division))
+    return -(state.log_weight.normalized() * torch.stack(log_guide)).sum()
+
+
+def _log_density(trace: pyro.poutine.Trace, division: Division) -> Tensor:
+    """One particle's log-density under a traced guide, by population cell."""
+    trace.compute_log_prob()
+    terms = [
+        _by_cell(node["unscaled_log_prob"], division)
+        for node in trace.nodes.values()
+        if node["type"] == "sample" and not site_is_subsample(node)
+    ]
+    return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
 
 
 def _by_cell(log_prob: Tensor, division: Division) -> Tensor:
