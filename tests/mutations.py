@@ -33,6 +33,9 @@ TESTS = [
     "tests/test_bad_input.py",
     "tests/test_annealing.py",
     "tests/test_inference.py",
+    "tests/training/test_data.py",
+    "tests/training/test_hub.py",
+    "tests/training/test_callbacks.py",
 ]
 """Quick and narrow first: most faults fall within seconds."""
 
@@ -59,6 +62,10 @@ CAPTURE = "dcpc/divide/capture.py"
 PROGRAM = "dcpc/divide/program.py"
 TARGET = "dcpc/divide/target.py"
 SWEEP = "dcpc/sweep.py"
+DATA = "dcpc/training/data.py"
+HUB = "dcpc/training/hub.py"
+PIXELS = "dcpc/training/pixels.py"
+CALLBACKS = "dcpc/training/callbacks.py"
 
 FAULTS = [
     Fault("the drift points down the density", LANGEVIN,
@@ -176,6 +183,31 @@ FAULTS = [
           "return _invert_cdf(rows, (slots + uniform) / rows.shape[-1]).movedim(-1, 0)",
           "return (_invert_cdf(rows, (slots + uniform) / rows.shape[-1]).movedim(-1, 0)"
           " % max(1, rows.shape[-1] - 1))"),
+    Fault("held-out images are also trained on", DATA,
+          "return order[num_held_out:], order[:num_held_out]",
+          "return order, order[:num_held_out]"),
+    Fault("the binary draws of an epoch are those of the first", DATA,
+          "self.follow(epoch)", "self.follow(0)"),
+    Fault("held-out images are redrawn with the training ones", HUB,
+          "is_redrawn=is_training)", "is_redrawn=True)"),
+    Fault("the cap on training images also moves the held-out ones", HUB,
+          "training, held_out = super().split(num_images)",
+          "training, held_out = super().split(self.num_training or num_images)"),
+    Fault("the cache forgets the size", HUB, "            self.size,\n", ""),
+    Fault("the cache forgets when files changed", HUB, "stat.st_mtime_ns", "0"),
+    Fault("levels over 256", PIXELS, "LEVELS = 255", "LEVELS = 256"),
+    Fault("all images have the same binary draws", PIXELS, "(0, row, 0, 0)", "(0, 0, 0, 0)"),
+    Fault("binary draws ignore the epoch", PIXELS,
+          "[self.seed % 2**64, self.epoch]", "[self.seed % 2**64, 0]"),
+    Fault("binary draws overlap from image to image", PIXELS, "(0, row, 0, 0)", "(row, 0, 0, 0)"),
+    Fault("a failed decoding leaves its file", PIXELS, "place.unlink(missing_ok=True)", "pass"),
+    Fault("colours in the order of the file", PIXELS,
+          "array.transpose(2, 0, 1)", "array.transpose(2, 0, 1)[::-1]"),
+    Fault("pictures in [0, 1] whatever the data's range", CALLBACKS,
+          "image_grid(pictures, columns, pl_module.intensity_range)",
+          "image_grid(pictures, columns)"),
+    Fault("the monitor counts the optimiser's steps", CALLBACKS,
+          "step = trainer.fit_loop.total_batch_idx", "step = trainer.global_step - 1"),
 ]  # fmt: skip
 
 
@@ -229,7 +261,7 @@ def main() -> None:
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder)
-        for name in ("dcpc", "tests"):
+        for name in ("configs", "dcpc", "experiments", "tests"):
             shutil.copytree(
                 ROOT / name, workdir / name, ignore=shutil.ignore_patterns("__pycache__")
             )

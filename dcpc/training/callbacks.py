@@ -15,10 +15,9 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from dcpc.evaluation import format_table, prior_samples, summarise
-from dcpc.evaluation.intensities import IntensityRange
+from dcpc.evaluation import format_table, prior_samples
 from dcpc.sweep import SweepInfo
-from dcpc.training.data import ImageData
+from dcpc.training.generative import GenerativeModule
 from dcpc.training.images import image_grid, save_png
 from dcpc.training.module import ParticleModule
 
@@ -77,7 +76,7 @@ class ImageGrids(Callback):
         self.num_images = num_images
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, ParticleModule)
+        assert isinstance(pl_module, GenerativeModule)
         writer = _tensorboard(trainer)
         if writer is None or not pl_module.evaluations:
             return
@@ -92,7 +91,7 @@ class ImageGrids(Callback):
             ("reconstructions", first.reconstructions[: self.num_images]),
             ("prior_samples", means),
         ):
-            grid = image_grid(pictures, columns, _intensity_range(trainer))
+            grid = image_grid(pictures, columns, pl_module.intensity_range)
             writer.add_image(f"images/{name}", grid, trainer.global_step)
 
 
@@ -100,17 +99,16 @@ class EvaluationTable(Callback):
     """Prints the measurements of `dcpc test` and `dcpc validate`."""
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, ParticleModule)
+        assert isinstance(pl_module, GenerativeModule)
         self._print(pl_module, pl_module.test_temperatures)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, ParticleModule)
+        assert isinstance(pl_module, GenerativeModule)
         self._print(pl_module, pl_module.num_temperatures)
 
-    def _print(self, module: ParticleModule, num_temperatures: int) -> None:
+    def _print(self, module: GenerativeModule, num_temperatures: int) -> None:
         num_particles = module.held_out_inference.num_particles
-        summary = summarise(module.evaluations)
-        print("\n" + format_table(summary, num_particles, num_temperatures))
+        print("\n" + format_table(module.measurements(), num_particles, num_temperatures))
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -133,6 +131,7 @@ class PredictionWriter(BasePredictionWriter):
         predictions: Sequence[dict[str, Tensor]],
         batch_indices: Sequence[Any],
     ) -> None:
+        assert isinstance(pl_module, GenerativeModule)
         folder = Path(self.folder or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         names = predictions[0]
@@ -144,7 +143,7 @@ class PredictionWriter(BasePredictionWriter):
         rows = ("originals", "reconstructions", "prior_sample_means", "prior_samples")
         count = min(self.num_images, len(merged["index"]))
         pictures = torch.cat([merged[name][:count] for name in rows])
-        grid = image_grid(pictures, count, _intensity_range(trainer))
+        grid = image_grid(pictures, count, pl_module.intensity_range)
         save_png(folder / "predictions.png", grid)
         print(
             f"picture, from top to bottom {', '.join(rows).replace('_', ' ')}: "
@@ -165,10 +164,10 @@ class RunReport(Callback):
         self.after: dict[str, float] | None = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, ParticleModule)
+        assert isinstance(pl_module, GenerativeModule)
         if trainer.sanity_checking or trainer.state.fn not in ("fit", "validate"):
             return
-        summary = summarise(pl_module.evaluations)
+        summary = pl_module.measurements()
         epoch = trainer.current_epoch + 1 if trainer.state.fn == "fit" else 0
         trainer.print(f"epoch {epoch:>3}: held-out evidence NLL {_with_error(summary)}")
         if trainer.global_step == 0:
@@ -205,12 +204,6 @@ def _histograms(module: ParticleModule, info: SweepInfo, index: Tensor) -> dict[
     numbers["sweep/ess_percent"] = 100.0 * info.ess / module.inference.num_particles
     finite = {tag: values[values.isfinite()] for tag, values in numbers.items()}
     return {tag: values for tag, values in finite.items() if values.numel()}
-
-
-def _intensity_range(trainer: Trainer) -> IntensityRange:
-    """Of the data that are shown; [0, 1] where they do not come from an `ImageData`."""
-    data = getattr(trainer, "datamodule", None)
-    return data.intensity_range if isinstance(data, ImageData) else (0.0, 1.0)
 
 
 def _with_error(summary: dict[str, float]) -> str:

@@ -13,7 +13,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from dcpc.training import ImageData, ParticleModule
-from dcpc.training.callbacks import ImageGrids, PredictionWriter, SweepMonitor
+from dcpc.training.callbacks import (
+    EvaluationTable,
+    ImageGrids,
+    PredictionWriter,
+    RunReport,
+    SweepMonitor,
+)
+from dcpc.training.generative import GenerativeModule
 from dcpc.training.images import MAGNIFICATION, image_grid
 
 
@@ -166,3 +173,35 @@ def test_the_monitor_needs_no_tensorboard(
     run = trainer(callbacks=[SweepMonitor(every_n_steps=1)])
     run.fit(deep_module(), datamodule=images())
     assert "sweep/step_size/z1" in run.callback_metrics
+
+
+class Regression(GenerativeModule):
+    """Learns without particles: the shift is the data's mean."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        return (batch[0].flatten(1) - self.model.shift).square().mean()
+
+
+def test_a_module_without_particles_has_grids_and_a_report_but_no_sweeps(
+    shifted_gaussian: type, images: type, trainer: Callable, tmp_path: Path, capsys
+) -> None:
+    logger = TensorBoardLogger(tmp_path, name="")
+    options = {"evaluation_particles": 2, "num_temperatures": 2, "test_temperatures": 2}
+    report = RunReport()
+    run = trainer(
+        limit_val_batches=1.0,
+        logger=logger,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        callbacks=[SweepMonitor(every_n_steps=1), ImageGrids(), EvaluationTable(), report],
+    )
+    module = Regression(shifted_gaussian(), **options)
+    run.fit(module, datamodule=images())
+    logger.finalize("success")
+    tags = logged(Path(logger.log_dir)).Tags()
+    names = ("originals", "prior_samples", "reconstructions")
+    assert sorted(tags["images"]) == [f"images/{name}" for name in names]
+    assert not tags["histograms"]
+    assert not [tag for tag in tags["scalars"] if tag.startswith("sweep/")]
+    assert report.after == module.measurements()
+    assert "4 held-out data, 2 particles" in capsys.readouterr().out
