@@ -3,22 +3,36 @@
 from dcpc.evaluation.bounds import elbo, importance_weighted_bound, prior_sample_estimate
 from dcpc.evaluation.completion import Completion, MaskedModel, bottom_half, complete
 from dcpc.evaluation.held_out import Evaluation, evaluate, format_table, summarise
-from dcpc.evaluation.samples import matching_site, prior_samples
+from dcpc.evaluation.neighbours import Neighbours, nearest_neighbours
+from dcpc.evaluation.pseudo_posterior import PseudoPosterior
+from dcpc.evaluation.samples import (
+    Decoded,
+    decode,
+    latent_traversal,
+    matching_site,
+    prior_samples,
+)
 from dcpc.evaluation.temperatures import Setting, TemperatureStudy, temperature_study
 
 __all__ = [
     "Completion",
+    "Decoded",
     "Evaluation",
     "MaskedModel",
+    "Neighbours",
+    "PseudoPosterior",
     "Setting",
     "TemperatureStudy",
     "bottom_half",
     "complete",
+    "decode",
     "elbo",
     "evaluate",
     "format_table",
     "importance_weighted_bound",
+    "latent_traversal",
     "matching_site",
+    "nearest_neighbours",
     "prior_sample_estimate",
     "prior_samples",
     "summarise",

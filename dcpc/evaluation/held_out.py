@@ -22,6 +22,10 @@ LABELS = {
     "reconstruction_mse": "reconstruction MSE",
     "ess_percent": "ESS %",
 }
+BOUND_LABELS = {
+    "elbo": "ELBO",
+    "importance_weighted_bound": "importance-weighted bound",
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def summarise(evaluations: Sequence[Evaluation]) -> dict[str, float]:
 
 
 def format_table(summary: Mapping[str, float], num_particles: int, num_temperatures: int) -> str:
-    """The table that `dcpc test` prints."""
+    """The table that `dcpc test` prints; with an encoder's bounds where there are any."""
     nll, error = summary["evidence_nll"], summary["evidence_nll_se"]
     rows = [
         ("evidence_nll", f"{nll:.2f} ± {error:.2f}", "nats per datum ± standard error"),
@@ -113,8 +117,14 @@ def format_table(summary: Mapping[str, float], num_particles: int, num_temperatu
         ("reconstruction_mse", f"{summary['reconstruction_mse']:.4f}", "per pixel, of the same"),
         ("ess_percent", f"{summary['ess_percent']:.0f}", "of the particles, after annealing"),
     ]
+    rows += [
+        (name, f"{summary[name]:.2f}", "nats per datum, of the encoder; at most minus the NLL")
+        for name in BOUND_LABELS
+        if name in summary
+    ]
+    labels = {**LABELS, **BOUND_LABELS}
     heading = (
         f"{summary['num_data']:.0f} held-out data, {num_particles} particles annealed over "
         f"{num_temperatures} temperatures"
     )
-    return "\n".join([heading, *(f"  {LABELS[n]:<30}{v:>16}   {what}" for n, v, what in rows)])
+    return "\n".join([heading, *(f"  {labels[n]:<30}{v:>16}   {what}" for n, v, what in rows)])

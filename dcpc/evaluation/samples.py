@@ -1,38 +1,110 @@
-"""Samples of a model's observed site, in the shape of its data."""
+"""Data that a model generates: from its prior, from given latents, along one coordinate."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from dcpc.divide.handlers import Substitute, is_random, mean_of, transform_of
 from dcpc.divide.model import Model
-from dcpc.errors import DataError
+from dcpc.errors import DataError, OptionError
+from dcpc.evaluation.batches import seeded
 
-__all__ = ["matching_site", "prior_samples"]
+__all__ = ["Decoded", "decode", "latent_traversal", "matching_site", "prior_samples"]
 
 
-def prior_samples(model: Model, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+class Decoded(NamedTuple):
+    """Generated data, and the decoder's mean that each was drawn around; `(N, *shape)` both."""
+
+    samples: Tensor
+    means: Tensor
+
+
+def prior_samples(model: Model, x: Tensor, seed: int) -> Decoded:
     """Draws as many data as `x` holds from the model, by ancestral sampling.
 
-    Returns:
-        The samples, and the decoder's mean that each was drawn around, both shaped like `x`.
+    Args:
+        model: A Pyro program of `x`.
+        x: Data to match in number, shape, type and device; their values do not matter.
+        seed: Of the draws; the global random state is left as it was.
     """
-    devices = list(range(torch.cuda.device_count())) if x.is_cuda else []
-    with torch.random.fork_rng(devices), torch.no_grad(), pyro.validation_enabled(False):
-        torch.manual_seed(seed)
-        trace = pyro.poutine.trace(pyro.poutine.uncondition(model)).get_trace(x)
-    observed: dict[str, Any] = {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and (site["infer"] or {}).get("was_observed")
-    }
-    samples = matching_site({name: site["value"] for name, site in observed.items()}, x)
-    means = matching_site({name: site["fn"].mean for name, site in observed.items()}, x)
-    return samples, means
+    return decode(model, {}, x, seed)
+
+
+def decode(
+    model: Model, latents: Mapping[str, Tensor], x: Tensor, seed: int, at_means: bool = False
+) -> Decoded:
+    """Generates data from given values of some latents.
+
+    Args:
+        model: A Pyro program of `x`.
+        latents: Unconstrained values `(N, *event)` by site. The others are drawn from their
+            conditional distributions, top down.
+        x: Data to match in number, shape, type and device; their values do not matter.
+        seed: Of the draws; the global random state is left as it was.
+        at_means: Whether the other latents take their conditional means instead.
+
+    Raises:
+        OptionError: A value that is no latent of the model, or of another shape.
+        DataError: No observed site of the model is `x`.
+    """
+    program = Substitute(latents, None)(pyro.poutine.uncondition(model))
+    if at_means:
+        program = _AtMeans()(program)
+    with seeded(seed, x), torch.no_grad(), pyro.validation_enabled(False):
+        if latents:
+            _check(model, latents, x)
+        nodes = pyro.poutine.trace(program).get_trace(x).nodes
+    observed = {name: site for name, site in nodes.items() if _was_observed(site)}
+    return Decoded(
+        samples=matching_site({name: site["value"] for name, site in observed.items()}, x),
+        means=matching_site({name: mean_of(site["fn"]) for name, site in observed.items()}, x),
+    )
+
+
+def latent_traversal(
+    model: Model,
+    latents: Mapping[str, Tensor],
+    site: str,
+    dim: int,
+    values: Sequence[float],
+    x: Tensor,
+) -> Tensor:
+    """Decoder's means as one coordinate of a latent moves and all else stays.
+
+    Latents that are not given, which hang on the one that moves, take their conditional means.
+
+    Args:
+        model: A Pyro program of `x`.
+        latents: Unconstrained values `(B, *event)` by site, that of `site` among them.
+        site: The latent that moves.
+        dim: Which coordinate of its flattened event.
+        values: Where it moves to, in unconstrained coordinates.
+        x: Data to match, `(B, *shape)`.
+
+    Returns:
+        `(B, len(values), *shape)`.
+
+    Raises:
+        OptionError: `site` is not among the latents, or has no such coordinate.
+        DataError: No observed site of the model is `x`.
+    """
+    if site not in latents:
+        raise OptionError(f"site must be one of the given latents {list(latents)}, got {site!r}")
+    size = latents[site][0].numel()
+    if not 0 <= dim < size:
+        raise OptionError(f"dim must lie in [0, {size}) for site '{site}', got {dim}")
+    means = []
+    for value in values:
+        moved = latents[site].clone()
+        moved.view(len(moved), -1)[:, dim] = value
+        means.append(decode(model, {**latents, site: moved}, x, seed=0, at_means=True).means)
+    return torch.stack(means, 1)
 
 
 def matching_site(values: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -49,3 +121,31 @@ def matching_site(values: Mapping[str, Tensor], x: Tensor) -> Tensor:
         f"no observed site of the model has as many elements as the data, {tuple(x.shape)}: got "
         f"{shapes}, so there is nothing to compare reconstructions with"
     )
+
+
+class _AtMeans(Messenger):
+    """Gives every latent that has no value yet its conditional mean."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["done"] and is_random(msg) and not msg["is_observed"] and not _was_observed(msg):
+            msg["value"], msg["done"] = mean_of(msg["fn"]), True
+
+
+def _check(model: Model, latents: Mapping[str, Tensor], x: Tensor) -> None:
+    """Compares given latents with those that the model draws."""
+    nodes = pyro.poutine.trace(pyro.poutine.uncondition(model)).get_trace(x).nodes
+    drawn = {n: s for n, s in nodes.items() if s["type"] == "sample" and is_random(s)}
+    drawn = {name: site for name, site in drawn.items() if not _was_observed(site)}
+    for name, value in latents.items():
+        if name not in drawn:
+            raise OptionError(f"the model has no latent {name!r}; its latents are {list(drawn)}")
+        expected = transform_of(drawn[name]["fn"]).inv(drawn[name]["value"]).shape
+        if value.shape != expected:
+            raise OptionError(
+                f"the values of site '{name}' must have shape {tuple(expected)} for "
+                f"{len(x)} data, got {tuple(value.shape)}"
+            )
+
+
+def _was_observed(site: Mapping[str, Any]) -> bool:
+    return site["type"] == "sample" and bool((site["infer"] or {}).get("was_observed"))
