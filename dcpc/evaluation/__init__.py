@@ -2,6 +2,13 @@
 
 from dcpc.evaluation.bounds import elbo, importance_weighted_bound, prior_sample_estimate
 from dcpc.evaluation.completion import Completion, MaskedModel, bottom_half, complete
+from dcpc.evaluation.features import FeatureClassifier, InceptionError, InceptionFeatures
+from dcpc.evaluation.frechet import (
+    frechet_classifier_distance,
+    frechet_distance,
+    frechet_feature_distance,
+    frechet_inception_distance,
+)
 from dcpc.evaluation.held_out import Evaluation, evaluate, format_table, summarise
 from dcpc.evaluation.neighbours import Neighbours, nearest_neighbours
 from dcpc.evaluation.pseudo_posterior import PseudoPosterior
@@ -18,6 +25,9 @@ __all__ = [
     "Completion",
     "Decoded",
     "Evaluation",
+    "FeatureClassifier",
+    "InceptionError",
+    "InceptionFeatures",
     "MaskedModel",
     "Neighbours",
     "PseudoPosterior",
@@ -29,6 +39,10 @@ __all__ = [
     "elbo",
     "evaluate",
     "format_table",
+    "frechet_classifier_distance",
+    "frechet_distance",
+    "frechet_feature_distance",
+    "frechet_inception_distance",
     "importance_weighted_bound",
     "latent_traversal",
     "matching_site",
