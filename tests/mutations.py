@@ -188,8 +188,6 @@ FAULTS = [
           "return order, order[:num_held_out]"),
     Fault("the binary draws of an epoch are those of the first", DATA,
           "self.follow(epoch)", "self.follow(0)"),
-    Fault("held-out images are redrawn with the training ones", HUB,
-          "is_redrawn=is_training)", "is_redrawn=True)"),
     Fault("the cap on training images also moves the held-out ones", HUB,
           "training, held_out = super().split(num_images)",
           "training, held_out = super().split(self.num_training or num_images)"),

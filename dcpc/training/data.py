@@ -157,8 +157,8 @@ class ImageData(LightningDataModule):
         images, labels = self.load()
         check_images(images, type(self).__name__)
         training, held_out = self.split(len(images))
-        self.training_set = self.image_set(images, labels, training, is_training=True)
-        self.held_out_set = self.image_set(images, labels, held_out, is_training=False)
+        self.training_set = self.image_set(images, labels, training)
+        self.held_out_set = self.image_set(images, labels, held_out)
 
     def split(self, num_images: int) -> tuple[Tensor, Tensor]:
         """Rows of the training images and of the held-out ones, drawn by the seed alone.
@@ -180,9 +180,7 @@ class ImageData(LightningDataModule):
         assert self.num_held_out is not None
         return self.num_held_out
 
-    def image_set(
-        self, images: Tensor, labels: Tensor, rows: Tensor, *, is_training: bool
-    ) -> ImageSet:
+    def image_set(self, images: Tensor, labels: Tensor, rows: Tensor) -> ImageSet:
         """The set that consists of some rows of all images."""
         return TensorImages(images[rows], labels[rows])
 

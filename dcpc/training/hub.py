@@ -136,11 +136,9 @@ class HubImages(ImageData):
             _cap("num_held_out", held_out, self.num_held_out),
         )
 
-    def image_set(
-        self, images: Tensor, labels: Tensor, rows: Tensor, *, is_training: bool
-    ) -> ImageSet:
+    def image_set(self, images: Tensor, labels: Tensor, rows: Tensor) -> ImageSet:
         seed = self.seed if self.binarise else None
-        return PixelSet(images, labels, rows, self.intensity_range, seed, is_redrawn=is_training)
+        return PixelSet(images, labels, rows, self.intensity_range, seed)
 
     def _read(self) -> Table:
         """The data set's table, with its images not yet decoded."""

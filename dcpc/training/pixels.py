@@ -21,8 +21,6 @@ from dcpc.training.data import Batch, ImageSet
 __all__ = ["PixelSet", "decode", "open_pixels", "prepare"]
 
 LEVELS = 255
-FIXED_DRAW = 2**64 - 1
-"""Takes the place of the epoch where the draw must not change."""
 
 
 class PixelSet(ImageSet):
@@ -40,7 +38,9 @@ class PixelSet(ImageSet):
         rows: Which of them, in the order of the set's indices.
         intensity_range: Intensities of the levels 0 and 255.
         seed: Of the binary draws; None for grey levels.
-        is_redrawn: Whether every epoch has draws of its own.
+
+    Attributes:
+        epoch: Chooses the draws, which are fixed where nobody calls `set_epoch`.
     """
 
     def __init__(
@@ -50,19 +50,16 @@ class PixelSet(ImageSet):
         rows: Tensor,
         intensity_range: tuple[float, float] = (0.0, 1.0),
         seed: int | None = None,
-        is_redrawn: bool = True,
     ) -> None:
         self.pixels = pixels
         self.labels = labels
         self.rows = rows
         self.intensity_range = intensity_range
         self.seed = seed
-        self.is_redrawn = is_redrawn
-        self.epoch = 0 if is_redrawn else FIXED_DRAW
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        if self.is_redrawn:
-            self.epoch = epoch
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.rows)

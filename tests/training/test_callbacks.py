@@ -20,6 +20,7 @@ from dcpc.training.callbacks import (
     RunReport,
     SweepMonitor,
 )
+from dcpc.training.data import ImageSet
 from dcpc.training.generative import GenerativeModule
 from dcpc.training.images import MAGNIFICATION, image_grid
 
@@ -37,8 +38,8 @@ class ColourImages(ImageData):
         images = torch.rand(12, 3, 2, 2, generator=generator)
         return images, torch.zeros(12, dtype=torch.long)
 
-    def image_set(self, images: Tensor, labels: Tensor, rows: Tensor, **options: bool):
-        return super().image_set(2 * images - 1, labels, rows, **options)
+    def image_set(self, images: Tensor, labels: Tensor, rows: Tensor) -> ImageSet:
+        return super().image_set(2 * images - 1, labels, rows)
 
 
 @pytest.fixture

@@ -201,10 +201,10 @@ def test_intensities_from_minus_one_to_one_are_the_grid_of_the_discretised_norma
 # -- binary draws ------------------------------------------------------------------------------
 
 
-def grey(levels: list[int], repeats: int, **options: object) -> PixelSet:
+def grey(levels: list[int], repeats: int) -> PixelSet:
     """`repeats` pictures of four pixels, whose grey levels are given."""
     pixels = torch.tensor(levels, dtype=torch.uint8).reshape(1, 1, 2, 2).repeat(repeats, 1, 1, 1)
-    return PixelSet(pixels, torch.zeros(repeats), torch.arange(repeats), seed=5, **options)
+    return PixelSet(pixels, torch.zeros(repeats), torch.arange(repeats), seed=5)
 
 
 def draws(images: PixelSet, epochs: int) -> torch.Tensor:
@@ -235,6 +235,15 @@ def test_binary_draws_are_independent_of_pixel_image_and_epoch() -> None:
         assert abs(neighbours) < 4 / np.sqrt(drawn.numel())
         means = drawn.mean(dim=[other for other in range(3) if other != axis])
         assert (means.abs() < 4.5 / np.sqrt(drawn.numel() / drawn.shape[axis])).all()
+
+
+def test_images_share_no_part_of_their_draws() -> None:
+    pixels = torch.full((200, 1, 8, 8), 128, dtype=torch.uint8)
+    images = PixelSet(pixels, torch.zeros(200), torch.arange(200), seed=5)
+    drawn = images.__getitems__(range(200))[0].flatten(1)
+    for shift in range(64):  # a stream that begins within another one would repeat it, shifted
+        agree = (drawn[:-1, shift:] == drawn[1:, : 64 - shift]).double()
+        assert abs(agree.mean() - 0.5) < 5 * 0.5 / np.sqrt(agree.numel())
 
 
 def test_a_draw_is_a_function_of_seed_epoch_and_image_whatever_the_batch() -> None:
