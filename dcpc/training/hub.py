@@ -169,15 +169,8 @@ class HubImages(ImageData):
 
     def _cached_file(self, identity: list[Any]) -> Path:
         """The file of this data set's images in this size, with these channels."""
-        key = [
-            *identity,
-            self.config_name,
-            self.split_name,
-            self.image_column,
-            self.label_column,
-            self.size,
-            self.channels,
-        ]
+        columns = (self.image_column, self.label_column)
+        key = [*identity, self.config_name, self.split_name, *columns]
         digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
         name = re.sub(r"\W+", "-", Path(self.path).name)
         return self.cache_folder / f"{name}-{self.channels}x{self.size or 'original'}-{digest}.npy"

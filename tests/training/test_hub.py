@@ -128,6 +128,7 @@ def test_the_index_of_a_datum_does_not_change_from_epoch_to_epoch(pictures: Path
 def test_labels_come_from_the_column_named_and_are_zero_without_classes(
     parquet: Path, levels: np.ndarray, tmp_path: Path
 ) -> None:
+    open_data(parquet)  # whose cache must not be taken for the other column's
     images, labels, _ = contents(open_data(parquet, label_column="number").train_dataloader())
     assert labels.tolist() == [100 + row for row in rows_of(images, levels)]
     bare = save_parquet(
