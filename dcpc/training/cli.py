@@ -31,6 +31,7 @@ from dcpc.training.callbacks import (
 )
 from dcpc.training.checkpoint import check_checkpoint, read_checkpoint
 from dcpc.training.data import ImageData
+from dcpc.training.generative import GenerativeModule
 from dcpc.training.module import ParticleModule
 
 __all__ = ["TrainingCLI", "main"]
@@ -45,8 +46,10 @@ Divide-and-conquer predictive coding: trains Pyro models on particles that every
   dcpc predict --config ...                            samples and reconstructions, to files
 
 test, validate and predict use <trainer.default_root_dir>/last.ckpt, the newest run's checkpoint,
-unless --ckpt_path names another one. `dcpc fit --help` lists the keys of a config,
-`dcpc fit --print_config` prints one, `tensorboard --logdir runs` shows the runs.
+unless --ckpt_path names another one. `dcpc fit --help` lists the keys of a config, `dcpc fit
+--model.help ParticleModule` (or AmortisedModule) and `--data.help HubImages` (or DigitsData,
+ArrayData) those below "model" and "data", `dcpc fit --config ... --print_config` prints a whole
+one, `tensorboard --logdir runs` shows the runs.
 """
 
 CONFIG_OPTIONS = ("--config", "-c")
@@ -87,7 +90,9 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class TrainingCLI(LightningCLI):
-    """`fit`, `validate`, `test` and `predict` for a `ParticleModule` on an `ImageData`.
+    """`fit`, `validate`, `test` and `predict` for a `GenerativeModule` on an `ImageData`.
+
+    A config's `model` that names no class holds the arguments of `ParticleModule`.
 
     Args:
         args: Arguments of the command line; None for the process's own.
@@ -99,8 +104,9 @@ class TrainingCLI(LightningCLI):
     def __init__(self, args: Sequence[str] | None = None) -> None:
         _quieten_lightning()
         super().__init__(
-            ParticleModule,
+            GenerativeModule,
             ImageData,
+            subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=_SaveConfig,
             save_config_kwargs={"config_filename": "config.json"},
@@ -118,6 +124,8 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the number of threads, which Lightning leaves to the environment."""
+        module = ParticleModule
+        parser.set_defaults(model={"class_path": f"{module.__module__}.{module.__name__}"})
         parser.add_argument(
             "--num_threads",
             type=PositiveInt | None,

@@ -1,0 +1,130 @@
+"""The variational autoencoder against a linear-Gaussian model, whose posterior is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pytorch_lightning import Trainer
+from torch import Tensor, nn
+
+from dcpc.errors import OptionError
+from dcpc.training import AmortisedModule, ImageData
+
+
+class Encoder(nn.Module):
+    """`q(z | x) = N(slope x + offset, scale^2)`, the posterior's family."""
+
+    def __init__(self, slope: float = 0.0, offset: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(slope))
+        self.offset = nn.Parameter(torch.tensor(offset))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+
+    def forward(self, x: Tensor) -> None:
+        rows = x.flatten(1)
+        with pyro.plate("data", len(rows)):
+            loc = self.slope * rows + self.offset
+            pyro.sample("z", dist.Normal(loc, self.log_scale.exp()).to_event(1))
+
+
+def evidence(x: Tensor) -> Tensor:
+    """Of `x = z + e`, with standard normal `z` and `e`: of variance two."""
+    return dist.Normal(0.0, math.sqrt(2.0)).log_prob(x.flatten(1)).sum(1)
+
+
+def batch(num_data: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.rand(num_data, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    return x, torch.zeros(num_data), torch.arange(num_data)
+
+
+def module(model: nn.Module, guide: nn.Module, **options: object) -> AmortisedModule:
+    ladders = {"evaluation_particles": 2, "num_temperatures": 2, "test_temperatures": 2}
+    made = AmortisedModule(model, guide, **{**ladders, **options})
+    made._seed = 0
+    made.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    return made
+
+
+def test_at_the_posterior_the_loss_is_minus_the_evidence(
+    shifted_gaussian: Callable[..., nn.Module],
+) -> None:
+    # Prior and noise of variance one: the posterior of z is N(x / 2, 1 / 2).
+    exact = Encoder(slope=0.5, scale=math.sqrt(0.5))
+    data = batch()
+    loss = module(shifted_gaussian(), exact).training_step(data, 0)
+    # log p(x, z) - log q(z | x) is then the same number for every z.
+    torch.testing.assert_close(loss, -evidence(data[0]).mean(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_exceeds_minus_the_evidence_by_the_divergence(
+    shifted_gaussian: Callable[..., nn.Module],
+) -> None:
+    data = batch()
+    loss = module(shifted_gaussian(), Encoder(), num_samples=400).training_step(data, 0)
+    posterior = torch.distributions.Normal(0.5 * data[0].flatten(1), math.sqrt(0.5))
+    gap = torch.distributions.kl_divergence(torch.distributions.Normal(0.0, 1.0), posterior)
+    expected = (-evidence(data[0]) + gap.sum(1)).mean()
+    # A sample's log-ratio has a spread of about two; there are 64 x 400 of them.
+    assert abs(float(loss.detach() - expected)) < 0.05
+
+
+def test_measures_bounds_of_the_encoder_beside_the_evidence_of_the_model(
+    shifted_gaussian: Callable[..., nn.Module],
+) -> None:
+    measured = module(shifted_gaussian(), Encoder(), num_temperatures=50, bound_samples=400)
+    measured.on_validation_epoch_start()
+    x = batch(200)[0]
+    measured.validation_step((x, x, x), 0)
+    figures = measured.measurements()
+    exact = float(evidence(x).mean())
+    assert figures["elbo"] < figures["importance_weighted_bound"] < exact + 0.02
+    assert figures["importance_weighted_bound"] == pytest.approx(exact, abs=0.1)
+    assert -figures["evidence_nll"] == pytest.approx(exact, abs=0.1)
+
+
+def test_training_finds_the_mean_of_the_data_and_the_posterior(
+    shifted_gaussian: Callable[..., nn.Module],
+    images: Callable[..., ImageData],
+    trainer: Callable[..., Trainer],
+) -> None:
+    model, guide = shifted_gaussian(), Encoder()
+    made = AmortisedModule(
+        model, guide, num_samples=5, learning_rate=0.05, learning_rate_schedule="cosine"
+    )
+    data = images(num_images=120, num_held_out=20, batch_size=100)
+    trainer(max_epochs=150).fit(made, datamodule=data)
+    assert data.training_set is not None
+    rows = data.training_set.__getitems__(range(100))[0].flatten(1)
+    torch.testing.assert_close(model.shift.detach(), rows.mean(0), rtol=0, atol=0.05)
+    assert float(guide.slope) == pytest.approx(0.5, abs=0.05)
+    assert float(guide.log_scale.exp()) == pytest.approx(math.sqrt(0.5), abs=0.03)
+
+
+def test_cosine_schedule_ends_at_zero(
+    shifted_gaussian: Callable[..., nn.Module],
+    images: Callable[..., ImageData],
+    trainer: Callable[..., Trainer],
+) -> None:
+    made = AmortisedModule(
+        shifted_gaussian(), Encoder(), learning_rate=0.1, learning_rate_schedule="cosine"
+    )
+    rates: list[float] = []
+    made.on_before_optimizer_step = lambda optimizer: rates.append(  # type: ignore[method-assign]
+        optimizer.param_groups[0]["lr"]
+    )
+    trainer(max_epochs=4).fit(made, datamodule=images(num_images=12, batch_size=4))
+    expected = [0.05 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["num_samples", "bound_samples"])
+def test_a_number_of_samples_below_one_is_an_error(
+    name: str, shifted_gaussian: Callable[..., nn.Module]
+) -> None:
+    with pytest.raises(OptionError, match=f"model.{name} must be at least 1, got 0"):
+        module(shifted_gaussian(), Encoder(), **{name: 0})
