@@ -9,8 +9,10 @@ from dcpc.evaluation.frechet import (
     frechet_feature_distance,
     frechet_inception_distance,
 )
+from dcpc.evaluation.frozen import FrozenParticles, infer_and_freeze
 from dcpc.evaluation.held_out import Evaluation, evaluate, format_table, summarise
 from dcpc.evaluation.neighbours import Neighbours, nearest_neighbours
+from dcpc.evaluation.particle_files import FrozenParticlesError
 from dcpc.evaluation.pseudo_posterior import PseudoPosterior
 from dcpc.evaluation.samples import (
     Decoded,
@@ -26,6 +28,8 @@ __all__ = [
     "Decoded",
     "Evaluation",
     "FeatureClassifier",
+    "FrozenParticles",
+    "FrozenParticlesError",
     "InceptionError",
     "InceptionFeatures",
     "MaskedModel",
@@ -44,6 +48,7 @@ __all__ = [
     "frechet_feature_distance",
     "frechet_inception_distance",
     "importance_weighted_bound",
+    "infer_and_freeze",
     "latent_traversal",
     "matching_site",
     "nearest_neighbours",

@@ -44,7 +44,7 @@ def batches(x: Tensor, batch_size: int) -> list[Tensor]:
 
 
 def derived_seed(seed: int, *key: int) -> int:
-    """A seed that depends on a seed and a key, and collides with no other."""
+    """The seed of one part of a computation, independent of those of the others."""
     return int(np.random.SeedSequence([seed, *key]).generate_state(1)[0])
 
 

@@ -14,10 +14,10 @@ __all__ = ["Neighbours", "nearest_neighbours"]
 
 
 class Neighbours(NamedTuple):
-    """The nearest data, nearest first: `index` in the training set and `distance`, `(S, n)`."""
+    """The nearest data, nearest first: `indices` in the training set and `distances`, `(S, n)`."""
 
-    index: Tensor
-    distance: Tensor
+    indices: Tensor
+    distances: Tensor
 
 
 def nearest_neighbours(
@@ -60,9 +60,9 @@ def nearest_neighbours(
         distance = torch.cdist(rows, chunk, compute_mode="donot_use_mm_for_euclid_dist")
         index = torch.arange(start, start + len(chunk), device=rows.device).expand_as(distance)
         candidates = Neighbours(
-            torch.cat([best.index, index], 1), torch.cat([best.distance, distance], 1)
+            torch.cat([best.indices, index], 1), torch.cat([best.distances, distance], 1)
         )
-        kept = min(num_neighbours, candidates.distance.shape[1])
-        nearest = candidates.distance.topk(kept, largest=False, sorted=True)
-        best = Neighbours(candidates.index.gather(1, nearest.indices), nearest.values)
+        kept = min(num_neighbours, candidates.distances.shape[1])
+        nearest = candidates.distances.topk(kept, largest=False, sorted=True)
+        best = Neighbours(candidates.indices.gather(1, nearest.indices), nearest.values)
     return best

@@ -15,7 +15,14 @@ from dcpc.divide.model import Model
 from dcpc.errors import DataError, OptionError
 from dcpc.evaluation.batches import seeded
 
-__all__ = ["Decoded", "decode", "latent_traversal", "matching_site", "prior_samples"]
+__all__ = [
+    "Decoded",
+    "decode",
+    "latent_shapes",
+    "latent_traversal",
+    "matching_site",
+    "prior_samples",
+]
 
 
 class Decoded(NamedTuple):
@@ -56,11 +63,11 @@ def decode(
     program = Substitute(latents, None)(pyro.poutine.uncondition(model))
     if at_means:
         program = _AtMeans()(program)
+    if latents:
+        _check(model, latents, x)
     with seeded(seed, x), torch.no_grad(), pyro.validation_enabled(False):
-        if latents:
-            _check(model, latents, x)
         nodes = pyro.poutine.trace(program).get_trace(x).nodes
-    observed = {name: site for name, site in nodes.items() if _was_observed(site)}
+    observed: dict[str, Any] = {n: site for n, site in nodes.items() if _was_observed(site)}
     return Decoded(
         samples=matching_site({name: site["value"] for name, site in observed.items()}, x),
         means=matching_site({name: mean_of(site["fn"]) for name, site in observed.items()}, x),
@@ -107,6 +114,20 @@ def latent_traversal(
     return torch.stack(means, 1)
 
 
+def latent_shapes(model: Model, x: Tensor) -> dict[str, torch.Size]:
+    """Shapes `(*batch, *event)` of the latents' unconstrained values, by name, in program order.
+
+    Runs the model once; the values of `x` do not matter, and the global random state stays.
+    """
+    with seeded(0, x), torch.no_grad(), pyro.validation_enabled(False):
+        nodes = pyro.poutine.trace(pyro.poutine.uncondition(model)).get_trace(x).nodes
+    return {
+        name: transform_of(site["fn"]).inv(site["value"]).shape
+        for name, site in nodes.items()
+        if is_random(site) and not _was_observed(site)
+    }
+
+
 def matching_site(values: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """The observed site whose value is `x`, in the shape of `x`.
 
@@ -133,16 +154,13 @@ class _AtMeans(Messenger):
 
 def _check(model: Model, latents: Mapping[str, Tensor], x: Tensor) -> None:
     """Compares given latents with those that the model draws."""
-    nodes = pyro.poutine.trace(pyro.poutine.uncondition(model)).get_trace(x).nodes
-    drawn = {n: s for n, s in nodes.items() if s["type"] == "sample" and is_random(s)}
-    drawn = {name: site for name, site in drawn.items() if not _was_observed(site)}
+    shapes = latent_shapes(model, x)
     for name, value in latents.items():
-        if name not in drawn:
-            raise OptionError(f"the model has no latent {name!r}; its latents are {list(drawn)}")
-        expected = transform_of(drawn[name]["fn"]).inv(drawn[name]["value"]).shape
-        if value.shape != expected:
+        if name not in shapes:
+            raise OptionError(f"the model has no latent {name!r}; its latents are {list(shapes)}")
+        if value.shape != shapes[name]:
             raise OptionError(
-                f"the values of site '{name}' must have shape {tuple(expected)} for "
+                f"the values of site '{name}' must have shape {tuple(shapes[name])} for "
                 f"{len(x)} data, got {tuple(value.shape)}"
             )
 

@@ -14,15 +14,15 @@ def test_neighbours_are_those_of_a_loop_over_all_pairs(chunk_size: int) -> None:
     for row, sample in enumerate(samples):
         distances = [float((sample - datum).square().sum().sqrt()) for datum in data]
         order = sorted(range(23), key=distances.__getitem__)[:3]
-        assert found.index[row].tolist() == order
-        assert found.distance[row].tolist() == pytest.approx([distances[i] for i in order])
+        assert found.indices[row].tolist() == order
+        assert found.distances[row].tolist() == pytest.approx([distances[i] for i in order])
 
 
 def test_a_copy_of_a_datum_has_distance_zero() -> None:
     data = torch.rand(300, 784)
     found = nearest_neighbours(data[40:42], data)
-    assert found.index.tolist() == [[40], [41]]
-    assert found.distance.tolist() == [[0.0], [0.0]]
+    assert found.indices.tolist() == [[40], [41]]
+    assert found.distances.tolist() == [[0.0], [0.0]]
 
 
 def test_data_of_another_shape_and_too_many_neighbours_are_refused() -> None:

@@ -1,0 +1,163 @@
+"""Files of particles: checkpoints of `dcpc fit`, and the small ones that are shipped."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcpc.errors import DCPCError, OptionError
+
+__all__ = ["FrozenParticlesError", "SavedParticles", "load_parameters", "read", "write"]
+
+FORMAT = "dcpc-frozen-particles-1"
+PREFIX = "model."
+"""Of the model's parameters in a checkpoint of `dcpc fit`."""
+
+
+class FrozenParticlesError(DCPCError):
+    """A file of particles cannot be read, or its particles are those of another model."""
+
+
+@dataclass(frozen=True)
+class SavedParticles:
+    """What such a file holds; the data come first, as they lie in the file.
+
+    Attributes:
+        parameters: Of the model, by name.
+        latents: Unconstrained values `(N, K, *event)` by site.
+        log_weight: `(N, K)`.
+        index: Which data these are, `(N,)`.
+    """
+
+    parameters: Mapping[str, Tensor]
+    latents: Mapping[str, Tensor]
+    log_weight: Tensor
+    index: Tensor
+
+    def take(self, index: Tensor | None, path: str | Path) -> SavedParticles:
+        """Copies the particles of some data, or of all of them, out of the file.
+
+        Raises:
+            FrozenParticlesError: There are none of a datum that was asked for.
+        """
+        rows = torch.arange(len(self.index)) if index is None else self._rows(index, path)
+        return SavedParticles(
+            parameters=self.parameters,
+            latents={name: u[rows] for name, u in self.latents.items()},
+            log_weight=self.log_weight[rows],
+            index=self.index[rows],
+        )
+
+    def _rows(self, index: Tensor, path: str | Path) -> Tensor:
+        row_of = {datum: row for row, datum in enumerate(self.index.tolist())}
+        absent = [datum for datum in index.tolist() if datum not in row_of]
+        if absent:
+            raise FrozenParticlesError(
+                f"'{path}' holds no particles of the data {absent[:5]}; it holds those of "
+                f"{len(row_of)} data with indices from {min(row_of)} to {max(row_of)}"
+            )
+        return torch.tensor([row_of[datum] for datum in index.tolist()], dtype=torch.long)
+
+
+def read(path: str | Path) -> SavedParticles:
+    """Reads either kind of file without running pickled code; particles stay on disk until used.
+
+    Raises:
+        FrozenParticlesError: There is no such file, or it is truncated, or holds no particles.
+    """
+    if not Path(path).is_file():
+        raise FrozenParticlesError(f"there is no file '{path}' to read particles from")
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+        raise FrozenParticlesError(
+            f"'{path}' ({Path(path).stat().st_size:,} bytes) is truncated, or is no file of tensors"
+        ) from None
+    content = content if isinstance(content, dict) else {}
+    if content.get("format") == FORMAT:
+        return SavedParticles(
+            **{key: content[key] for key in ("parameters", "latents", "log_weight", "index")}
+        )
+    return _of_checkpoint(content, path)
+
+
+def write(saved: SavedParticles, path: str | Path, half_precision: bool) -> None:
+    """Writes a small file of plain tensors; its folder is made.
+
+    Args:
+        half_precision: Whether latents are rounded to half precision, eleven binary digits: half
+            the size. Parameters and weights never are.
+
+    Raises:
+        OptionError: A latent is too large for half precision.
+    """
+    latents = {name: u.half() if half_precision else u for name, u in saved.latents.items()}
+    large = [name for name, u in latents.items() if not bool(u.isfinite().all())]
+    if large:
+        raise OptionError(
+            f"site(s) {large} hold values that are not finite or, in half precision, beyond 65504; "
+            "save with half_precision=False"
+        )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "format": FORMAT,
+        "parameters": _copies(saved.parameters),
+        "latents": _copies(latents),
+        "log_weight": _copy(saved.log_weight),
+        "index": _copy(saved.index),
+    }
+    torch.save(content, path)
+
+
+def load_parameters(model: nn.Module, parameters: Mapping[str, Tensor], path: str | Path) -> None:
+    """Gives a model the parameters of a file.
+
+    Raises:
+        FrozenParticlesError: A parameter is missing or has another shape.
+    """
+    got = {name: tuple(value.shape) for name, value in parameters.items()}
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name in sorted({*got, *wanted}):
+        if got.get(name) != wanted.get(name):
+            raise FrozenParticlesError(
+                f"'{path}' belongs to another model: parameter '{name}' has shape "
+                f"{got.get(name)} there and {wanted.get(name)} in this model; make the model with "
+                "the arguments that it was trained with"
+            )
+    model.load_state_dict(dict(parameters))
+
+
+def _of_checkpoint(content: Mapping[str, Any], path: str | Path) -> SavedParticles:
+    particles = (content.get("dcpc") or {}).get("particles")
+    if "state_dict" not in content or not particles or not bool(particles["visited"].any()):
+        raise FrozenParticlesError(
+            f"'{path}' holds no particles: it is neither a checkpoint of dcpc fit of an algorithm "
+            "that keeps particles, nor a file of FrozenParticles.save"
+        )
+    whole = SavedParticles(
+        parameters={
+            name.removeprefix(PREFIX): value
+            for name, value in content["state_dict"].items()
+            if name.startswith(PREFIX)
+        },
+        latents=particles["latents"],
+        log_weight=particles["log_weight"],
+        index=torch.arange(len(particles["visited"])),
+    )
+    visited = particles["visited"]
+    return whole if bool(visited.all()) else whole.take(visited.nonzero().squeeze(1), path)
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _copy(tensor) for name, tensor in tensors.items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy of its own: a view would take all that it was cut from along into the file."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
