@@ -1,6 +1,12 @@
 """What is measured on data that were never trained on, each quantity under its own name."""
 
-from dcpc.evaluation.bounds import elbo, importance_weighted_bound, prior_sample_estimate
+from dcpc.evaluation.bounds import (
+    Bounds,
+    ImportanceSampler,
+    elbo,
+    importance_weighted_bound,
+    prior_sample_estimate,
+)
 from dcpc.evaluation.completion import Completion, MaskedModel, bottom_half, complete
 from dcpc.evaluation.features import FeatureClassifier, InceptionError, InceptionFeatures
 from dcpc.evaluation.frechet import (
@@ -24,12 +30,14 @@ from dcpc.evaluation.samples import (
 from dcpc.evaluation.temperatures import Setting, TemperatureStudy, temperature_study
 
 __all__ = [
+    "Bounds",
     "Completion",
     "Decoded",
     "Evaluation",
     "FeatureClassifier",
     "FrozenParticles",
     "FrozenParticlesError",
+    "ImportanceSampler",
     "InceptionError",
     "InceptionFeatures",
     "MaskedModel",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dcpc.divide import Division
 from dcpc.divide.model import Model
 from dcpc.errors import EvidenceError, ModelError
 from dcpc.evaluation.batches import (
@@ -20,10 +21,104 @@ from dcpc.evaluation.batches import (
 )
 from dcpc.inference import DCPC
 
-__all__ = ["elbo", "importance_weighted_bound", "prior_sample_estimate"]
+__all__ = [
+    "Bounds",
+    "ImportanceSampler",
+    "elbo",
+    "importance_weighted_bound",
+    "prior_sample_estimate",
+]
 
-CHUNK_SIZE = 50
+CHUNK_SIZE = 10
 """Samples per datum that are weighed at once."""
+
+
+class Bounds(NamedTuple):
+    """Lower bounds of `log p(x)` in expectation, from the same samples, in nats, `(N,)` each."""
+
+    elbo: Tensor
+    importance_weighted: Tensor
+
+
+class ImportanceSampler:
+    """Weighs samples of a guide, or of the prior, against the joint density of model and data.
+
+    Keep one for all the batches of a data set: the model is divided at the first of them.
+
+    Args:
+        model: The Pyro program, all of its latents in one plate over the data.
+        guide: A Pyro program that draws the same latents from the same arguments; None for the
+            prior.
+        chunk_size: Samples per datum weighed at once.
+        batch_size: Data weighed at once.
+
+    Raises:
+        OptionError: A number below one.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        guide: Model | None = None,
+        *,
+        chunk_size: int = CHUNK_SIZE,
+        batch_size: int = BATCH_SIZE,
+    ) -> None:
+        require_positive("chunk_size", chunk_size)
+        self._inference = DCPC(model, guide, num_particles=chunk_size)
+        self._batch_size = batch_size
+
+    def bounds(self, x: Tensor, num_samples: int, seed: int) -> Bounds:
+        """ELBO and importance-weighted bound from the same samples; see `log_weights`."""
+        log_weights = self.log_weights(x, num_samples, seed)
+        return Bounds(log_weights.mean(0), _log_mean_exp(log_weights))
+
+    def log_weights(self, x: Tensor, num_samples: int, seed: int) -> Tensor:
+        """`log p(x, z_s) - log q(z_s | x)`, `(S, N)`: with the prior as `q`, `log p(x | z_s)`.
+
+        Args:
+            x: Data, `(N, *shape)`.
+            num_samples: S.
+            seed: Of the samples; the global random state is left as it was.
+
+        Raises:
+            ModelError: The data are not independent given the parameters, or share latents.
+            EvidenceError: A prior is improper and there is no guide.
+            OptionError: A number below one, or a guide that does not draw all latents.
+        """
+        require_positive("num_samples", num_samples)
+        parts = []
+        for number, part in enumerate(batches(x, self._batch_size)):
+            with gradients_allowed(), seeded(derived_seed(seed, number), x):
+                parts.append(self._weigh(part, num_samples))
+        return torch.cat(parts, 1)
+
+    def _weigh(self, x: Tensor, num_samples: int) -> Tensor:
+        division = self._inference.division(x)
+        self._check(division, len(x))
+        chunks = []
+        for _ in range(-(-num_samples // self._inference.num_particles)):
+            state = self._inference.init(x)
+            with torch.no_grad():
+                chunks.append(division.log_joint(state.latents, (x,)) - state.log_joint)
+        # The samples are independent, so that the surplus of the last chunk may go.
+        return torch.cat(chunks)[:num_samples]
+
+    def _check(self, division: Division, num_data: int) -> None:
+        flat = [name for name in division.latents if division.sites[name].is_improper]
+        if flat and self._inference.guide is None:
+            raise EvidenceError(
+                f"the prior of site(s) {flat} is flat (improper) and cannot be sampled; give them "
+                "a proper prior, or a guide with importance_weighted_bound"
+            )
+        if division.population_shape != (num_data,):
+            raise ModelError(
+                f"a bound per datum needs the {num_data} data of a batch to be independent given "
+                "the parameters, with all latents in one plate over them; the independent plates "
+                f"around every latent of this model have sizes {list(division.population_shape)}. "
+                "Wrap the model's body in: with pyro.plate('data', len(x)); and normalise no layer "
+                "over the batch"
+            )
 
 
 def importance_weighted_bound(
@@ -59,7 +154,8 @@ def importance_weighted_bound(
         ModelError: The data are not independent given the parameters, or share latents.
         OptionError: A number below one, or a guide that does not draw all latents.
     """
-    return _reduce(_log_mean_exp, model, guide, x, num_samples, seed, chunk_size, batch_size)
+    sampler = ImportanceSampler(model, guide, chunk_size=chunk_size, batch_size=batch_size)
+    return sampler.bounds(x, num_samples, seed).importance_weighted
 
 
 def elbo(
@@ -77,7 +173,8 @@ def elbo(
     The mean over `num_samples` samples: more of them lower its noise, not its gap. Arguments,
     result and errors are those of `importance_weighted_bound`.
     """
-    return _reduce(_mean, model, guide, x, num_samples, seed, chunk_size, batch_size)
+    sampler = ImportanceSampler(model, guide, chunk_size=chunk_size, batch_size=batch_size)
+    return sampler.bounds(x, num_samples, seed).elbo
 
 
 def prior_sample_estimate(
@@ -114,64 +211,9 @@ def prior_sample_estimate(
         ModelError: The data are not independent given the parameters, or share latents.
         OptionError: A number below one.
     """
-    return _reduce(_log_mean_exp, model, None, x, num_samples, seed, chunk_size, batch_size)
-
-
-def _reduce(
-    reduction: Callable[[Tensor], Tensor],
-    model: Model,
-    guide: Model | None,
-    x: Tensor,
-    num_samples: int,
-    seed: int,
-    chunk_size: int,
-    batch_size: int,
-) -> Tensor:
-    """Reduces log-weights `(S, B)` over the samples, batch by batch, to `(N,)`."""
-    require_positive("num_samples", num_samples)
-    require_positive("chunk_size", chunk_size)
-    sampler = DCPC(model, guide, num_particles=min(chunk_size, num_samples))
-    parts = []
-    for number, part in enumerate(batches(x, batch_size)):
-        with gradients_allowed(), seeded(derived_seed(seed, number), x):
-            parts.append(reduction(_log_weights(sampler, part, num_samples)))
-    return torch.cat(parts)
-
-
-def _log_weights(sampler: DCPC, x: Tensor, num_samples: int) -> Tensor:
-    """`log p(x, z_s) - log q(z_s | x)` of a batch, `(S, B)`; `q` is the prior without a guide."""
-    division = sampler.division(x)
-    _check_division(sampler, x)
-    chunks = []
-    for _ in range(-(-num_samples // sampler.num_particles)):
-        state = sampler.init(x)
-        with torch.no_grad():
-            chunks.append(division.log_joint(state.latents, (x,)) - state.log_joint)
-    # The samples are independent, so that the surplus of the last chunk may go.
-    return torch.cat(chunks)[:num_samples]
-
-
-def _check_division(sampler: DCPC, x: Tensor) -> None:
-    division = sampler.division(x)
-    flat = [name for name in division.latents if division.sites[name].is_improper]
-    if flat and sampler.guide is None:
-        raise EvidenceError(
-            f"the prior of site(s) {flat} is flat (improper) and cannot be sampled; give them a "
-            "proper prior, or a guide with importance_weighted_bound"
-        )
-    if division.population_shape != (len(x),):
-        raise ModelError(
-            f"a bound per datum needs the {len(x)} data of a batch to be independent given the "
-            "parameters, with all latents in one plate over them; the independent plates around "
-            f"every latent of this model have sizes {list(division.population_shape)}. Wrap the "
-            "model's body in: with pyro.plate('data', len(x)); and normalise no layer over the "
-            "batch"
-        )
+    sampler = ImportanceSampler(model, chunk_size=chunk_size, batch_size=batch_size)
+    return _log_mean_exp(sampler.log_weights(x, num_samples, seed))
 
 
 def _log_mean_exp(log_weights: Tensor) -> Tensor:
     return log_weights.logsumexp(0) - math.log(len(log_weights))
-
-
-def _mean(log_weights: Tensor) -> Tensor:
-    return log_weights.mean(0)

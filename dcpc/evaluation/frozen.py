@@ -261,7 +261,7 @@ def _check_latents(model: Model, latents: Mapping[str, Tensor], x: Tensor) -> No
     for name in {**wanted, **latents}:
         expected = tuple(wanted[name]) if name in wanted else None
         got = tuple(latents[name].shape[1:]) if name in latents else None
-        if got != expected or got[:1] != (len(x),):
+        if got is None or got != expected or got[:1] != (len(x),):
             raise FrozenParticlesError(
                 f"site '{name}': the particles have shape {got} for {len(x)} data and the model "
                 f"has {expected}; frozen particles need all latents of the model in one plate over "

@@ -114,7 +114,11 @@ def format_table(summary: Mapping[str, float], num_particles: int, num_temperatu
             f"{summary['reconstruction_cross_entropy']:.2f}",
             "nats per datum, of the particle-averaged decoder mean",
         ),
-        ("reconstruction_mse", f"{summary['reconstruction_mse']:.4f}", "per pixel, of the same"),
+        (
+            "reconstruction_mse",
+            f"{summary['reconstruction_mse']:.4f}",
+            "per pixel, of the same, in intensities from 0 to 1",
+        ),
         ("ess_percent", f"{summary['ess_percent']:.0f}", "of the particles, after annealing"),
     ]
     rows += [

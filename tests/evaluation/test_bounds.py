@@ -13,7 +13,12 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from dcpc.errors import EvidenceError, ModelError, OptionError
-from dcpc.evaluation import elbo, importance_weighted_bound, prior_sample_estimate
+from dcpc.evaluation import (
+    ImportanceSampler,
+    elbo,
+    importance_weighted_bound,
+    prior_sample_estimate,
+)
 
 SIZE = 3
 
@@ -135,3 +140,15 @@ def test_a_flat_prior_cannot_be_sampled(x: Tensor) -> None:
 def test_a_number_of_samples_below_one_is_refused(shifted_gaussian: type, x: Tensor) -> None:
     with pytest.raises(OptionError, match="num_samples must be at least 1, got 0"):
         elbo(shifted_gaussian(SIZE), guide_of(0.5), x, 0, seed=0)
+
+
+def test_one_sampler_gives_both_bounds_of_every_batch_from_the_same_samples(
+    shifted_gaussian: type, x: Tensor
+) -> None:
+    model, guide = shifted_gaussian(SIZE), guide_of(1.0)
+    bounds = ImportanceSampler(model, guide).bounds(x, 15, seed=4)
+    assert torch.equal(bounds.elbo, elbo(model, guide, x, 15, seed=4))
+    assert torch.equal(
+        bounds.importance_weighted, importance_weighted_bound(model, guide, x, 15, 4)
+    )
+    assert bool((bounds.elbo < bounds.importance_weighted).all())  # Jensen, sample by sample
