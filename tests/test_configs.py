@@ -3,12 +3,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dcpc.training import ImageData, ParticleModule
-from dcpc.training.cli import TrainingCLI
+from dcpc.training import GenerativeModule, ImageData, ParticleModule
+from dcpc.training.cli import TrainingCLI, main
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.json"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(FOLDER.glob("**/*.json"))
+DATA_SETS = ("mnist", "fashion_mnist", "emnist", "cifar10", "celeba")
+ALGORITHMS = ("dcpc", "dcpc-smc", "dcpc-paper", "pgd", "lpc", "mcpc", "pc", "ipc", "vae")
 
 
 class Parsed(TrainingCLI):
@@ -18,16 +22,68 @@ class Parsed(TrainingCLI):
         pass
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_every_shipped_config_builds_what_it_names(path: Path, tmp_path: Path) -> None:
     folder = f"--trainer.default_root_dir={tmp_path}"
     built = Parsed(["fit", "--config", str(path), folder])
-    assert isinstance(built.model, ParticleModule)
+    assert isinstance(built.model, GenerativeModule)
     assert isinstance(built.datamodule, ImageData)
     written = json.loads(path.read_text())
-    assert built.model.inference.num_particles == written["model"]["num_particles"]
     assert built.trainer.max_epochs == written["trainer"]["max_epochs"]
+    if isinstance(built.model, ParticleModule):
+        assert built.model.inference.num_particles == written["model"]["num_particles"]
+        assert built.model.inference.algorithm.name == written["model"].get("algorithm", "dcpc")
+    else:
+        assert path.stem == "vae"
 
 
-def test_there_are_configs() -> None:
-    assert "digits" in {path.stem for path in CONFIGS}
+@pytest.mark.parametrize("data_set", DATA_SETS)
+def test_every_algorithm_trains_the_same_model_on_the_same_data(data_set: str) -> None:
+    configs = {
+        name: json.loads((FOLDER / data_set / f"{name}.json").read_text()) for name in ALGORITHMS
+    }
+    assert {config["trainer"]["default_root_dir"] for config in configs.values()} == {
+        f"runs/{data_set}/{name}" for name in ALGORITHMS
+    }
+    for name, config in configs.items():
+        options = config["model"].get("init_args", config["model"])
+        model = options["model"]
+        if name == "dcpc-paper":  # the paper's likelihood
+            assert model["init_args"].pop("likelihood") in ("continuous_bernoulli", "normal")
+            model["init_args"]["likelihood"] = (
+                "bernoulli" if "sizes" in str(model) else "discretized_normal"
+            )
+        assert model == configs["dcpc"]["model"]["model"]
+        assert config["data"] == configs["dcpc"]["data"]
+        assert options.get("algorithm", "vae") == name
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_fits_from_its_config(
+    algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (10, 4, 4), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    model = "model.init_args" if algorithm == "vae" else "model"
+    sizes = ["--{}.{}.init_args.latent_sizes=[2,3]", "--{}.{}.init_args.image_shape=[1,4,4]"]
+    parts = ["model", "guide"] if algorithm in ("vae", "lpc") else ["model"]
+    main(
+        [
+            "fit",
+            f"--config=configs/mnist/{algorithm}.json",
+            *(option.format(model, part) for option in sizes for part in parts),
+            f"--{model}.evaluation_particles=2",
+            f"--{model}.num_temperatures=2",
+            "--data=ArrayData",
+            f"--data.folder={tmp_path}",
+            "--data.num_held_out=2",
+            "--data.batch_size=4",
+            "--trainer.max_epochs=1",
+            "--trainer.log_every_n_steps=1",
+            "--trainer.check_val_every_n_epoch=1",
+            f"--trainer.default_root_dir={tmp_path / 'run'}",
+            "--num_threads=1",
+        ]
+    )
+    assert "after" in capsys.readouterr().out
+    assert (tmp_path / "run" / "last.ckpt").is_file()

@@ -40,7 +40,8 @@ def batches(x: Tensor, batch_size: int) -> list[Tensor]:
     require_positive("batch_size", batch_size)
     if x.dim() == 0 or len(x) == 0:
         raise OptionError(f"x must hold at least one datum, got shape {tuple(x.shape)}")
-    return [part.clone() for part in x.split(batch_size)]
+    with gradients_allowed():
+        return [part.clone() for part in x.split(batch_size)]
 
 
 def derived_seed(seed: int, *key: int) -> int:
