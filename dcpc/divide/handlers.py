@@ -133,7 +133,8 @@ class Draw(Messenger):
             like = next(value for value in vars(base).values() if isinstance(value, Tensor))
             shape = fn.batch_shape + fn.event_shape
             uniform = torch.rand(shape, dtype=like.dtype, device=like.device)
-            msg["value"] = base.icdf(uniform)
+            # One in 2^24 single-precision draws is exactly zero, where a quantile is infinite.
+            msg["value"] = base.icdf(uniform.clamp(min=torch.finfo(like.dtype).eps / 2))
         msg["done"] = True
 
 
