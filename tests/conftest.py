@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,22 @@ class ShiftedGaussian(nn.Module):
             pyro.sample("x", dist.Normal(self.shift + z, 1.0).to_event(1), obs=rows)
 
 
+class LinearEncoder(nn.Module):
+    """`q(z | x) = N(slope x + offset, scale^2)`, the family of `ShiftedGaussian`'s posterior."""
+
+    def __init__(self, slope: float = 0.0, offset: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(slope))
+        self.offset = nn.Parameter(torch.tensor(offset))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+
+    def forward(self, x: Tensor) -> None:
+        rows = x.flatten(1)
+        with pyro.plate("data", len(rows)):
+            loc = self.slope * rows + self.offset
+            pyro.sample("z", dist.Normal(loc, self.log_scale.exp()).to_event(1))
+
+
 @pytest.fixture
 def images() -> type[TinyImages]:
     return TinyImages
@@ -73,6 +90,11 @@ def images() -> type[TinyImages]:
 @pytest.fixture
 def shifted_gaussian() -> type[ShiftedGaussian]:
     return ShiftedGaussian
+
+
+@pytest.fixture
+def linear_encoder() -> type[LinearEncoder]:
+    return LinearEncoder
 
 
 @pytest.fixture

@@ -36,6 +36,8 @@ TESTS = [
     "tests/training/test_data.py",
     "tests/training/test_hub.py",
     "tests/training/test_callbacks.py",
+    "tests/training/test_amortised.py",
+    "tests/training/test_warm_start.py",
 ]
 """Quick and narrow first: most faults fall within seconds."""
 
@@ -66,6 +68,9 @@ DATA = "dcpc/training/data.py"
 HUB = "dcpc/training/hub.py"
 PIXELS = "dcpc/training/pixels.py"
 CALLBACKS = "dcpc/training/callbacks.py"
+GENERATIVE = "dcpc/training/generative.py"
+AMORTISED = "dcpc/training/amortised.py"
+MODULE = "dcpc/training/module.py"
 
 FAULTS = [
     Fault("the drift points down the density", LANGEVIN,
@@ -207,6 +212,16 @@ FAULTS = [
           "image_grid(pictures, columns)"),
     Fault("the monitor counts the optimiser's steps", CALLBACKS,
           "step = trainer.fit_loop.total_batch_idx", "step = trainer.global_step - 1"),
+    Fault("the encoder does not learn from the particles", MODULE,
+          'losses["guide_loss"] = self.inference.guide_loss(state, x) / len(x)', "pass"),
+    Fault("lpc keeps its particles", MODULE,
+          "self.inference.algorithm.preset.warm_starts_every_visit", "False"),
+    Fault("the autoencoder's loss is that of the whole batch", AMORTISED,
+          "self.guide, x) / len(x)", "self.guide, x)"),
+    Fault("the learning rate ends at a half", GENERATIVE,
+          "done.append(self._num_steps / total)", "done.append(0.5 * self._num_steps / total)"),
+    Fault("every step draws the same numbers", GENERATIVE,
+          "np.random.SeedSequence([self._seed, *key])", "np.random.SeedSequence([self._seed])"),
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dcpc.inference import DCPC
@@ -113,7 +114,10 @@ class ParticleModule(GenerativeModule):
             self.store.close()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Sweeps a batch's particles, stores them, and returns the loss per datum, in nats."""
+        """Sweeps a batch's particles, stores them, and returns the loss per datum, in nats.
+
+        With a guide, the sum of the model's loss and the guide's, which are logged apart.
+        """
         assert self.store is not None
         x, _, index = batch
         with self.stream(self._num_steps):
@@ -125,16 +129,17 @@ class ParticleModule(GenerativeModule):
             for _ in range(self.sweeps_per_step):
                 state, info = self.inference.sweep(state, x)
                 if not self.automatic_optimization:
-                    self._step_parameters(self._loss(state, x))
-            loss = self._loss(state, x)
+                    self._step_parameters(_total(self._losses(state, x)))
+            losses = self._losses(state, x)
         self.store.write(index, state, axes)
         self.adaptation = state.adaptation
         self.last_sweep = info
         self._num_steps += 1
         ess = 100.0 * info.ess.mean() / state.num_particles
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
+        for name, loss in losses.items():
+            self.log(f"train/{name}", loss, prog_bar=True, batch_size=len(x))
         self.log("train/ess_percent", ess, prog_bar=True, batch_size=len(x))
-        return loss
+        return _total(losses)
 
     def _recall(self, x: Tensor, index: Tensor, axes: Mapping[str, int]) -> SweepState:
         """The stored particles; fresh ones at a first visit, or where the encoder starts all."""
@@ -148,11 +153,12 @@ class ParticleModule(GenerativeModule):
         with self.stream(self._num_steps, 1):
             return self.inference.init(x)
 
-    def _loss(self, state: SweepState, x: Tensor) -> Tensor:
-        loss = self.inference.loss(state, x)
+    def _losses(self, state: SweepState, x: Tensor) -> dict[str, Tensor]:
+        """The model's loss per datum, and the guide's if there is one."""
+        losses = {"loss": self.inference.loss(state, x) / len(x)}
         if self.guide is not None:
-            loss = loss + self.inference.guide_loss(state, x)
-        return loss / len(x)
+            losses["guide_loss"] = self.inference.guide_loss(state, x) / len(x)
+        return losses
 
     def _step_parameters(self, loss: Tensor) -> None:
         optimizer = self.optimizers()
@@ -185,3 +191,7 @@ class ParticleModule(GenerativeModule):
             name: Adaptation(**fields) for name, fields in saved["adaptation"].items()
         }
         self._saved_particles = saved["particles"]
+
+
+def _total(losses: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack(list(losses.values())).sum()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -14,22 +13,6 @@ from torch import Tensor, nn
 
 from dcpc.errors import OptionError
 from dcpc.training import AmortisedModule, ImageData
-
-
-class Encoder(nn.Module):
-    """`q(z | x) = N(slope x + offset, scale^2)`, the posterior's family."""
-
-    def __init__(self, slope: float = 0.0, offset: float = 0.0, scale: float = 1.0) -> None:
-        super().__init__()
-        self.slope = nn.Parameter(torch.tensor(slope))
-        self.offset = nn.Parameter(torch.tensor(offset))
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
-
-    def forward(self, x: Tensor) -> None:
-        rows = x.flatten(1)
-        with pyro.plate("data", len(rows)):
-            loc = self.slope * rows + self.offset
-            pyro.sample("z", dist.Normal(loc, self.log_scale.exp()).to_event(1))
 
 
 def evidence(x: Tensor) -> Tensor:
@@ -52,9 +35,10 @@ def module(model: nn.Module, guide: nn.Module, **options: object) -> AmortisedMo
 
 def test_at_the_posterior_the_loss_is_minus_the_evidence(
     shifted_gaussian: Callable[..., nn.Module],
+    linear_encoder: Callable[..., nn.Module],
 ) -> None:
     # Prior and noise of variance one: the posterior of z is N(x / 2, 1 / 2).
-    exact = Encoder(slope=0.5, scale=math.sqrt(0.5))
+    exact = linear_encoder(slope=0.5, scale=math.sqrt(0.5))
     data = batch()
     loss = module(shifted_gaussian(), exact).training_step(data, 0)
     # log p(x, z) - log q(z | x) is then the same number for every z.
@@ -63,9 +47,10 @@ def test_at_the_posterior_the_loss_is_minus_the_evidence(
 
 def test_the_loss_exceeds_minus_the_evidence_by_the_divergence(
     shifted_gaussian: Callable[..., nn.Module],
+    linear_encoder: Callable[..., nn.Module],
 ) -> None:
     data = batch()
-    loss = module(shifted_gaussian(), Encoder(), num_samples=400).training_step(data, 0)
+    loss = module(shifted_gaussian(), linear_encoder(), num_samples=400).training_step(data, 0)
     posterior = torch.distributions.Normal(0.5 * data[0].flatten(1), math.sqrt(0.5))
     gap = torch.distributions.kl_divergence(torch.distributions.Normal(0.0, 1.0), posterior)
     expected = (-evidence(data[0]) + gap.sum(1)).mean()
@@ -75,8 +60,9 @@ def test_the_loss_exceeds_minus_the_evidence_by_the_divergence(
 
 def test_measures_bounds_of_the_encoder_beside_the_evidence_of_the_model(
     shifted_gaussian: Callable[..., nn.Module],
+    linear_encoder: Callable[..., nn.Module],
 ) -> None:
-    measured = module(shifted_gaussian(), Encoder(), num_temperatures=50, bound_samples=400)
+    measured = module(shifted_gaussian(), linear_encoder(), num_temperatures=50, bound_samples=400)
     measured.on_validation_epoch_start()
     x = batch(200)[0]
     measured.validation_step((x, x, x), 0)
@@ -89,10 +75,11 @@ def test_measures_bounds_of_the_encoder_beside_the_evidence_of_the_model(
 
 def test_training_finds_the_mean_of_the_data_and_the_posterior(
     shifted_gaussian: Callable[..., nn.Module],
+    linear_encoder: Callable[..., nn.Module],
     images: Callable[..., ImageData],
     trainer: Callable[..., Trainer],
 ) -> None:
-    model, guide = shifted_gaussian(), Encoder()
+    model, guide = shifted_gaussian(), linear_encoder()
     made = AmortisedModule(
         model, guide, num_samples=5, learning_rate=0.05, learning_rate_schedule="cosine"
     )
@@ -107,11 +94,12 @@ def test_training_finds_the_mean_of_the_data_and_the_posterior(
 
 def test_cosine_schedule_ends_at_zero(
     shifted_gaussian: Callable[..., nn.Module],
+    linear_encoder: Callable[..., nn.Module],
     images: Callable[..., ImageData],
     trainer: Callable[..., Trainer],
 ) -> None:
     made = AmortisedModule(
-        shifted_gaussian(), Encoder(), learning_rate=0.1, learning_rate_schedule="cosine"
+        shifted_gaussian(), linear_encoder(), learning_rate=0.1, learning_rate_schedule="cosine"
     )
     rates: list[float] = []
     made.on_before_optimizer_step = lambda optimizer: rates.append(  # type: ignore[method-assign]
@@ -124,7 +112,9 @@ def test_cosine_schedule_ends_at_zero(
 
 @pytest.mark.parametrize("name", ["num_samples", "bound_samples"])
 def test_a_number_of_samples_below_one_is_an_error(
-    name: str, shifted_gaussian: Callable[..., nn.Module]
+    name: str,
+    shifted_gaussian: Callable[..., nn.Module],
+    linear_encoder: Callable[..., nn.Module],
 ) -> None:
     with pytest.raises(OptionError, match=f"model.{name} must be at least 1, got 0"):
-        module(shifted_gaussian(), Encoder(), **{name: 0})
+        module(shifted_gaussian(), linear_encoder(), **{name: 0})

@@ -1,0 +1,161 @@
+"""Particles that start from an encoder, which learns from them in turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import nn
+
+from dcpc.errors import OptionError
+from dcpc.training import ParticleModule
+from experiments.deep_latent_gaussian import DeepLatentGaussian
+from experiments.encoders import MLPEncoder
+
+SIZES, SHAPE = [2, 3], [1, 2, 2]
+
+
+def deep(**options: object) -> ParticleModule:
+    torch.manual_seed(0)
+    settings = {"num_particles": 2, "evaluation_particles": 2, "num_temperatures": 2, **options}
+    return ParticleModule(DeepLatentGaussian(SIZES, SHAPE), MLPEncoder(SIZES, SHAPE, 4), **settings)
+
+
+def test_the_encoder_learns_the_posterior_of_the_particles(
+    shifted_gaussian: Callable[..., nn.Module],
+    linear_encoder: Callable[..., nn.Module],
+    images: type,
+    trainer: Callable[..., Trainer],
+) -> None:
+    # z ~ N(0, I) and x ~ N(shift + z, I): the posterior of z is N((x - shift) / 2, I / 2).
+    model, guide = shifted_gaussian(), linear_encoder()
+    module = ParticleModule(
+        model, guide, num_particles=16, learning_rate=0.05, learning_rate_schedule="cosine"
+    )
+    data = images(num_images=120, num_held_out=20, batch_size=100)
+    trainer(max_epochs=150).fit(module, datamodule=data)
+    shift = float(model.shift.detach().mean())
+    assert float(guide.slope.detach()) == pytest.approx(0.5, abs=0.05)
+    assert float(guide.offset.detach()) == pytest.approx(-shift / 2, abs=0.05)
+    assert float(guide.log_scale.detach().exp()) == pytest.approx(math.sqrt(0.5), abs=0.03)
+
+
+def test_the_guides_loss_is_the_cross_entropy_of_particles_at_known_places(
+    shifted_gaussian: Callable[..., nn.Module], linear_encoder: Callable[..., nn.Module]
+) -> None:
+    guide = linear_encoder(slope=0.5, offset=0.1, scale=0.7)
+    module = ParticleModule(shifted_gaussian(), guide, num_particles=3)
+    x = torch.rand(5, 1, 2, 2)
+    state = module.inference.init(x)
+    losses = module._losses(state, x)
+    rows, z = x.flatten(1), state.latents["z"]
+    log_q = torch.distributions.Normal(0.5 * rows + 0.1, 0.7).log_prob(z).sum(-1)
+    log_p = torch.distributions.Normal(0.0, 1.0).log_prob(torch.stack((z, rows - z))).sum((0, -1))
+    # Fresh particles have equal weights.
+    torch.testing.assert_close(losses["guide_loss"], -log_q.mean())
+    torch.testing.assert_close(losses["loss"], -log_p.mean())
+
+
+def test_neither_loss_teaches_the_other_network(images: type) -> None:
+    module = deep()
+    x = torch.rand(6, 1, 2, 2)
+    losses = module._losses(module.inference.init(x), x)
+    for name, learns, rests in (
+        ("loss", module.model, module.guide),
+        ("guide_loss", module.guide, module.model),
+    ):
+        parameters = list(learns.parameters()), list(rests.parameters())
+        of_one, of_other = (
+            torch.autograd.grad(losses[name], p, retain_graph=True, allow_unused=True)
+            for p in parameters
+        )
+        assert any(g is not None and bool(g.abs().sum() > 0) for g in of_one), name
+        assert all(g is None for g in of_other), name
+
+
+@pytest.mark.parametrize(("algorithm", "visits"), [("dcpc", 1), ("pgd", 1), ("lpc", 3)])
+def test_particles_come_from_the_encoder_at_the_first_visit_and_of_lpc_at_every_visit(
+    algorithm: str,
+    visits: int,
+    images: type,
+    trainer: Callable[..., Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, drawn = deep(algorithm=algorithm), []
+    init = module.inference.init
+    monkeypatch.setattr(module.inference, "init", lambda x: drawn.append(len(x)) or init(x))
+    trainer(max_epochs=3).fit(module, datamodule=images(batch_size=20))
+    assert drawn == [20] * visits
+
+
+def test_a_resumed_run_with_an_encoder_continues_bit_for_bit(
+    images: type, trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    def fit(epochs: int, seed: int, **options: object) -> ParticleModule:
+        module = deep(algorithm="lpc", step_size=0.1, learning_rate_schedule="cosine")
+        torch.manual_seed(seed)
+        run = trainer(max_epochs=4, callbacks=[StopAfter(epochs)])
+        run.fit(module, datamodule=images(batch_size=6), **options)
+        run.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return module
+
+    whole = fit(4, 11)
+    fit(2, 11)
+    resumed = fit(5, 99, ckpt_path=tmp_path / "2.ckpt", weights_only=True)
+    states = whole.state_dict(), resumed.state_dict()
+    assert any(name.startswith("guide.") for name in states[0])
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+    stores = whole.store.state_dict(), resumed.store.state_dict()
+    assert torch.equal(stores[0]["latents"]["z2"], stores[1]["latents"]["z2"])
+
+
+class StopAfter(Callback):
+    """Ends a run early, with a schedule made for the whole of it."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop |= trainer.current_epoch + 1 == self.epochs
+
+
+def test_an_encoder_of_other_latents_is_refused_by_name(
+    images: type, trainer: Callable[..., Trainer]
+) -> None:
+    module = ParticleModule(DeepLatentGaussian(SIZES, SHAPE), MLPEncoder([2], SHAPE, 4))
+    with pytest.raises(OptionError, match=r"does not sample latent site\(s\) \['z2'\]"):
+        trainer().fit(module, datamodule=images())
+
+
+def test_the_two_losses_are_logged_apart_and_descended_together(
+    images: type, trainer: Callable[..., Trainer]
+) -> None:
+    module, returned = deep(), []
+    step = module.training_step
+    module.training_step = lambda *args: returned.append(step(*args)) or returned[-1]
+    run = trainer()
+    run.fit(module, datamodule=images(batch_size=20))
+    logged = run.callback_metrics
+    total = logged["train/loss"] + logged["train/guide_loss"]
+    torch.testing.assert_close(returned[0].detach(), total)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(logged["train/loss"], logged["train/guide_loss"])
+
+
+def test_steps_have_random_numbers_of_their_own_that_depend_on_the_seed() -> None:
+    def draws(seed: int) -> list[float]:
+        module = deep()
+        module._seed = seed
+        numbers = []
+        for key in ((0,), (1,), (0, 1)):
+            with module.stream(*key):
+                numbers.append(float(torch.rand(())))
+        return numbers
+
+    assert draws(3) == draws(3)
+    assert len({*draws(3), *draws(4)}) == 6
