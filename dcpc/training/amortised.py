@@ -6,7 +6,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
-from dcpc.evaluation import elbo, importance_weighted_bound
+from dcpc.evaluation import Bounds, ImportanceSampler
 from dcpc.training.generative import Batch, GenerativeModule, Schedule, require
 
 __all__ = ["AmortisedModule"]
@@ -63,7 +63,8 @@ class AmortisedModule(GenerativeModule):
         self.guide = guide
         self.bound_samples = bound_samples
         self.objective = Trace_ELBO(num_particles=num_samples)
-        self._bounds: list[dict[str, Tensor]] = []
+        self._sampler = ImportanceSampler(model, guide)
+        self._bounds: list[Bounds] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns minus the evidence lower bound per datum, in nats."""
@@ -85,17 +86,11 @@ class AmortisedModule(GenerativeModule):
     def measure(self, x: Tensor, batch_idx: int, num_temperatures: int) -> None:
         """Measures a batch of held-out data, and the encoder's bounds on it."""
         super().measure(x, batch_idx, num_temperatures)
-        bounds = {"elbo": elbo, "importance_weighted_bound": importance_weighted_bound}
-        self._bounds.append(
-            {
-                name: bound(self.model, self.guide, x, self.bound_samples, seed=batch_idx)
-                for name, bound in bounds.items()
-            }
-        )
+        self._bounds.append(self._sampler.bounds(x, self.bound_samples, seed=batch_idx))
 
     def measurements(self) -> dict[str, float]:
-        bounds = {
-            name: float(torch.cat([bounds[name] for bounds in self._bounds]).mean())
-            for name in self._bounds[0]
+        elbo, importance_weighted = (torch.cat(parts) for parts in zip(*self._bounds, strict=True))
+        return super().measurements() | {
+            "elbo": float(elbo.mean()),
+            "importance_weighted_bound": float(importance_weighted.mean()),
         }
-        return super().measurements() | bounds

@@ -138,7 +138,9 @@ def decode(
     with _appearing(path) as place:
         pixels = np.lib.format.open_memmap(place, "w+", np.uint8, shape)
         pixels[0] = first
-        progress = tqdm(images, "decoding, once", initial=1, total=len(labels), unit="image")
+        progress = tqdm(
+            images, "decoding, once", initial=1, total=len(labels), unit="image", disable=None
+        )
         for row, image in enumerate(progress, start=1):
             if image.shape != first.shape:
                 raise DataError(
