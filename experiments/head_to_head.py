@@ -37,7 +37,7 @@ from dcpc import DCPC
 from dcpc.evaluation import Evaluation, evaluate, summarise
 from dcpc.recombine.correction import Uncorrected
 from dcpc.training import AmortisedModule, GenerativeModule, ImageData, ParticleModule
-from dcpc.training.cli import TrainingCLI
+from dcpc.training.cli import ConfiguredCLI
 
 ALGORITHMS = ("dcpc", "dcpc-smc", "dcpc-paper", "pgd", "lpc", "mcpc", "pc", "ipc", "vae")
 RESULTS = Path(__file__).parent / "results"
@@ -63,13 +63,6 @@ class Setting:
     num_measured: int
     num_temperatures: int
     num_threads: int
-
-
-class Configured(TrainingCLI):
-    """What a config names, built; running it is left to the caller."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
 
 
 class Budget(Callback):
@@ -160,7 +153,7 @@ def train_and_measure(
 def build(algorithm: str, seed: int, setting: Setting) -> tuple[GenerativeModule, ImageData]:
     """The module and the data of an algorithm's config, with a constant learning rate."""
     prefix = "model.init_args" if algorithm == "vae" else "model"
-    built = Configured(
+    built = ConfiguredCLI(
         [
             "fit",
             f"--config=configs/mnist/{algorithm}.json",

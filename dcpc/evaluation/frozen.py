@@ -43,12 +43,16 @@ class FrozenParticles:
         latents: Unconstrained values `(K, N, *event)` by site.
         log_weight: `(K, N)`.
         index: Which data these are, `(N,)`: their indices in the data set that they came from.
+        originals: The data themselves, `(N, *shape)`, if they were frozen along.
+        labels: Their labels, `(N,)`, if they were frozen along.
     """
 
     model: nn.Module
     latents: Mapping[str, Tensor]
     log_weight: Tensor
     index: Tensor
+    originals: Tensor | None = None
+    labels: Tensor | None = None
 
     @classmethod
     def from_checkpoint(
@@ -77,6 +81,8 @@ class FrozenParticles:
             latents={name: u.to(dtype).transpose(0, 1) for name, u in taken.latents.items()},
             log_weight=taken.log_weight.T,
             index=taken.index,
+            originals=taken.originals,
+            labels=taken.labels,
         )
 
     def save(self, path: str | Path, half_precision: bool = False) -> None:
@@ -95,6 +101,8 @@ class FrozenParticles:
             latents={name: u.transpose(0, 1) for name, u in self.latents.items()},
             log_weight=self.log_weight.T,
             index=self.index,
+            originals=self.originals,
+            labels=self.labels,
         )
         write(saved, path, half_precision)
 
@@ -132,6 +140,8 @@ class FrozenParticles:
             latents={name: u[:, positions] for name, u in self.latents.items()},
             log_weight=self.log_weight[:, positions],
             index=self.index[positions],
+            originals=None if self.originals is None else self.originals[positions],
+            labels=None if self.labels is None else self.labels[positions],
         )
 
     def resample(self, num_kept: int, seed: int) -> FrozenParticles:
@@ -192,6 +202,7 @@ def infer_and_freeze(
     inference: DCPC,
     x: Tensor,
     index: Tensor | None = None,
+    labels: Tensor | None = None,
     *,
     num_temperatures: int = 400,
     seed: int = 0,
@@ -206,6 +217,7 @@ def infer_and_freeze(
         inference: Of an exact algorithm; its model is a torch module.
         x: Data, `(N, *shape)`.
         index: Their indices in the data set that they came from, `(N,)`; None to count from zero.
+        labels: Their labels, `(N,)`, to keep beside them.
         num_temperatures: Length of the annealing ladder.
         seed: Of the annealing.
         batch_size: Data annealed at once.
@@ -221,8 +233,9 @@ def infer_and_freeze(
             f"{model!r}; make it the forward of a torch.nn.Module"
         )
     index = torch.arange(len(x)) if index is None else index
-    if index.shape != x.shape[:1]:
-        raise OptionError(f"index must have shape ({len(x)},), got {tuple(index.shape)}")
+    for name, value in (("index", index), ("labels", labels)):
+        if value is not None and value.shape != x.shape[:1]:
+            raise OptionError(f"{name} must have shape ({len(x)},), got {tuple(value.shape)}")
     states = []
     with gradients_allowed():
         for number, part in enumerate(batches(x, batch_size)):
@@ -238,6 +251,8 @@ def infer_and_freeze(
         },
         log_weight=torch.cat([state.log_weight.log_weight.detach() for state in states], 1),
         index=index,
+        originals=x.detach().clone(),
+        labels=labels,
     )
 
 

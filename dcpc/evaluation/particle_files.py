@@ -33,12 +33,16 @@ class SavedParticles:
         latents: Unconstrained values `(N, K, *event)` by site.
         log_weight: `(N, K)`.
         index: Which data these are, `(N,)`.
+        originals: The data themselves, `(N, *shape)`, if they came along.
+        labels: Their labels, `(N,)`, if they came along.
     """
 
     parameters: Mapping[str, Tensor]
     latents: Mapping[str, Tensor]
     log_weight: Tensor
     index: Tensor
+    originals: Tensor | None = None
+    labels: Tensor | None = None
 
     def take(self, index: Tensor | None, path: str | Path) -> SavedParticles:
         """Copies the particles of some data, or of all of them, out of the file.
@@ -52,6 +56,8 @@ class SavedParticles:
             latents={name: u[rows] for name, u in self.latents.items()},
             log_weight=self.log_weight[rows],
             index=self.index[rows],
+            originals=None if self.originals is None else self.originals[rows],
+            labels=None if self.labels is None else self.labels[rows],
         )
 
     def _rows(self, index: Tensor, path: str | Path) -> Tensor:
@@ -81,9 +87,7 @@ def read(path: str | Path) -> SavedParticles:
         ) from None
     content = content if isinstance(content, dict) else {}
     if content.get("format") == FORMAT:
-        return SavedParticles(
-            **{key: content[key] for key in ("parameters", "latents", "log_weight", "index")}
-        )
+        return SavedParticles(**{key: content[key] for key in content if key != "format"})
     return _of_checkpoint(content, path)
 
 
@@ -112,6 +116,9 @@ def write(saved: SavedParticles, path: str | Path, half_precision: bool) -> None
         "log_weight": _copy(saved.log_weight),
         "index": _copy(saved.index),
     }
+    for key, value in (("originals", saved.originals), ("labels", saved.labels)):
+        if value is not None:
+            content[key] = _copy(value)
     torch.save(content, path)
 
 

@@ -34,7 +34,7 @@ from dcpc.training.data import ImageData
 from dcpc.training.generative import GenerativeModule
 from dcpc.training.module import ParticleModule
 
-__all__ = ["TrainingCLI", "main"]
+__all__ = ["ConfiguredCLI", "TrainingCLI", "main"]
 
 DESCRIPTION = """\
 Divide-and-conquer predictive coding: trains Pyro models on particles that every datum keeps.
@@ -186,6 +186,13 @@ class TrainingCLI(LightningCLI):
         """Measures the untrained model, so that learning shows."""
         if self.config.fit.ckpt_path is None and self.trainer.limit_val_batches:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+
+class ConfiguredCLI(TrainingCLI):
+    """What a config names, built as `model`, `datamodule` and `trainer`, and nothing run."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
 
 
 def main(args: Sequence[str] | None = None) -> None:

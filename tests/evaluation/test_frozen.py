@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,20 @@ def test_a_saved_file_gives_everything_back(frozen: FrozenParticles, tmp_path: P
     some = FrozenParticles.from_checkpoint(path, model, torch.tensor([9, 7]))
     assert torch.equal(some.latents["z1"], frozen.latents["z1"][:, [2, 0]])
     assert some.index.tolist() == [9, 7]
+
+
+def test_the_data_and_their_labels_come_along(frozen: FrozenParticles, tmp_path: Path) -> None:
+    originals, labels = torch.rand(5, *SHAPE), torch.arange(5)
+    with_data = dataclasses.replace(frozen, originals=originals, labels=labels)
+    with_data.select(torch.tensor([3, 1, 2])).save(tmp_path / "a.pt")
+    opened = FrozenParticles.from_checkpoint(tmp_path / "a.pt", frozen.model)
+    assert torch.equal(opened.originals, originals[[3, 1, 2]])
+    assert opened.labels.tolist() == [3, 1, 2]
+    some = FrozenParticles.from_checkpoint(tmp_path / "a.pt", frozen.model, torch.tensor([9, 4]))
+    assert torch.equal(some.originals, originals[[2, 3]])
+    assert some.labels.tolist() == [2, 3]
+    frozen.save(tmp_path / "b.pt")
+    assert FrozenParticles.from_checkpoint(tmp_path / "b.pt", frozen.model).originals is None
 
 
 def test_a_selection_takes_only_its_own_share_of_the_disk(tmp_path: Path) -> None:
