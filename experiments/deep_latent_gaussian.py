@@ -23,16 +23,17 @@ Likelihood = Literal["continuous_bernoulli", "bernoulli"]
 class ScaleTril(nn.Module):
     """A learned lower-triangular scale `(size, size)`, the identity at first.
 
-    The diagonal is the exponential of a parameter, so that it stays positive and a gradient step
-    changes it by a factor.
+    The diagonal is a floor plus the exponential of a parameter, so that it stays positive and a
+    gradient step changes it by a factor.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, floor: float = 0.0) -> None:
         super().__init__()
-        self.raw = nn.Parameter(torch.zeros(size, size))
+        self.floor = floor
+        self.raw = nn.Parameter(math.log(1.0 - floor) * torch.eye(size))
 
     def forward(self) -> Tensor:
-        return self.raw.tril(-1) + self.raw.diagonal().exp().diag()
+        return self.raw.tril(-1) + (self.floor + self.raw.diagonal().exp()).diag()
 
 
 class DeepLatentGaussian(nn.Module):
@@ -47,6 +48,8 @@ class DeepLatentGaussian(nn.Module):
         image_shape: Shape of one image, for example `[1, 8, 8]`.
         likelihood: `continuous_bernoulli`, a density on intensities in [0, 1], or `bernoulli`,
             whose log-probability of an intensity is a cross-entropy and no density.
+        min_scale: Floor of the diagonals of the `L_l`. Point estimates of latents (`pc`, `ipc`) need
+            one: residuals that vanish under scales that vanish have an unbounded density.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class DeepLatentGaussian(nn.Module):
         latent_sizes: Sequence[int],
         image_shape: Sequence[int],
         likelihood: Likelihood = "continuous_bernoulli",
+        min_scale: float = 0.0,
     ) -> None:
         super().__init__()
         if not latent_sizes or min(latent_sizes) < 1:
@@ -66,6 +70,8 @@ class DeepLatentGaussian(nn.Module):
             raise ValueError(
                 f"likelihood must be 'continuous_bernoulli' or 'bernoulli', got {likelihood!r}"
             )
+        if not 0.0 <= min_scale < 1.0:
+            raise ValueError(f"min_scale must be at least 0 and below 1, got {min_scale}")
         self.latent_sizes = tuple(latent_sizes)
         self.image_shape = tuple(image_shape)
         self.likelihood = likelihood
@@ -73,7 +79,7 @@ class DeepLatentGaussian(nn.Module):
         self.layers = nn.ModuleList(
             nn.Linear(above, below) for above, below in itertools.pairwise(sizes)
         )
-        self.scales = nn.ModuleList(ScaleTril(size) for size in latent_sizes[1:])
+        self.scales = nn.ModuleList(ScaleTril(size, min_scale) for size in latent_sizes[1:])
 
     def forward(self, x: Tensor | None = None, num_images: int = 1) -> Tensor:
         """The Pyro program.

@@ -91,3 +91,19 @@ def test_units_are_the_layers_and_one_training_step_reaches_every_parameter(
 def test_bad_arguments_are_named(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DeepLatentGaussian(*arguments)
+
+
+def test_scales_start_at_the_identity_and_keep_their_floor() -> None:
+    model = DeepLatentGaussian([2, 3], [1, 2, 2], min_scale=0.25)
+    scale = model.scales[0]
+    assert torch.allclose(scale(), torch.eye(3))
+    with torch.no_grad():
+        scale.raw.fill_(-50.0)
+    expected = 0.25 * torch.eye(3) - 50.0 * torch.ones(3, 3).tril(-1)
+    assert torch.allclose(scale(), expected)
+
+
+@pytest.mark.parametrize("min_scale", [-0.1, 1.0])
+def test_a_floor_outside_its_range_is_an_error(min_scale: float) -> None:
+    with pytest.raises(ValueError, match=f"min_scale must be at least 0 .* got {min_scale}"):
+        DeepLatentGaussian([2, 3], [1, 2, 2], min_scale=min_scale)
