@@ -48,8 +48,8 @@ class DeepLatentGaussian(nn.Module):
         image_shape: Shape of one image, for example `[1, 8, 8]`.
         likelihood: `continuous_bernoulli`, a density on intensities in [0, 1], or `bernoulli`,
             whose log-probability of an intensity is a cross-entropy and no density.
-        min_scale: Floor of the diagonals of the `L_l`. Point estimates of latents (`pc`, `ipc`) need
-            one: residuals that vanish under scales that vanish have an unbounded density.
+        min_scale: Floor of the diagonals of the `L_l`. Point estimates of latents (`pc`, `ipc`)
+            need one: residuals that vanish under scales that vanish have an unbounded density.
     """
 
     def __init__(
