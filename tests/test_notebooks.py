@@ -1,0 +1,459 @@
+"""Every notebook runs in a small setting, and shows what mathematics says or what the test made.
+
+A notebook's first code cell, tagged "parameters", holds its constants; a test injects a cell with
+its own behind it. The checkpoints made here have decoders that ignore their latents, so that
+everything about them can be written down.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.image
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell
+from oracles import gaussian_chain
+from PIL import Image
+from scipy.stats import halfcauchy, multivariate_normal, norm
+from torch import nn
+
+from dcpc.evaluation import FrozenParticles
+from dcpc.training import DigitsData
+from experiments.convolutional_generator import ConvolutionalGenerator
+from experiments.deep_latent_gaussian import DeepLatentGaussian
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NAMES = {"algorithms", "colour", "digits", "mnist", "quick_start"}
+
+PARTICLE_WEIGHTS = [0.5, 0.25, 0.25]
+ESS_PERCENT = 100 / 3 / (0.5**2 + 2 * 0.25**2)
+NUM_PICTURES = 40  # of which HubImages holds out a tenth
+
+
+class Executed:
+    """What an executed notebook shows."""
+
+    def __init__(self, notebook: nbformat.NotebookNode) -> None:
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        streams = [output for output in outputs if output.output_type == "stream"]
+        self.text = "".join(stream.text for stream in streams if stream.name == "stdout")
+        self.figures = [
+            matplotlib.image.imread(io.BytesIO(base64.b64decode(output.data["image/png"])))
+            for output in outputs
+            if output.output_type == "display_data" and "image/png" in output.data
+        ]
+
+    def number(self, pattern: str) -> float:
+        """The number that follows a pattern in the text."""
+        found = re.search(pattern + r"\s*(-?\d+(?:\.\d+)?)", self.text)
+        assert found, f"nothing like {pattern!r} in:\n{self.text}"
+        return float(found[1])
+
+    def row(self, label: str) -> list[float]:
+        """The numbers of the line that starts with a label."""
+        lines = [line for line in self.text.splitlines() if line.startswith(f"{label} ")]
+        assert len(lines) == 1, f"{len(lines)} lines start with {label!r} in:\n{self.text}"
+        return [float(word) for word in lines[0].removeprefix(label).split()]
+
+    def figures_showing(self, colour: list[float]) -> int:
+        """How many figures have a twentieth or more of their area in a colour, up to two levels."""
+        target = np.asarray(colour)
+        near = [(abs(f[..., :3] - target).max(-1) <= 2 / 255).mean() for f in self.figures]
+        return sum(share > 0.05 for share in near)
+
+
+@pytest.fixture
+def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Executed]:
+    """Runs a notebook in a temporary folder, without a network, with constants of the test."""
+    for variable in ("IPYTHONDIR", "XDG_CACHE_HOME", "HF_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def run(name: str, **constants: object) -> Executed:
+        notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+        position = first_code_cell(notebook)
+        assert set(constants) <= set(assigned(notebook.cells[position].source))
+        source = "\n".join(f"{name} = {value!r}" for name, value in constants.items())
+        notebook.cells.insert(position + 1, new_code_cell(source))
+        resources = {"metadata": {"path": str(tmp_path)}}
+        NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute()
+        return Executed(notebook)
+
+    return run
+
+
+def first_code_cell(notebook: nbformat.NotebookNode) -> int:
+    return next(i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code")
+
+
+def assigned(source: str) -> list[str]:
+    """Names that a cell of plain assignments gives values to."""
+    statements = ast.parse(source).body
+    assert all(isinstance(statement, ast.Assign) for statement in statements)
+    return [target.id for statement in statements for target in statement.targets]
+
+
+# -- the files -------------------------------------------------------------------------------
+
+
+def test_there_are_the_notebooks_that_are_tested_here() -> None:
+    assert {path.stem for path in NOTEBOOKS} == NAMES
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_committed_notebook_is_valid_thin_and_stripped(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    first = notebook.cells[first_code_cell(notebook)]
+    assert first.metadata.tags == ["parameters"]
+    assert assigned(first.source)
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        assert (cell.outputs, cell.execution_count) == ([], None)
+        for node in ast.walk(ast.parse(cell.source)):
+            assert not isinstance(node, ast.FunctionDef) or len(node.body) <= 6
+
+
+# -- quick start -----------------------------------------------------------------------------
+
+
+def eight_schools_by_quadrature() -> tuple[float, float, float]:
+    """Mean and standard deviation of mu given the data, and the log evidence.
+
+    Given tau, mu and the effects are jointly Gaussian; tau is integrated over a grid.
+    """
+    y = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    errors = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+    tau = np.linspace(0.005, 200, 20_000)
+    precision = 1 / (tau[:, None] ** 2 + errors**2)
+    variance = 1 / (1 / 25 + precision.sum(1))
+    mean = variance * (precision * y).sum(1)
+    marginal = np.array(
+        [
+            multivariate_normal(cov=25.0 + np.diag(t**2 + errors**2)).logpdf(y)
+            for t in tau[::10]  # smooth enough to interpolate
+        ]
+    )
+    joint = np.exp(np.interp(tau, tau[::10], marginal)) * halfcauchy(scale=5).pdf(tau)
+    evidence = np.trapezoid(joint, tau)
+    posterior = joint / joint.sum()
+    centre = (posterior * mean).sum()
+    spread = (posterior * (variance + mean**2)).sum() - centre**2
+    return centre, math.sqrt(spread), math.log(evidence)
+
+
+def test_the_quick_start_agrees_with_quadrature(execute: Callable[..., Executed]) -> None:
+    count = 200
+    shown = execute("quick_start", NUM_PARTICLES=count, NUM_SWEEPS=200, KEEP_EVERY=1)
+    units = {line.split()[0]: line for line in shown.text.splitlines()[1:4]}
+    assert list(units) == ["mu", "tau", "theta"]
+    assert "effect, tau, theta" in units["mu"]
+    assert "schools(8)" in units["theta"]
+    mean, std, evidence = eight_schools_by_quadrature()
+    # Particles share ancestors from the annealing: as if a quarter of them were independent.
+    assert abs(shown.row("mu")[0] - mean) < 4 * std / math.sqrt(count / 4)
+    error = shown.number(r"log evidence -?[\d.]+ ±")
+    assert 0 < error < 0.5
+    assert abs(shown.number("\nlog evidence") - evidence) < 4 * max(error, 0.05)
+    assert len(shown.figures) == 2
+
+
+# -- the algorithms --------------------------------------------------------------------------
+
+
+def head_to_head_run(algorithm: str, seed: int, nll: float) -> dict[str, object]:
+    curve = [
+        {
+            "seconds": 10.0 * step,
+            "gradient_evaluations": 100 * step,
+            "evidence_nll": nll + 50 / step,
+            "evidence_nll_se": 0.1,
+        }
+        for step in (1, 2, 3)
+    ]
+    final = {
+        "evidence_nll": nll,
+        "evidence_nll_se": 0.1,
+        "reconstruction_cross_entropy": nll / 2,
+        "reconstruction_mse": 0.01,
+        "ess_percent": 50.0,
+    }
+    about = {"algorithm": algorithm, "seed": seed, "budget": "time"}
+    return {**about, "seconds": 30.0, "gradient_evaluations": 300, "curve": curve, "final": final}
+
+
+def test_the_algorithms_beside_the_exact_posterior(
+    execute: Callable[..., Executed], tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for seed, (ours, theirs) in enumerate([(100.0, 110.0), (102.0, 116.0)]):
+        for name, nll in (("dcpc", ours), ("pgd", theirs)):
+            content = json.dumps(head_to_head_run(name, seed, nll))
+            (runs / f"{name}-{seed}.json").write_text(content)
+    (runs / "table.json").write_text('{"made from": "the others"}')
+
+    populations, count = 300, 16
+    shown = execute(
+        "algorithms",
+        NUM_POPULATIONS=populations,
+        NUM_PARTICLES=count,
+        NUM_SWEEPS=300,
+        STEP_SIZE=0.03,
+        RESULTS=str(runs),
+    )
+
+    chain = gaussian_chain()
+    (v1, c), (_, v2) = chain.covariance.tolist()
+    exact = np.array([*chain.mean.tolist(), v1, v2, c, float(chain.log_evidence)])
+    assert np.allclose(shown.row("exact"), exact, atol=6e-4)  # three digits are printed
+    # Gaussian standard errors of moments, as if a quarter of the particles were independent; a
+    # copy's log evidence spreads by less than .4.
+    effective = populations * count / 4
+    tolerance = 4 * np.array([v1, v2, 2 * v1**2, 2 * v2**2, v1 * v2 + c**2]) ** 0.5
+    tolerance = np.append(tolerance / math.sqrt(effective), 4 * 0.4 / math.sqrt(populations))
+    for name in ("dcpc", "dcpc-smc"):
+        assert (abs(np.array(shown.row(name)) - exact) < tolerance).all(), name
+    assert shown.row("dcpc-paper")[2] < 0.7 * v1  # an independent implementation: .2
+    for name in ("pc", "ipc"):
+        assert np.allclose(shown.row(name)[:5], [*exact[:2], 0, 0, 0], atol=5e-3), name
+    assert all(math.isnan(shown.row(name)[-1]) for name in ("dcpc-paper", "pgd", "mcpc"))
+
+    assert "4 runs in" in shown.text
+    rows = [line.split() for line in shown.text.splitlines()]
+    table = {words[-10]: words[-9:] for words in rows if len(words) in (10, 11)}
+    # Runs, then mean and standard error of every metric.
+    assert [float(word) for word in table["dcpc"][:5]] == [2, 101, 1, 50.5, 0.5]
+    assert [float(word) for word in table["pgd"][:5]] == [2, 113, 3, 56.5, 1.5]
+    assert len(shown.figures) == 2  # densities, and the curves of one budget
+
+
+@pytest.mark.slow
+def test_without_runs_the_head_to_head_is_one_line(execute: Callable[..., Executed]) -> None:
+    shown = execute(
+        "algorithms", NUM_POPULATIONS=2, NUM_PARTICLES=2, NUM_SWEEPS=2, RESULTS="nowhere"
+    )
+    assert "0 runs in nowhere; nothing to show below" in shown.text
+    assert len(shown.figures) == 1
+
+
+# -- checkpoints whose decoders ignore the latents ----------------------------------------------
+
+
+def freeze(model: nn.Module, sizes: dict[str, int], index: torch.Tensor, path: Path) -> None:
+    """Saves a model with random particles of known weights."""
+    count = len(PARTICLE_WEIGHTS)
+    FrozenParticles(
+        model=model,
+        latents={name: torch.randn(count, len(index), size) for name, size in sizes.items()},
+        log_weight=torch.tensor(PARTICLE_WEIGHTS).log().unsqueeze(1).expand(count, len(index)),
+        index=index,
+    ).save(path)
+
+
+def flat_digits(path: Path, logit: float) -> None:
+    model = DeepLatentGaussian([10, 32], [1, 8, 8])
+    nn.init.zeros_(model.layers[-1].weight)
+    nn.init.constant_(model.layers[-1].bias, logit)
+    freeze(model, {"z1": 10, "z2": 32}, torch.arange(5), path)
+
+
+def continuous_bernoulli_nll(x: np.ndarray, logit: float) -> np.ndarray:
+    """`-sum_i log C e^{logit x_i}`, with `C = logit / (e^logit - 1)`."""
+    return -(logit * x + math.log(logit / math.expm1(logit))).sum(1)
+
+
+def test_digits_of_a_checkpoint_have_the_evidence_written_down(
+    execute: Callable[..., Executed], tmp_path: Path
+) -> None:
+    flat_digits(tmp_path / "digits.pt", logit=-1.5)
+    shown = execute(
+        "digits",
+        CHECKPOINT=str(tmp_path / "digits.pt"),
+        NUM_EVALUATED=20,
+        NUM_PARTICLES=4,
+        NUM_TEMPERATURES=2,
+        STUDY_TEMPERATURES=(1, 2),
+        STUDY_PARTICLES=(2, 4),
+    )
+    assert "digits.pt: 3 particles of each of 5 digits" in shown.text
+    data = DigitsData()
+    data.setup("test")
+    x = data.held_out_set.tensors[0][:20].flatten(1).double().numpy()
+    nll = continuous_bernoulli_nll(x, logit=-1.5)
+    error = nll.std(ddof=1) / math.sqrt(20)
+    assert f"{nll.mean():.2f} ± {error:.2f}" in shown.text
+    # No latent matters, so that no setting changes anything.
+    rows = [line for line in shown.text.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 4
+    assert all(f"| {nll.mean():.2f} ± {error:.2f} |" in row for row in rows)
+    assert sum(row.count("0.00 ± 0.00") for row in rows) == 4
+    # sum over the mass of x e^{logit x}, normalised: the mean of the density.
+    mean = 1 / (1 - math.exp(1.5)) + 1 / 1.5
+    assert shown.number("reconstruction MSE") == pytest.approx(((x - mean) ** 2).mean(), abs=6e-5)
+    assert shown.figures_showing([mean] * 3) == 2
+    assert len(shown.figures) == 3
+
+
+@pytest.mark.slow
+def test_digits_are_trained_where_there_is_no_checkpoint(
+    execute: Callable[..., Executed], tmp_path: Path
+) -> None:
+    shown = execute(
+        "digits",
+        CHECKPOINT="nowhere.pt",
+        RUN_FOLDER=str(tmp_path / "run"),
+        NUM_EPOCHS=1,
+        NUM_EVALUATED=10,
+        NUM_PARTICLES=2,
+        NUM_TEMPERATURES=2,
+        STUDY_TEMPERATURES=(1,),
+        STUDY_PARTICLES=(2,),
+    )
+    # scikit-learn has 1797 digits, of which 297 are held out; four particles by the config.
+    assert "last.ckpt: 4 particles of each of 1500 digits" in shown.text
+    assert "10 held-out data, 2 particles annealed over 2 temperatures" in shown.text
+
+
+def save_pictures(folder: Path, shape: tuple[int, int, int], levels: tuple[int, int]) -> None:
+    """Pictures of two classes: in each half and channel, half the pixels have either level.
+
+    So every picture has the same cross-entropy, squared error and distance from a flat one.
+    """
+    channels, height, width = shape
+    generator = np.random.default_rng(0)
+    for number in range(NUM_PICTURES):
+        half = np.repeat(np.array(levels, dtype=np.uint8), height * width // 4)
+        halves = [[generator.permutation(half) for _ in range(channels)] for _ in range(2)]
+        pixels = np.concatenate(np.reshape(halves, (2, channels, height // 2, width)), axis=1)
+        path = folder / f"class{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.squeeze(0) if channels == 1 else pixels.transpose(1, 2, 0)).save(
+            path
+        )
+
+
+def mnist_constants(tmp_path: Path, pixel: float) -> dict[str, object]:
+    """A tiny checkpoint whose every pixel has one probability, and constants to match."""
+    settings = {"latent_sizes": [3, 4], "image_shape": [1, 8, 8], "likelihood": "bernoulli"}
+    model = DeepLatentGaussian(**settings)
+    nn.init.zeros_(model.layers[-1].weight)
+    nn.init.constant_(model.layers[-1].bias, math.log(pixel / (1 - pixel)))
+    freeze(model, {"z1": 3, "z2": 4}, torch.arange(5, 25), tmp_path / "mnist.pt")
+    return {
+        "CHECKPOINT": str(tmp_path / "mnist.pt"),
+        "MODEL": settings,
+        "DATA_PATH": str(tmp_path / "pictures"),
+        "NUM_EVALUATED": 3,
+        "NUM_PARTICLES": 2,
+        "NUM_TEMPERATURES": 2,
+        "NUM_COMPONENTS": 2,
+    }
+
+
+def test_mnist_shows_the_checkpoint_and_its_metrics(
+    execute: Callable[..., Executed], tmp_path: Path
+) -> None:
+    save_pictures(tmp_path / "pictures", (1, 8, 8), (0, 255))
+    shown = execute("mnist", **mnist_constants(tmp_path, pixel=0.7))
+    assert "3 particles of each of 20 images" in shown.text
+    assert shown.number("mean ESS") == pytest.approx(ESS_PERCENT, abs=0.06)
+    # Of 64 pixels 32 are white, with probability .7, and 32 black.
+    nats = -32 * (math.log(0.7) + math.log(0.3))
+    mse = (0.3**2 + 0.7**2) / 2
+    assert "3 held-out data, 2 particles annealed over 2 temperatures" in shown.text
+    assert f"{nats:.2f} ± 0.00" in shown.text
+    assert shown.number("reconstruction cross-entropy") == pytest.approx(nats, abs=6e-3)
+    assert shown.number("reconstruction MSE") == pytest.approx(mse, abs=6e-5)
+    assert shown.number("reconstructions:") == pytest.approx(mse, abs=6e-5)
+    assert shown.number("cross-entropy of the upper half") == pytest.approx(nats / 2, abs=6e-3)
+    assert shown.number("MSE of the upper half") == pytest.approx(mse, abs=6e-5)
+    assert shown.number("mean distance") == pytest.approx(math.sqrt(64 * mse), abs=6e-3)
+    assert len(shown.figures) == 10
+    assert shown.figures_showing([0.7] * 3) == 9  # all but the histogram
+
+
+def colour_constants(tmp_path: Path, colour: tuple[float, ...], scale: float) -> dict[str, object]:
+    """A tiny generator of one colour, and constants to match."""
+    settings = {
+        "latent_size": 3,
+        "image_shape": [3, 16, 16],
+        "likelihood": "discretized_normal",
+    }
+    model = ConvolutionalGenerator(**settings)
+    last = model.network[-2]
+    nn.init.zeros_(last.weight)
+    last.bias.data = torch.atanh(torch.tensor(colour))
+    model.scale.raw.data = torch.tensor(math.log(scale - model.scale.floor))
+    freeze(model, {"z": 3}, torch.arange(20), tmp_path / "cifar10.pt")
+    return {
+        "CHECKPOINT": str(tmp_path / "cifar10.pt"),
+        "MODEL": settings,
+        "DATA_PATH": str(tmp_path / "pictures"),
+        "NUM_EVALUATED": 3,
+        "NUM_PARTICLES": 2,
+        "NUM_TEMPERATURES": 2,
+        "NUM_COMPONENTS": 2,
+        "NUM_COMPARED": 8,
+    }
+
+
+def test_colour_shows_the_generators_colour_and_its_metrics(
+    execute: Callable[..., Executed], tmp_path: Path
+) -> None:
+    colour, scale, levels = (0.5, -0.5, 0.0), 0.1, (64, 192)
+    save_pictures(tmp_path / "pictures", (3, 16, 16), levels)
+    shown = execute("colour", **colour_constants(tmp_path, colour, scale))
+    assert shown.number("scale of the pixels:") == pytest.approx(scale, abs=6e-4)
+    # Per channel half of the 256 pixels have either level, each a bin of width 2 / 255; so far
+    # inside the range that a Normal of this scale has no mass at its ends.
+    nats, mse = 0.0, 0.0
+    for loc in colour:
+        for level in levels:
+            centre = 2 * level / 255 - 1
+            low, high = norm(loc, scale).logcdf([centre - 1 / 255, centre + 1 / 255])
+            if centre > loc:  # the upper tail has more digits
+                high, low = norm(loc, scale).logsf([centre - 1 / 255, centre + 1 / 255])
+            nats -= 128 * (high + math.log1p(-math.exp(low - high)))
+            mse += (((centre - loc) / 2) ** 2) / 6
+    assert "3 held-out data, 2 particles annealed over 2 temperatures" in shown.text
+    assert shown.number("evidence NLL") == pytest.approx(nats, rel=1e-5)
+    assert shown.number("reconstruction MSE") == pytest.approx(mse, abs=6e-5)
+    assert shown.number("MSE of the upper half") == pytest.approx(mse, abs=6e-5)
+    # All samples are one picture, whatever its latent comes from.
+    (prior,), (pseudo,) = shown.row("prior")[:1], shown.row("pseudo-posterior")[:1]
+    assert prior == pseudo > 0
+    assert shown.row("training images")[0] >= 0
+    assert "classifier trained here" in shown.text
+    assert len(shown.figures) == 8
+    assert shown.figures_showing([(c + 1) / 2 for c in colour]) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "figures"), [("mnist", 5), ("colour", 4)])
+def test_without_the_images_the_checkpoint_alone_is_shown(
+    execute: Callable[..., Executed], tmp_path: Path, name: str, figures: int
+) -> None:
+    """The folder of pictures is not there."""
+    constants = (
+        mnist_constants(tmp_path, pixel=0.7)
+        if name == "mnist"
+        else colour_constants(tmp_path, (0.5, -0.5, 0.0), 0.1)
+    )
+    shown = execute(name, **constants)
+    assert "shown without originals: data.path" in shown.text
+    assert "held-out data" not in shown.text
+    assert len(shown.figures) == figures
