@@ -124,6 +124,7 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the number of threads, which Lightning leaves to the environment."""
+        _tell_counts_from_fractions(parser)
         module = ParticleModule
         parser.set_defaults(model={"class_path": f"{module.__module__}.{module.__name__}"})
         parser.add_argument(
@@ -238,6 +239,19 @@ def _own_error(error: BaseException) -> DCPCError:
             return cause
         cause = cause.__cause__ or cause.__context__
     return OptionError(f"a class of the config refused its arguments: {error}")
+
+
+def _tell_counts_from_fractions(parser: LightningArgumentParser) -> None:
+    """Reads `limit_val_batches: 1` as one batch, and `1.0` as all of them.
+
+    `typing` caches its unions regardless of order, so that a parser may meet `Union[float, int]`
+    where Lightning wrote `Union[int, float]`, and makes a float of every number.
+    """
+    counts = {f"trainer.limit_{part}_batches" for part in ("train", "val", "test", "predict")}
+    counts |= {"trainer.overfit_batches", "trainer.val_check_interval"}
+    for action in parser._actions:
+        if action.dest in counts:
+            action._typehint = int | float | None  # type: ignore[attr-defined]
 
 
 def _quieten_lightning() -> None:

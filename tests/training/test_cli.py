@@ -10,7 +10,7 @@ import torch
 from matplotlib import image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dcpc.training.cli import main
+from dcpc.training.cli import ConfiguredCLI, main
 
 MODEL = "experiments.deep_latent_gaussian.DeepLatentGaussian"
 UNITS = ("z1", "z2")
@@ -302,3 +302,14 @@ def test_shipped_configs_are_found_from_any_folder(
         main(["fit", "--config=configs/digits.json", "--print_config"])
     assert exit_info.value.code == 0
     assert "DeepLatentGaussian" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("written", "read"), [("1", 1), ("3", 3), ("1.0", 1.0), ("0.5", 0.5)])
+def test_a_count_of_batches_is_no_fraction(written: str, read: float, tmp_path: Path) -> None:
+    limits = [f"--trainer.limit_{part}_batches={written}" for part in ("train", "val")]
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    built = ConfiguredCLI(["fit", "--config=configs/digits.json", folder, *limits])
+    options = built.config.fit.trainer
+    for limit in (options.limit_train_batches, options.limit_val_batches):
+        assert limit == read
+        assert type(limit) is type(read)
