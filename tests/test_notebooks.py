@@ -62,10 +62,11 @@ class Executed:
         return float(found[1])
 
     def row(self, label: str) -> list[float]:
-        """The numbers of the line that starts with a label."""
-        lines = [line for line in self.text.splitlines() if line.startswith(f"{label} ")]
-        assert len(lines) == 1, f"{len(lines)} lines start with {label!r} in:\n{self.text}"
-        return [float(word) for word in lines[0].removeprefix(label).split()]
+        """The numbers of the line that holds a label and numbers only."""
+        numbers = r"((?:[ ]+(?:-?\d[\d.e+-]*|NaN|nan))+)"
+        rows = re.findall(rf"^{re.escape(label)}{numbers}$", self.text, flags=re.MULTILINE)
+        assert len(rows) == 1, f"{len(rows)} rows {label!r} in:\n{self.text}"
+        return [float(word) for word in rows[0].split()]
 
     def figures_showing(self, colour: list[float]) -> int:
         """How many figures have a twentieth or more of their area in a colour, up to two levels."""
