@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ ALGORITHMS = ("dcpc", "dcpc-smc", "dcpc-paper", "pgd", "lpc", "mcpc", "pc", "ipc
 RESULTS = Path(__file__).parent / "results"
 NUM_PARTICLES = 16
 CURVE_TEMPERATURES = 100
+CURVE_IMAGES = 50
 CURVE_POINTS = (0.1, 0.2, 0.4, 0.7)
 
 
@@ -129,22 +131,26 @@ def train_and_measure(
     pyro.clear_param_store()
     module, data = build(algorithm, seed, setting)
     budget = Budget(kind, size, CURVE_POINTS)
-    Trainer(
-        accelerator="cpu",
-        callbacks=[budget],
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        limit_val_batches=0,
-        logger=False,
-        max_epochs=-1,
-    ).fit(module, datamodule=data)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            accelerator="cpu",
+            callbacks=[budget],
+            default_root_dir=folder,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            limit_val_batches=0,
+            logger=False,
+            max_epochs=-1,
+        )
+        trainer.fit(module, datamodule=data)
     assert data.held_out_set is not None
     x = data.held_out_set.__getitems__(range(setting.num_measured))[0]
     curve = []
     for snapshot in budget.snapshots:
         module.model.load_state_dict(snapshot.pop("state"))
-        curve.append({**snapshot, **summarise([measure(module.model, x, CURVE_TEMPERATURES)])})
+        measured = measure(module.model, x[:CURVE_IMAGES], CURVE_TEMPERATURES)
+        curve.append({**snapshot, **summarise([measured])})
     final = summarise([measure(module.model, x, setting.num_temperatures)])
     run = {"algorithm": algorithm, "seed": seed, "budget": kind, **snapshot}
     return {**run, "curve": curve, "final": final}
@@ -223,7 +229,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], kind: str, file: Path) ->
         nll = [mean(point["evidence_nll"] for point in group) for group in points]
         axes.plot(spent, nll, marker="o", markersize=3, label=algorithm)
     axes.set_xlabel("seconds of training" if kind == "seconds" else "gradient evaluations")
-    axes.set_ylabel(f"evidence NLL, nats ({CURVE_TEMPERATURES} temperatures)")
+    axes.set_ylabel(f"evidence NLL of {CURVE_IMAGES} images, {CURVE_TEMPERATURES} temperatures")
     axes.set_yscale("log")
     axes.legend(ncols=2)
     figure.savefig(file, dpi=130)
