@@ -49,11 +49,15 @@ EXPERIMENTS = [command for command in commands() if command.startswith("python -
 SLOW_TESTS = [command for command in table_commands() if command.startswith("pytest ")]
 
 
-def run(command: list[str], folder: Path) -> str:
+def run(command: list[str], folder: Path, **environment: str) -> str:
     """Runs a command in a folder; its output, or a failure that shows it."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500
+        command,
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -96,7 +100,8 @@ def test_the_commands_of_the_experiments_run_on_a_folder_of_pictures(tmp_path: P
     experiments = [c for c in commands() if c.startswith("dcpc fit --config configs/mnist")]
     assert len(experiments) >= 2
     for command in experiments:
-        run(dcpc_command(command, [*SMALL, *FEW_IMAGES, f"--data.path={folder.parent}"]), tmp_path)
+        small = [*SMALL, *FEW_IMAGES, f"--data.path={folder.parent}"]
+        run(dcpc_command(command, small), tmp_path, XDG_CACHE_HOME=str(tmp_path / "cache"))
         config = Path(shlex.split(command)[3])
         assert (tmp_path / "runs" / "mnist" / config.stem / "last.ckpt").exists()
 
