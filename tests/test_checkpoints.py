@@ -1,0 +1,42 @@
+"""The shipped checkpoints: small, listed, and of the models that their configs name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dcpc.evaluation import FrozenParticles
+from dcpc.training.cli import ConfiguredCLI
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {
+    "digits.pt": "digits.json",
+    "mnist.pt": "mnist/dcpc.json",
+    "cifar10.pt": "cifar10/dcpc.json",
+}
+FILES = sorted((ROOT / "checkpoints").glob("*.pt"))
+
+
+def test_checkpoints_are_small_and_listed() -> None:
+    sizes = [path.stat().st_size for path in FILES]
+    assert sizes
+    assert max(sizes) < 10e6
+    assert sum(sizes) < 40e6
+    listed = (ROOT / "checkpoints" / "README.md").read_text()
+    for path in FILES:
+        assert f"| `{path.name}` |" in listed
+        assert f"--output checkpoints/{path.name}" in listed
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_checkpoint_reconstructs_its_images_without_inference(path: Path, tmp_path: Path) -> None:
+    config = ROOT / "configs" / CONFIGS[path.name]
+    built = ConfiguredCLI(
+        ["fit", f"--config={config}", f"--trainer.default_root_dir={tmp_path}", "--num_threads=1"]
+    )
+    frozen = FrozenParticles.from_checkpoint(path, built.model.model)
+    x = frozen.originals[:100]
+    error = (frozen.select(range(100)).reconstruct(x) - x).square().mean()
+    # A model that had learned nothing but the mean image would do no better than the variance.
+    assert error < 0.5 * (x - x.mean(0)).square().mean()
