@@ -38,6 +38,9 @@ TESTS = [
     "tests/training/test_callbacks.py",
     "tests/training/test_amortised.py",
     "tests/training/test_warm_start.py",
+    "tests/test_distributions.py",
+    "tests/evaluation",
+    "tests/experiments",
 ]
 """Quick and narrow first: most faults fall within seconds."""
 
@@ -71,6 +74,15 @@ CALLBACKS = "dcpc/training/callbacks.py"
 GENERATIVE = "dcpc/training/generative.py"
 AMORTISED = "dcpc/training/amortised.py"
 MODULE = "dcpc/training/module.py"
+KERNELS = "dcpc/kernels.py"
+BOUNDS = "dcpc/evaluation/bounds.py"
+COMPLETION = "dcpc/evaluation/completion.py"
+PSEUDO = "dcpc/evaluation/pseudo_posterior.py"
+FRECHET = "dcpc/evaluation/frechet.py"
+NEIGHBOURS = "dcpc/evaluation/neighbours.py"
+FROZEN = "dcpc/evaluation/frozen.py"
+INTENSITIES = "dcpc/evaluation/intensities.py"
+HEAD = "experiments/head_to_head.py"
 
 FAULTS = [
     Fault("the drift points down the density", LANGEVIN,
@@ -222,6 +234,51 @@ FAULTS = [
           "done.append(self._num_steps / total)", "done.append(0.5 * self._num_steps / total)"),
     Fault("every step draws the same numbers", GENERATIVE,
           "np.random.SeedSequence([self._seed, *key])", "np.random.SeedSequence([self._seed])"),
+    Fault("the solve by blocks forgets the blocks above", KERNELS,
+          "solved[:, above], scale_tril[block, above].mT, alpha=-1",
+          "solved[:, above], scale_tril[block, above].mT, alpha=0"),
+    Fault("the derivative of the solve is not triangular", KERNELS,
+          "        return -outer.tril(), by_rows",
+          "        return -outer, by_rows"),
+    Fault("the Bernoulli's derivative has no sigmoid", KERNELS,
+          "lambda value, logits: value - logits.sigmoid()",
+          "lambda value, logits: value - logits"),
+    Fault("the score carries gradients of parameters", CAPTURE,
+          "            if node.op == \"get_attr\":\n",
+          "            if node.op == \"nothing\":\n"),
+    Fault("bounds average log-weights", BOUNDS,
+          "        return Bounds(log_weights.mean(0), _log_mean_exp(log_weights))",
+          "        return Bounds(log_weights.mean(0), log_weights.mean(0))"),
+    Fault("bounds leave the guide's density out", BOUNDS,
+          "chunks.append(division.log_joint(state.latents, (x,)) - state.log_joint)",
+          "chunks.append(division.log_joint(state.latents, (x,)))"),
+    Fault("completion sees the hidden pixels", COMPLETION,
+          "shown = torch.where(visible, x, intensity_range[0])",
+          "shown = x"),
+    Fault("completion scores the visible pixels", COMPLETION,
+          "hidden_mse=(squares * hidden).sum(1) / hidden.sum(1)",
+          "hidden_mse=squares.mean(1)"),
+    Fault("the covariance as its own Cholesky factor", PSEUDO,
+          "torch.linalg.cholesky(_joined(f.covariances_ for f in fits)).to(dtype)",
+          "_joined(f.covariances_ for f in fits).tril().to(dtype)"),
+    Fault("all classes share their mixture", PSEUDO,
+          "chosen = self.labels == label if len(self.labels) else ~chosen",
+          "chosen = chosen"),
+    Fault("the Frechet distance with half its overlap", FRECHET,
+          "cov2.trace() - 2.0 * overlap",
+          "cov2.trace() - overlap"),
+    Fault("neighbours of later chunks counted from zero", NEIGHBOURS,
+          "torch.arange(start, start + len(chunk), device=rows.device)",
+          "torch.arange(len(chunk), device=rows.device)"),
+    Fault("frozen particles averaged without their weights", FROZEN,
+          "parts.append(_average(weights[:, rows].to(means), means))",
+          "parts.append(means.mean(0))"),
+    Fault("intensities from -1 to 1 are not scaled", INTENSITIES,
+          "    return (values - black) / (white - black)",
+          "    return values"),
+    Fault("a Metropolis sweep counts one gradient", HEAD,
+          "per_latent = 1 if isinstance(inference.parts.correction, Uncorrected) else 2",
+          "per_latent = 1"),
 ]  # fmt: skip
 
 
