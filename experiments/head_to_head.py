@@ -157,7 +157,7 @@ def train_and_measure(
 
 
 def build(algorithm: str, seed: int, setting: Setting) -> tuple[GenerativeModule, ImageData]:
-    """The module and the data of an algorithm's config, with a constant learning rate."""
+    """The module and the data of a config, with a constant learning rate and one likelihood."""
     prefix = "model.init_args" if algorithm == "vae" else "model"
     built = ConfiguredCLI(
         [
@@ -166,6 +166,7 @@ def build(algorithm: str, seed: int, setting: Setting) -> tuple[GenerativeModule
             f"--seed_everything={seed}",
             f"--num_threads={setting.num_threads}",
             f"--{prefix}.learning_rate_schedule=null",
+            f"--{prefix}.model.init_args.likelihood=bernoulli",
             f"--data.path={setting.path}",
             f"--data.num_training={setting.num_training}",
             f"--data.num_held_out={setting.num_measured}",

@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 TESTS = [
+    "tests/test_distributions.py",
     "tests/conquer",
     "tests/recombine",
     "tests/test_algorithms.py",
@@ -38,7 +39,6 @@ TESTS = [
     "tests/training/test_callbacks.py",
     "tests/training/test_amortised.py",
     "tests/training/test_warm_start.py",
-    "tests/test_distributions.py",
     "tests/evaluation",
     "tests/experiments",
 ]
