@@ -40,6 +40,8 @@ NAMES = {"algorithms", "colour", "digits", "mnist", "quick_start"}
 PARTICLE_WEIGHTS = [0.5, 0.25, 0.25]
 ESS_PERCENT = 100 / 3 / (0.5**2 + 2 * 0.25**2)
 NUM_PICTURES = 40  # half in a folder, half in the checkpoint
+UPPER, LOWER = (0.75, 0.25), (0.5, 0.5)
+"""Shares of the pixels of the darker and of the lighter level, in the halves of every picture."""
 
 
 class Executed:
@@ -344,15 +346,19 @@ def test_digits_are_trained_where_there_is_no_checkpoint(
 
 
 def pictures(count: int, shape: tuple[int, int, int], levels: tuple[int, int]) -> np.ndarray:
-    """Bytes `(count, *shape)`: in each half and channel, half of the pixels have either level.
+    """Bytes `(count, *shape)`: of either level, in the shares of `UPPER` and `LOWER`, per channel.
 
     So every picture has the same cross-entropy, squared error and distance from a flat one.
     """
     channels, height, width = shape
     generator = np.random.default_rng(0)
-    half = np.repeat(np.array(levels, dtype=np.uint8), height * width // 4)
-    rows = generator.permuted(np.tile(half, (count * channels * 2, 1)), axis=1)
-    return rows.reshape(count, *shape)
+    size = height * width // 2
+    images = np.empty((count, channels, 2, size), dtype=np.uint8)
+    for half, (low, high) in enumerate((UPPER, LOWER)):
+        row = np.repeat(np.array(levels, dtype=np.uint8), [int(low * size), int(high * size)])
+        rows = generator.permuted(np.tile(row, (count * channels, 1)), axis=1)
+        images[:, :, half] = rows.reshape(count, channels, size)
+    return images.reshape(count, *shape)
 
 
 def save_pictures(folder: Path, images: np.ndarray) -> None:
@@ -392,16 +398,18 @@ def test_mnist_shows_the_checkpoint_and_its_metrics(
     shown = execute("mnist", **mnist_constants(tmp_path, pixel=0.7, images=images[20:]))
     assert "3 particles of each of 20 images" in shown.text
     assert shown.number("mean ESS") == pytest.approx(ESS_PERCENT, abs=0.06)
-    # Of 64 pixels 32 are white, with probability .7, and 32 black.
-    nats = -32 * (math.log(0.7) + math.log(0.3))
-    mse = (0.3**2 + 0.7**2) / 2
+    # A pixel is white with probability .7; of 32 in a half, the share of UPPER or LOWER is.
+    nats, errors = (-np.log([0.3, 0.7]), np.array([0.7, 0.3]) ** 2)
+    upper, lower = 32 * np.dot(UPPER, nats), 32 * np.dot(LOWER, nats)
+    mse = (np.dot(UPPER, errors) + np.dot(LOWER, errors)) / 2
     assert "3 held-out data, 2 particles annealed over 2 temperatures" in shown.text
-    assert f"{nats:.2f} ± 0.00" in shown.text
-    assert shown.number("reconstruction cross-entropy") == pytest.approx(nats, abs=6e-3)
+    assert f"{upper + lower:.2f} ± 0.00" in shown.text
+    nll = shown.number("reconstruction cross-entropy")
+    assert nll == pytest.approx(upper + lower, abs=6e-3)
     assert shown.number("reconstruction MSE") == pytest.approx(mse, abs=6e-5)
     assert shown.number("reconstructions:") == pytest.approx(mse, abs=6e-5)
-    assert shown.number("cross-entropy of the upper half") == pytest.approx(nats / 2, abs=6e-3)
-    assert shown.number("MSE of the upper half") == pytest.approx(mse, abs=6e-5)
+    assert shown.number("cross-entropy of the upper half") == pytest.approx(upper, abs=6e-3)
+    assert shown.number("MSE of the upper half") == pytest.approx(np.dot(UPPER, errors), abs=6e-5)
     assert shown.number("mean distance") == pytest.approx(math.sqrt(64 * mse), abs=6e-3)
     assert len(shown.figures) == 8
     assert shown.figures_showing([0.7] * 3) == 7  # all but the histogram
@@ -443,21 +451,22 @@ def test_colour_shows_the_generators_colour_and_its_metrics(
     save_pictures(tmp_path / "pictures", images[:20])
     shown = execute("colour", **colour_constants(tmp_path, colour, scale, images[20:]))
     assert shown.number("scale of the pixels:") == pytest.approx(scale, abs=6e-4)
-    # Per channel half of the 256 pixels have either level, each a bin of width 2 / 255; so far
-    # inside the range that a Normal of this scale has no mass at its ends.
-    nats, mse = 0.0, 0.0
+    # A bin of levels is 2 / 255 wide; all are so far inside the range that a Normal of this scale
+    # has no mass at its ends.
+    centres = 2 * np.array(levels) / 255 - 1
+    upper, mse, nats = 0.0, 0.0, 0.0
     for loc in colour:
-        for level in levels:
-            centre = 2 * level / 255 - 1
-            low, high = norm(loc, scale).logcdf([centre - 1 / 255, centre + 1 / 255])
-            if centre > loc:  # the upper tail has more digits
-                high, low = norm(loc, scale).logsf([centre - 1 / 255, centre + 1 / 255])
-            nats -= 128 * (high + math.log1p(-math.exp(low - high)))
-            mse += (((centre - loc) / 2) ** 2) / 6
+        away = abs(centres - loc)  # from the side where the tail has digits
+        inner, outer = (norm.logsf(away + side / 255, scale=scale) for side in (-1, 1))
+        bins = -(inner + np.log1p(-np.exp(outer - inner)))
+        nats += 128 * (np.dot(UPPER, bins) + np.dot(LOWER, bins))
+        squares = (away / 2) ** 2 / 3  # in intensities from 0 to 1; a third of the channels
+        upper += np.dot(UPPER, squares)
+        mse += (np.dot(UPPER, squares) + np.dot(LOWER, squares)) / 2
     assert "3 held-out data, 2 particles annealed over 2 temperatures" in shown.text
     assert shown.number("evidence NLL") == pytest.approx(nats, rel=1e-5)
     assert shown.number("reconstruction MSE") == pytest.approx(mse, abs=6e-5)
-    assert shown.number("MSE of the upper half") == pytest.approx(mse, abs=6e-5)
+    assert shown.number("MSE of the upper half") == pytest.approx(upper, abs=6e-5)
     # All samples are one picture, whatever its latent comes from.
     (prior,), (pseudo,) = shown.row("prior")[:1], shown.row("pseudo-posterior")[:1]
     assert prior == pseudo > 0
