@@ -99,7 +99,8 @@ def draw_from_guide(
                 )
             replayed = pyro.poutine.trace(pyro.poutine.replay(model, trace))
             nodes = replayed.get_trace(*args, **kwargs).nodes
-        drawn, terms = {}, []
+            terms = [_log_density(trace, division)]
+        drawn = {}
         for name in division.latents:
             transform, value = transform_of(nodes[name]["fn"]), nodes[name]["value"]
             drawn[name] = transform.inv(value)
@@ -108,7 +109,6 @@ def draw_from_guide(
             if log_det.dim() > batch_dims:
                 log_det = log_det.flatten(batch_dims).sum(-1)
             terms.append(_by_cell(log_det, division))
-        terms.append(_log_density(trace, division))
         return {**drawn, "_log_guide": torch.stack(torch.broadcast_tensors(*terms)).sum(0)}
 
     guide(*args, **kwargs)  # an autoguide sets itself up in its first call
