@@ -407,6 +407,7 @@ def test_mnist_shows_the_checkpoint_and_its_metrics(
     nll = shown.number("reconstruction cross-entropy")
     assert nll == pytest.approx(upper + lower, abs=6e-3)
     assert shown.number("reconstruction MSE") == pytest.approx(mse, abs=6e-5)
+    assert shown.number("\n  ESS %") == 100  # where no latent matters, particles count alike
     assert shown.number("reconstructions:") == pytest.approx(mse, abs=6e-5)
     assert shown.number("cross-entropy of the upper half") == pytest.approx(upper, abs=6e-3)
     assert shown.number("MSE of the upper half") == pytest.approx(np.dot(UPPER, errors), abs=6e-5)
