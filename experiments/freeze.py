@@ -36,8 +36,7 @@ def freeze(
     """
     data.setup("test")
     assert data.held_out_set is not None
-    count = min(num_images, len(data.held_out_set))
-    x, labels, index = data.held_out_set.__getitems__(range(count))
+    x, labels, index = data.held_out_set.first(num_images)
     inference = DCPC(module.model, num_particles=module.held_out_inference.num_particles)
     inferred = infer_and_freeze(inference, x, index, labels, num_temperatures=num_temperatures)
     return inferred.resample(num_particles, seed=0)

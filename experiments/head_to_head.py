@@ -21,16 +21,15 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib
 import pyro
 import torch
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -145,7 +144,7 @@ def train_and_measure(
         )
         trainer.fit(module, datamodule=data)
     assert data.held_out_set is not None
-    x = data.held_out_set.__getitems__(range(setting.num_measured))[0]
+    x = data.held_out_set.first(setting.num_measured)[0]
     curve = []
     for snapshot in budget.snapshots:
         module.model.load_state_dict(snapshot.pop("state"))
@@ -219,13 +218,13 @@ def format_table(runs: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
-def draw_curves(runs: dict[str, list[dict[str, Any]]], kind: str, file: Path) -> None:
+def draw_curves(runs: dict[str, list[dict[str, Any]]], kind: str) -> Figure:
     """Evidence NLL against the budget spent, averaged over the seeds."""
-    matplotlib.use("Agg")
     unit = "seconds" if kind == "seconds" else "gradient_evaluations"
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for algorithm, results in runs.items():
-        points = list(_transposed([run["curve"] for run in results]))
+        points = list(zip(*(run["curve"] for run in results), strict=False))
         spent = [mean(point[unit] for point in group) for group in points]
         nll = [mean(point["evidence_nll"] for point in group) for group in points]
         axes.plot(spent, nll, marker="o", markersize=3, label=algorithm)
@@ -233,8 +232,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], kind: str, file: Path) ->
     axes.set_ylabel(f"evidence NLL of {CURVE_IMAGES} images, {CURVE_TEMPERATURES} temperatures")
     axes.set_yscale("log")
     axes.legend(ncols=2)
-    figure.savefig(file, dpi=130)
-    pyplot.close(figure)
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -261,7 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = load_runs(folder, options.budget)
     table = format_table(runs)
     (options.results / f"head_to_head_{options.budget}.md").write_text(table)
-    draw_curves(runs, options.budget, options.results / f"head_to_head_{options.budget}.png")
+    figure = draw_curves(runs, options.budget)
+    figure.savefig(options.results / f"head_to_head_{options.budget}.png", dpi=130)
     print(table)
 
 
@@ -307,10 +306,6 @@ def _with_error(values: Sequence[float], digits: int) -> str:
 def _describe(run: dict[str, Any]) -> str:
     final = run["final"]
     return f"evidence NLL {final['evidence_nll']:.2f} after {run['seconds']:.0f} seconds"
-
-
-def _transposed(curves: Sequence[Sequence[Any]]) -> Iterator[Sequence[Any]]:
-    return iter(zip(*curves, strict=False))
 
 
 if __name__ == "__main__":

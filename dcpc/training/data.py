@@ -74,6 +74,10 @@ class ImageSet(Dataset[Batch]):
     def __getitems__(self, index: Sequence[int]) -> Batch:
         """The images of a batch, their labels, and `index` itself."""
 
+    def first(self, count: int) -> Batch:
+        """The first `count` images as one batch, or all there are."""
+        return self.__getitems__(range(min(count, len(self))))
+
     def __getitem__(self, index: int) -> Batch:
         images, labels, indices = self.__getitems__([index])
         return images[0], labels[0], indices[0]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from dcpc.errors import DataError
 from dcpc.training.data import Batch, ImageSet

@@ -86,7 +86,7 @@ def test_training_finds_the_mean_of_the_data_and_the_posterior(
     data = images(num_images=120, num_held_out=20, batch_size=100)
     trainer(max_epochs=150).fit(made, datamodule=data)
     assert data.training_set is not None
-    rows = data.training_set.__getitems__(range(100))[0].flatten(1)
+    rows = data.training_set.first(100)[0].flatten(1)
     torch.testing.assert_close(model.shift.detach(), rows.mean(0), rtol=0, atol=0.05)
     assert float(guide.slope.detach()) == pytest.approx(0.5, abs=0.05)
     assert float(guide.log_scale.detach().exp()) == pytest.approx(math.sqrt(0.5), abs=0.03)
