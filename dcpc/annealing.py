@@ -111,10 +111,12 @@ def anneal(
         if adapt:
             state = restart_adaptation(state, parts)
         target = Target(temperature, references)
-        state = retarget(division, state, tensors, target)
         if temperature >= 1.0:
+            state = retarget(division, state, tensors, target)
             break
-        state, info = sweep(division, state, parts, tensors, target=target, adapt=adapt)
+        state, info = sweep(
+            division, state, parts, tensors, target=target, adapt=adapt, retargets=True
+        )
         if info.ancestors is not None:
             eve = take_particles(eve, info.ancestors, tuple(range(1, eve.dim())))
         climbed.append(Rung(temperature, state.adaptation))

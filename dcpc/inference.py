@@ -23,7 +23,7 @@ from dcpc.posterior import Posterior, Samples
 from dcpc.progress import ProgressBar
 from dcpc.recombine.correction import Correction
 from dcpc.run import Run
-from dcpc.sweep import SweepInfo, SweepState, loss, retarget, sweep
+from dcpc.sweep import SweepInfo, SweepState, loss, sweep
 
 MAX_DIVISIONS = 16
 """Divisions kept for different argument shapes; the least recently used one goes first."""
@@ -269,9 +269,14 @@ class DCPC:
         arguments = Arguments(args, kwargs)
         division = self._divide(arguments)
         self._check_state(division, state)
-        if self.parts.correction.is_exact:
-            state = retarget(division, state, arguments.tensors)
-        return sweep(division, state, self.parts, arguments.tensors, adapt=adapt)
+        return sweep(
+            division,
+            state,
+            self.parts,
+            arguments.tensors,
+            adapt=adapt,
+            retargets=self.parts.correction.is_exact,
+        )
 
     def loss(self, state: SweepState, *args: Any, **kwargs: Any) -> Tensor:
         """`- sum_cells sum_k W_k log p(x, z_k)`: its gradient trains the model's parameters."""

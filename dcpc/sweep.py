@@ -121,6 +121,7 @@ def sweep(
     target: Target = POSTERIOR,
     adapt: bool = False,
     adapt_preconditioner: bool = True,
+    retargets: bool = False,
 ) -> tuple[SweepState, SweepInfo]:
     """Moves every unit once.
 
@@ -129,10 +130,12 @@ def sweep(
         state: Particles, weights, adaptation.
         parts: What the sweep is made of.
         tensors: Tensors among the model's arguments.
-        target: The density to leave invariant; the weights in `state` must already refer to it
-            (see `retarget`).
+        target: The density to leave invariant; the weights in `state` must refer to it, unless
+            the sweep retargets.
         adapt: Whether step sizes and preconditioners learn from this sweep.
         adapt_preconditioner: Set to False to let only the step sizes learn.
+        retargets: Whether the particles are first reweighted to the target, as by `retarget`, which
+            costs less here than on its own.
 
     Returns:
         The new state and the sweep's diagnostics.
@@ -142,10 +145,16 @@ def sweep(
             sites that are to blame.
     """
     correction = parts.correction
+    evaluations: dict[str, Evaluation] = {}
+    if retargets:
+        evaluations, log_joint = division.evaluate_leading(state.latents, tensors, target)
+        state = _reweighted(division, state, log_joint, tensors, target)
     ess = state.log_weight.ess()
     ancestors = None
     if correction.is_exact:
         state, ancestors = resample(division, state, parts, tensors, target)
+    if ancestors is not None:
+        evaluations = {name: _take(e, ancestors) for name, e in evaluations.items()}
 
     latents = dict(state.latents)
     log_weight = correction.begin(state.log_weight)
@@ -157,7 +166,8 @@ def sweep(
 
     for group in division.groups:
         value = group.pack(latents)
-        before = _finite(group.evaluate(value, latents, tensors, target))
+        before = evaluations.get(group.name)
+        before = _finite(before or group.evaluate(value, latents, tensors, target))
         learned = adaptation.get(group.name) or _first_adaptation(group, parts, before, adapt)
         step_size = parts.dual_averaging.step_size(learned.step_size, adapting=adapt)
         metric = parts.preconditioner.metric(learned.preconditioner, before.score)
@@ -227,6 +237,17 @@ def retarget(
     """
     with torch.no_grad():
         log_joint = division.log_joint(state.latents, tensors, target)
+    return _reweighted(division, state, log_joint, tensors, target)
+
+
+def _reweighted(
+    division: Division,
+    state: SweepState,
+    log_joint: Tensor,
+    tensors: Sequence[Tensor],
+    target: Target,
+) -> SweepState:
+    """The state whose weights refer to the target, of log-density `log_joint`."""
     log_weight = state.log_weight.add(log_joint - state.log_joint)
     moved = replace(state, log_weight=log_weight, log_joint=log_joint)
     _check_alive(division, moved, tensors, target)
@@ -283,6 +304,15 @@ def loss(division: Division, state: SweepState, tensors: Sequence[Tensor]) -> Te
     log_joint = division.over_population(division.log_factors(latents, tensors))
     scale = division.population_scale
     return -scale * (state.log_weight.normalized() * log_joint).sum()
+
+
+def _take(evaluation: Evaluation, ancestors: Tensor) -> Evaluation:
+    """The evaluation of resampled particles."""
+    axes = tuple(range(1, ancestors.dim()))
+    return Evaluation(
+        take_particles(evaluation.log_density, ancestors, axes),
+        take_particles(evaluation.score, ancestors, axes),
+    )
 
 
 def _finite(evaluation: Evaluation) -> Evaluation:

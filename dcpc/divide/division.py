@@ -26,7 +26,7 @@ from dcpc.divide.program import (
     prior_particles,
 )
 from dcpc.divide.target import POSTERIOR, Target
-from dcpc.divide.unit import Unit, UnitGroup, sum_to_plates
+from dcpc.divide.unit import Evaluation, Unit, UnitGroup, sum_to_plates
 
 NUM_EXAMPLES = 4
 """Prior samples that a program is captured and certified with."""
@@ -40,6 +40,8 @@ class Division:
         graph: Its dependency graph.
         units: The complete conditionals, in program order.
         groups: The units as they move: group after group, in the order of the schedule.
+        num_leading: How many groups are of the schedule's first step, whose units touch no factor
+            in common.
         population: The plates that hold every site and whose elements are independent.
     """
 
@@ -50,13 +52,18 @@ class Division:
         units: Sequence[Unit],
         groups: Sequence[UnitGroup],
         population: tuple[Plate, ...],
+        num_leading: int,
     ) -> None:
         self.program = program
         self.graph = graph
         self.units = tuple(units)
         self.groups = tuple(groups)
         self.population = population
+        self.num_leading = num_leading
         self._whole = program.select(list(program.sites))
+        leading = {name for group in self.groups[:num_leading] for name in group.touched}
+        rest = [name for name in program.sites if name not in leading]
+        self._rest = program.select(rest) if rest else None
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -105,6 +112,28 @@ class Division:
         """
         factors = target.weigh(self.log_factors(latents, tensors), latents, self.sites)
         return self.over_population(factors)
+
+    def evaluate_leading(
+        self, latents: Latents, tensors: Sequence[Tensor], target: Target = POSTERIOR
+    ) -> tuple[dict[str, Evaluation], Tensor]:
+        """The groups that move first, evaluated where they are, and the log-density of the target.
+
+        Their log-densities are parts of it, which spares a pass through the model.
+
+        Returns:
+            Evaluations by group name, and `(K, *population)` as from `log_joint`.
+        """
+        evaluations = {}
+        log_joint = torch.zeros((), device=next(iter(latents.values())).device)
+        for group in self.groups[: self.num_leading]:
+            evaluation = group.evaluate(group.pack(latents), latents, tensors, target)
+            evaluations[group.name] = evaluation
+            log_joint = log_joint + group.over_population(evaluation.log_density)
+        if self._rest is not None:
+            with torch.no_grad():
+                rest = target.weigh(self._rest(latents, tensors), latents, self.sites)
+                log_joint = log_joint + self.over_population(rest)
+        return evaluations, log_joint
 
     def over_population(self, factors: Factors) -> Tensor:
         """Sum of log-factors by population cell, `(K, *population)`, unscaled."""
@@ -179,15 +208,20 @@ def divide(
     for names, own in plates.items():
         plates[names] = population + tuple(plate for plate in own if plate not in population)
     units = {names: _unit(graph, names, plates[names]) for names in members}
-    groups = []
+    groups: list[UnitGroup] = []
+    num_leading = 0
     for step in steps:
         alike: dict[tuple, list[Unit]] = {}
         for unit_members in step:
             unit = units[unit_members]
             alike.setdefault((unit.plates, unit.size), []).append(unit)
         groups += [UnitGroup(group, program, graph, len(population)) for group in alike.values()]
+        num_leading = num_leading or len(groups)
+    scale = sites[graph.latents[0]].scale if population else 1.0
+    if any(group.scales != {scale} for group in groups[:num_leading]):
+        num_leading = 0  # their log-densities are scaled otherwise than a cell's
     ordered = sorted(units.values(), key=lambda unit: graph.latents.index(unit.sites[0]))
-    return Division(program, graph, ordered, groups, population)
+    return Division(program, graph, ordered, groups, population, num_leading)
 
 
 def _independent_plates(

@@ -63,6 +63,10 @@ class UnitGroup:
         program: The program of the whole model.
         graph: The graph of the sites.
         population: Number of leading plates that are population plates.
+
+    Attributes:
+        touched: Sites whose factors are parts of the units' log-densities, in program order.
+        scales: The units' scales, where their plates subsample.
     """
 
     def __init__(
@@ -76,10 +80,11 @@ class UnitGroup:
         self._members = [name for unit in units for name in unit.sites]
         self._touched = [graph.factors(unit.sites) for unit in units]
         selected = {name for names in self._touched for name in names}
-        self._factors = program.select(
-            [name for name in graph.sites if name in selected], for_score=True
-        )
-        self._inverse_scales = [1.0 / graph.sites[unit.sites[0]].scale for unit in units]
+        self.touched = [name for name in graph.sites if name in selected]
+        self._factors = program.select(self.touched, for_score=True)
+        scales = [graph.sites[unit.sites[0]].scale for unit in units]
+        self.scales = set(scales)
+        self._inverse_scales = [1.0 / scale for scale in scales]
 
     @property
     def name(self) -> str:
