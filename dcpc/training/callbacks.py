@@ -156,7 +156,7 @@ class RunReport(Callback):
 
     Attributes:
         before: The measurements before training.
-        after: The last ones.
+        after: The last ones; those before training, where none followed.
     """
 
     def __init__(self) -> None:
@@ -175,7 +175,7 @@ class RunReport(Callback):
         self.after = summary
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.before is not None and self.after is not None:
+        if self.before is not None and self.after is not None and self.after is not self.before:
             print(
                 f"held-out evidence NLL, nats per datum: {_with_error(self.before)} before "
                 f"training, {_with_error(self.after)} after"

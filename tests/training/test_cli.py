@@ -313,3 +313,16 @@ def test_a_count_of_batches_is_no_fraction(written: str, read: float, tmp_path: 
     for limit in (options.limit_train_batches, options.limit_val_batches):
         assert limit == read
         assert type(limit) is type(read)
+
+
+@pytest.mark.parametrize(("every", "is_measured"), [(1, True), (100, False)])
+def test_the_report_compares_only_what_was_measured(
+    every: int,
+    is_measured: bool,
+    command: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    rarely = f"--trainer.check_val_every_n_epoch={every}"
+    command("fit", rarely, f"--trainer.default_root_dir={tmp_path}")
+    assert ("before training" in capsys.readouterr().out) == is_measured
