@@ -180,24 +180,14 @@ def _fold_rows(solve: str, upper: bool) -> Callable[..., tuple[Tensor, int]]:
 def _define_solve(name: str, kernel: Callable[..., Tensor], transposed: bool) -> Any:
     """One of the two solves; each one's derivatives take the other."""
 
-    def solve(scale_tril: Tensor, rows: Tensor) -> Tensor:
-        return (
-            shared_solve_transposed(scale_tril, rows)
-            if transposed
-            else shared_solve(scale_tril, rows)
-        )
-
-    def solve_other(scale_tril: Tensor, rows: Tensor) -> Tensor:
-        return (
-            shared_solve(scale_tril, rows)
-            if transposed
-            else shared_solve_transposed(scale_tril, rows)
-        )
+    def solve(scale_tril: Tensor, rows: Tensor, transposed: bool) -> Tensor:
+        pair = (shared_solve, shared_solve_transposed)
+        return pair[transposed](scale_tril, rows)
 
     def vjp(
         grad: Tensor, needed: Sequence[bool], scale_tril: Tensor, rows: Tensor, solved: Tensor
     ) -> tuple[Tensor | None, Tensor]:
-        by_rows = solve_other(scale_tril, grad)
+        by_rows = solve(scale_tril, grad, not transposed)
         if not needed[0]:
             return None, by_rows
         left, right = (solved, by_rows) if transposed else (by_rows, solved)
@@ -213,7 +203,7 @@ def _define_solve(name: str, kernel: Callable[..., Tensor], transposed: bool) ->
         if by_scale is not None:
             factor = by_scale.tril()
             change = change - solved @ (factor if transposed else factor.mT)
-        return solve(scale_tril, change)
+        return solve(scale_tril, change, transposed)
 
     return define_operator(
         f"{name}(Tensor scale_tril, Tensor rows) -> Tensor",

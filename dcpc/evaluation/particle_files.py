@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dcpc.errors import DCPCError, OptionError
+from dcpc.tensor_files import describe_misfit, read_tensors
 
 __all__ = ["FrozenParticlesError", "SavedParticles", "load_parameters", "read", "write"]
 
@@ -77,15 +77,14 @@ def read(path: str | Path) -> SavedParticles:
     Raises:
         FrozenParticlesError: There is no such file, or it is truncated, or holds no particles.
     """
-    if not Path(path).is_file():
-        raise FrozenParticlesError(f"there is no file '{path}' to read particles from")
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+        content = read_tensors(path)
+    except FileNotFoundError as error:
+        raise FrozenParticlesError(f"{error} to read particles from") from None
+    if content is None:
         raise FrozenParticlesError(
             f"'{path}' ({Path(path).stat().st_size:,} bytes) is truncated, or is no file of tensors"
-        ) from None
-    content = content if isinstance(content, dict) else {}
+        )
     if content.get("format") == FORMAT:
         return SavedParticles(**{key: content[key] for key in content if key != "format"})
     return _of_checkpoint(content, path)
@@ -128,15 +127,12 @@ def load_parameters(model: nn.Module, parameters: Mapping[str, Tensor], path: st
     Raises:
         FrozenParticlesError: A parameter is missing or has another shape.
     """
-    got = {name: tuple(value.shape) for name, value in parameters.items()}
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    for name in sorted({*got, *wanted}):
-        if got.get(name) != wanted.get(name):
-            raise FrozenParticlesError(
-                f"'{path}' belongs to another model: parameter '{name}' has shape "
-                f"{got.get(name)} there and {wanted.get(name)} in this model; make the model with "
-                "the arguments that it was trained with"
-            )
+    misfit = describe_misfit(parameters, model)
+    if misfit is not None:
+        raise FrozenParticlesError(
+            f"'{path}' belongs to another model: {misfit}; make the model with the arguments that "
+            "it was trained with"
+        )
     model.load_state_dict(dict(parameters))
 
 

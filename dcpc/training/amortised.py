@@ -7,7 +7,8 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from dcpc.evaluation import Bounds, ImportanceSampler
-from dcpc.training.generative import Batch, GenerativeModule, Schedule, require
+from dcpc.training.data import Batch
+from dcpc.training.generative import GenerativeModule, Schedule, require
 
 __all__ = ["AmortisedModule"]
 

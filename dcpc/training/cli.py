@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -22,6 +25,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from dcpc.errors import DCPCError, OptionError
+from dcpc.training.amortised import AmortisedModule
 from dcpc.training.callbacks import (
     EvaluationTable,
     ImageGrids,
@@ -30,8 +34,9 @@ from dcpc.training.callbacks import (
     SweepMonitor,
 )
 from dcpc.training.checkpoint import check_checkpoint, read_checkpoint
-from dcpc.training.data import ImageData
+from dcpc.training.data import ArrayData, DigitsData, ImageData
 from dcpc.training.generative import GenerativeModule
+from dcpc.training.hub import HubImages
 from dcpc.training.module import ParticleModule
 
 __all__ = ["ConfiguredCLI", "TrainingCLI", "main"]
@@ -51,6 +56,12 @@ unless --ckpt_path names another one. `dcpc fit --help` lists the keys of a conf
 ArrayData) those below "model" and "data", `dcpc fit --config ... --print_config` prints a whole
 one, `tensorboard --logdir runs` shows the runs.
 """
+
+CONFIGURED: dict[str, tuple[type, ...]] = {
+    "model": (ParticleModule, AmortisedModule),
+    "data": (HubImages, DigitsData, ArrayData),
+}
+"""The classes below each key of a config that this package has."""
 
 CONFIG_OPTIONS = ("--config", "-c")
 
@@ -78,7 +89,7 @@ class _Parser(LightningArgumentParser):
         super().__init__(**{"parser_mode": "json", "formatter_class": _HelpFormatter, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        _fail(message)
+        _fail(message + _suggest_key(message))
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -229,6 +240,22 @@ def _find_config(path: str) -> str:
     if path.startswith("configs/") and shipped.is_file():
         return str(shipped)
     raise OptionError(f"--config: there is no file '{path}'")
+
+
+def _suggest_key(message: str) -> str:
+    """The likely fix of a key that no class accepts, which jsonargparse names without its path."""
+    refused = re.fullmatch(r"Option '(?:.*\.)?(\w+)' is not accepted", message)
+    if refused is None:
+        return ""
+    paths = {
+        key: f"{part}.{key}"
+        for part, classes in CONFIGURED.items()
+        for configured in classes
+        for key in inspect.signature(configured).parameters
+    }
+    close = difflib.get_close_matches(refused[1], paths, n=1, cutoff=0.8)
+    question = f"; did you mean '{paths[close[0]]}'?" if close else "."
+    return f"{question} dcpc fit --help, --model.help CLASS and --data.help CLASS list the keys"
 
 
 def _own_error(error: BaseException) -> DCPCError:

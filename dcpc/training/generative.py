@@ -18,10 +18,10 @@ from dcpc.errors import OptionError
 from dcpc.evaluation import Evaluation, evaluate, prior_samples, summarise
 from dcpc.inference import DCPC
 from dcpc.training.checkpoint import CheckpointError
+from dcpc.training.data import Batch
 
-__all__ = ["Batch", "GenerativeModule", "Schedule"]
+__all__ = ["GenerativeModule", "Schedule"]
 
-Batch = tuple[Tensor, Tensor, Tensor]
 Schedule = Literal["cosine"]
 STATE_KEY = "dcpc"
 

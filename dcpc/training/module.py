@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dcpc.inference import DCPC
 from dcpc.sweep import Adaptation, SweepInfo, SweepState
-from dcpc.training.generative import STATE_KEY, Batch, GenerativeModule, Schedule, require
+from dcpc.training.data import Batch
+from dcpc.training.generative import STATE_KEY, GenerativeModule, Schedule, require
 from dcpc.training.particles import ParticleStore, datum_axes
 
 __all__ = ["ParticleModule"]

@@ -12,6 +12,8 @@ use, so that the ratio measures the engine.
 The second ratio is to a single gradient of the joint log-density, in the latents and in the
 parameters, with nothing but torch: its own `ContinuousBernoulli` and triangular solves. A step
 takes a dozen gradients of parts of that density.
+
+The third is of fetching a batch of random images from 60,000 to the step that uses it.
 """
 
 import argparse
@@ -24,6 +26,8 @@ from torch import Tensor
 from dcpc import DCPC
 from dcpc.conquer import SecondMoment
 from dcpc.distributions import ContinuousBernoulli
+from dcpc.training.data import Batch
+from dcpc.training.pixels import PixelSet
 from experiments.benchmarks.timing import describe_machine, interleaved_medians
 from experiments.deep_latent_gaussian import DeepLatentGaussian
 
@@ -167,6 +171,13 @@ def engine_step(model: DeepLatentGaussian, x: Tensor, num_particles: int) -> Cal
     return step
 
 
+def fetch(batch_size: int) -> Callable[[], Batch]:
+    """Fetches a random batch as training does; bytes in memory stand for the mapped file."""
+    pixels = torch.randint(256, (60_000, 1, 28, 28), dtype=torch.uint8)
+    images = PixelSet(pixels, torch.zeros(len(pixels)), torch.arange(len(pixels)))
+    return lambda: images.__getitems__(torch.randint(len(pixels), (batch_size,)).tolist())
+
+
 def main() -> None:
     """Prints the times and their ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -181,11 +192,12 @@ def main() -> None:
     ours = engine_step(models[0], x, options.num_particles)
     by_hand = HandWritten(models[1], x, options.num_particles).step
     one_gradient = PlainTorch(models[2], x, options.num_particles).gradient
-    engine, hand, gradient = interleaved_medians(
-        ours, by_hand, one_gradient, repeats=options.repeats
+    engine, hand, gradient, loading = interleaved_medians(
+        ours, by_hand, one_gradient, fetch(options.batch_size), repeats=options.repeats
     )
     print(f"engine {engine:.1f} ms, by hand {hand:.1f} ms, ratio {engine / hand:.2f}")
     print(f"one gradient in plain torch {gradient:.1f} ms, ratio {engine / gradient:.2f}")
+    print(f"fetching a batch {loading:.2f} ms, {loading / engine:.1%} of a step")
 
 
 if __name__ == "__main__":

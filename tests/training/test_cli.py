@@ -214,7 +214,9 @@ def test_an_optimizer_and_a_schedule_can_be_given(command: Callable, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.num_partcles=3"], "'num_partcles' is not accepted"),
+        (["--model.num_partcles=3"], "'num_partcles' .* you mean 'model.num_particles'"),
+        (["--data.batchsize=3"], "'batchsize' .* you mean 'data.batch_size'"),
+        (["--model.model.init_args.breadth=3"], r"'breadth' is not accepted\. dcpc fit --help"),
         (["--model.num_particles=three"], '"num_particles":.*int.*three'),
         (["--model.model.class_path=experiments.nowhere.Model"], "experiments.nowhere.Model"),
         (["--data=nowhere.Data"], "nowhere.Data"),
@@ -236,7 +238,8 @@ def test_a_bad_option_is_one_clear_error(
     ("key", "value", "message"),
     [
         ("modle", {"num_particles": 3}, "modle"),
-        ("model", {"num_partcles": 3}, "num_partcles"),
+        ("model", {"num_partcles": 3}, "you mean 'model.num_particles'"),
+        ("data", {"init_args": {"batchsize": 3}}, "you mean 'data.batch_size'"),
         ("trainer", {"max_epochs": "many"}, "trainer.max_epochs.*many"),
     ],
 )
