@@ -29,7 +29,8 @@ class AmortisedModule(GenerativeModule):
         bound_samples: Samples per held-out datum of the importance-weighted bound.
         learning_rate: Of Adam; `--optimizer` replaces it altogether.
         learning_rate_schedule: `cosine` lowers the rate to zero over the run, by
-            `trainer.max_epochs` or `trainer.max_time`, whichever is nearer; null keeps it.
+            `trainer.max_epochs`, `trainer.max_steps` or `trainer.max_time`, whichever is nearest;
+            null keeps it.
         evaluation_particles: Particles per held-out datum.
         num_temperatures: Length of the annealing ladder on held-out data while training.
         test_temperatures: Its length for `test` and `predict`. A short ladder overstates the

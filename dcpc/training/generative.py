@@ -40,7 +40,8 @@ class GenerativeModule(LightningModule):
             one plate over the batch.
         learning_rate: Of Adam; `--optimizer` replaces it altogether.
         learning_rate_schedule: `cosine` lowers the rate to zero over the run, by
-            `trainer.max_epochs` or `trainer.max_time`, whichever is nearer; null keeps it.
+            `trainer.max_epochs`, `trainer.max_steps` or `trainer.max_time`, whichever is nearest;
+            null keeps it.
         evaluation_particles: Particles per held-out datum.
         num_temperatures: Length of the annealing ladder on held-out data while training.
         test_temperatures: Its length for `test` and `predict`. A short ladder overstates the
@@ -118,6 +119,8 @@ class GenerativeModule(LightningModule):
         total = self.trainer.num_training_batches * (self.trainer.max_epochs or 0)
         if 0 < total < math.inf:
             done.append(self._num_steps / total)
+        if self.trainer.max_steps > 0:
+            done.append(self.trainer.global_step / self.trainer.max_steps)
         for timer in (c for c in self.trainer.callbacks if isinstance(c, Timer)):  # type: ignore[attr-defined]
             remaining, elapsed = timer.time_remaining(), timer.time_elapsed()
             if remaining is not None and elapsed + remaining > 0:

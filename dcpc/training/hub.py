@@ -148,8 +148,8 @@ class HubImages(ImageData):
             datasets = importlib.import_module("datasets")
         except ImportError as error:
             raise DataError(
-                "HubImages needs the package 'datasets', which is not installed: "
-                'pip install "dcpc[data]"'
+                "HubImages needs the package 'datasets', which is not installed: pip install "
+                "-c constraints.txt '.[data]' in the folder of dcpc, or pip install datasets"
             ) from error
         try:
             return datasets.load_dataset(

@@ -92,7 +92,9 @@ def test_training_finds_the_mean_of_the_data_and_the_posterior(
     assert float(guide.log_scale.detach().exp()) == pytest.approx(math.sqrt(0.5), abs=0.03)
 
 
+@pytest.mark.parametrize("length", [{"max_epochs": 4}, {"max_epochs": 9, "max_steps": 8}])
 def test_cosine_schedule_ends_at_zero(
+    length: dict[str, int],
     shifted_gaussian: Callable[..., nn.Module],
     linear_encoder: Callable[..., nn.Module],
     images: Callable[..., ImageData],
@@ -105,7 +107,7 @@ def test_cosine_schedule_ends_at_zero(
     made.on_before_optimizer_step = lambda optimizer: rates.append(  # type: ignore[method-assign]
         optimizer.param_groups[0]["lr"]
     )
-    trainer(max_epochs=4).fit(made, datamodule=images(num_images=12, batch_size=4))
+    trainer(**length).fit(made, datamodule=images(num_images=12, batch_size=4))
     expected = [0.05 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
     assert rates == pytest.approx(expected)
 
