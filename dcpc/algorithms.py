@@ -164,6 +164,12 @@ def build_algorithm(
             f"{type(parts.correction).__name__.lower()!r} cannot weigh it; use move='langevin' or "
             "correction='none'"
         )
+    if isinstance(parts.correction, CORRECTIONS["resample"]) and not parts.move.has_density:
+        raise OptionError(
+            "correction 'resample' weighs by the density of the proposal, which a move of several "
+            "leapfrog steps does not have; use leapfrog_steps=1, or correction='metropolis' or "
+            "'weight'"
+        )
     if parts.correction.is_exact and parts.preconditioner.uses_current_scores:
         raise OptionError(
             f"preconditioner {type(parts.preconditioner).__name__!r} depends on the particles "

@@ -72,7 +72,7 @@ class DCPC:
         num_particles: K.
         algorithm: A preset: `dcpc`, `dcpc-smc`, `dcpc-paper`, `pgd`, `lpc`, `mcpc`, `pc`, `ipc`.
         schedule: `sequential`, `coloured` or `joint`; None for the preset's.
-        move: `langevin` or `gradient`, or a `Move`.
+        move: `langevin` or `gradient`, or a `Move`, as in `Langevin(leapfrog_steps=4)`.
         correction: `metropolis`, `weight`, `resample` or `none`, or a `Correction`.
         preconditioner: `adapted`, `dense`, `second_moment`, `identity` or `particle_variance`, or
             a `Preconditioner`.

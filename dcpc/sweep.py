@@ -7,7 +7,7 @@ varies is in `Parts`; everything that persists is in `SweepState`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -171,8 +171,10 @@ def sweep(
         learned = adaptation.get(group.name) or _first_adaptation(group, parts, before, adapt)
         step_size = parts.dual_averaging.step_size(learned.step_size, adapting=adapt)
         metric = parts.preconditioner.metric(learned.preconditioner, before.score)
-        proposal = parts.move.propose(value, before.score, step_size, metric)
         evaluate = partial(group.evaluate, latents=latents, tensors=tensors, target=target)
+        proposal = parts.move.propose(
+            value, before.score, step_size, metric, partial(_score_at, evaluate)
+        )
         outcome = correction.apply(
             ProposedMove(
                 group,
@@ -319,6 +321,10 @@ def _finite(evaluation: Evaluation) -> Evaluation:
     """The evaluation with zero in the place of scores that are NaN or infinite."""
     score = evaluation.score.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     return replace(evaluation, score=score)
+
+
+def _score_at(evaluate: Callable[[Tensor], Evaluation], value: Tensor) -> Tensor:
+    return _finite(evaluate(value)).score
 
 
 def _first_adaptation(

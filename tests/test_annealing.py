@@ -13,6 +13,7 @@ from torch.distributions import constraints
 
 from dcpc import DCPC
 from dcpc.annealing import anneal, genealogical_standard_error, spaced_ladder
+from dcpc.conquer import Langevin
 from dcpc.divide import Reference, Target
 from dcpc.errors import EvidenceError
 from dcpc.recombine import LogWeights
@@ -21,15 +22,15 @@ CELLS = 3000
 
 
 @pytest.mark.parametrize("algorithm", ["dcpc", "dcpc-smc"])
-@pytest.mark.parametrize("num_temperatures", [None, 6])
-def test_zhat_is_unbiased_over_independent_populations(algorithm, num_temperatures):
+@pytest.mark.parametrize(("num_temperatures", "steps"), [(None, 1), (6, 1), (6, 4)])
+def test_zhat_is_unbiased_over_independent_populations(algorithm, num_temperatures, steps):
     """The mean of `Zhat / Z` over 3000 populations of 8 particles is one, within 4 errors.
 
     The ladder and the proposals are fixed in a pilot run, so that the populations of the second
     run are independent.
     """
     chain = gaussian_chain(CELLS)
-    engine = DCPC(chain.model, num_particles=8, algorithm=algorithm)
+    engine = DCPC(chain.model, num_particles=8, algorithm=algorithm, move=Langevin(steps))
     annealed = engine.anneal(*chain.args, num_temperatures=num_temperatures, seed=0)
     ratio = (annealed.log_evidence.double() - chain.log_evidence).exp()
     assert ratio.shape == (CELLS,)

@@ -20,6 +20,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from dcpc import DCPC
+from dcpc.conquer import Langevin
 from dcpc.errors import OptionError
 from dcpc.recombine.correction import Metropolis, Outcome, ProposedMove
 
@@ -58,10 +59,11 @@ def test_posterior_of_many_random_linear_gaussian_dags_is_exact(seed, algorithm)
     check_exact(exact, engine.run(num_sweeps=300, seed=seed, progress=False))
 
 
+@pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("algorithm", EXACT)
-def test_posterior_of_the_chain_of_the_design_is_exact(algorithm):
+def test_posterior_of_the_chain_of_the_design_is_exact(algorithm, steps):
     exact = gaussian_chain()
-    engine = DCPC(exact.model, num_particles=2000, algorithm=algorithm)
+    engine = DCPC(exact.model, num_particles=2000, algorithm=algorithm, move=Langevin(steps))
     check_exact(exact, engine.run(*exact.args, num_sweeps=200, seed=0, progress=False))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,10 @@ import torch
 from torch import Tensor
 
 from dcpc.conquer.preconditioner import Metric
+from dcpc.errors import OptionError
+
+Score = Callable[[Tensor], Tensor]
+"""The gradient of the units' log-densities at given values, of the values' shape."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +24,10 @@ class Proposal:
 
     Attributes:
         value: `u'`, of shape `(K, *plates, n, d)`.
-        displacement: The move in whitened coordinates, `F^-1 (u' - u)`.
-        log_forward: `log q(u' | u)`, of shape `(K, *plates, n)`; zero for a move without noise.
+        displacement: The last step to it in whitened coordinates, `F^-1 (u' - u)` if it is the
+            only one.
+        log_forward: `log q(u' | u)`, of shape `(K, *plates, n)`; zero for a move without noise. Of
+            a move of several steps, the log-density of the noise that determines it, scaled alike.
     """
 
     value: Tensor
@@ -29,12 +36,23 @@ class Proposal:
 
 
 class Move(ABC):
-    """A move has a proposal, and a density if it is random."""
+    """A move has a proposal, and a density if it is random.
+
+    Attributes:
+        is_random: Whether `log_backward - log_forward` makes the move reversible.
+        has_density: Whether `log_forward` is, besides, the proposal's own density.
+    """
 
     is_random: ClassVar[bool]
 
+    @property
+    def has_density(self) -> bool:
+        return self.is_random
+
     @abstractmethod
-    def propose(self, value: Tensor, score: Tensor, step_size: Tensor, metric: Metric) -> Proposal:
+    def propose(
+        self, value: Tensor, score: Tensor, step_size: Tensor, metric: Metric, score_at: Score
+    ) -> Proposal:
         """Proposes new values.
 
         Args:
@@ -42,6 +60,7 @@ class Move(ABC):
             score: Gradient of the units' log-densities at `u`, same shape.
             step_size: `eta`, `(n,)`.
             metric: Factor of the preconditioner P.
+            score_at: The score elsewhere, for moves of several steps.
         """
 
     @abstractmethod
@@ -51,22 +70,55 @@ class Move(ABC):
         """`log q(u | u')`, `(K, *plates, n)`, given the score at `u'`."""
 
 
+@dataclass(frozen=True)
 class Langevin(Move):
     """Preconditioned Langevin proposal `u' = u + eta P s + sqrt(2 eta P) noise`.
 
     Its density is Gaussian; with `P = F F^T` and `w = F^-1 (u' - u)`,
     `log q(u' | u) = -|w - eta F^T s|^2 / (4 eta) - d/2 log(4 pi eta) - log |det F|`.
     Roberts & Tweedie (1996); Sennesh, Wu & Salvatori (2024), eq. 8.
+
+    The proposal is a leapfrog step of Hamiltonian dynamics of length `eps = sqrt(2 eta)` whose
+    momentum `m` is the noise (Neal 2011, section 5.2):
+
+        m += eps / 2 F^T s(u),   u += eps F m,   m += eps / 2 F^T s(u)
+
+    With `leapfrog_steps` of them before the noise is drawn anew, a unit goes straight on where
+    single steps would wander: n steps reach as far as n^2 single moves, for n scores. Then
+    `log q(u | u') - log q(u' | u)` is the difference of the kinetic energies, `-|m|^2 / 2`.
+
+    Attributes:
+        leapfrog_steps: Steps, and scores, per move.
+
+    Raises:
+        OptionError: There is no step.
     """
+
+    leapfrog_steps: int = 1
 
     is_random = True
 
-    def propose(self, value: Tensor, score: Tensor, step_size: Tensor, metric: Metric) -> Proposal:
+    def __post_init__(self) -> None:
+        if self.leapfrog_steps < 1:
+            raise OptionError(f"leapfrog_steps must be at least 1, got {self.leapfrog_steps}")
+
+    @property
+    def has_density(self) -> bool:
+        return self.leapfrog_steps == 1
+
+    def propose(
+        self, value: Tensor, score: Tensor, step_size: Tensor, metric: Metric, score_at: Score
+    ) -> Proposal:
         eta = step_size.unsqueeze(-1)
         noise = torch.randn_like(value)
         displacement = torch.addcmul((2 * eta).sqrt() * noise, eta, metric.whiten_score(score))
+        value = value + metric.colour(displacement)
+        for _ in range(self.leapfrog_steps - 1):
+            score = score_at(value)
+            displacement = torch.addcmul(displacement, 2 * eta, metric.whiten_score(score))
+            value = value + metric.colour(displacement)
         return Proposal(
-            value=value + metric.colour(displacement),
+            value=value,
             displacement=displacement,
             log_forward=-0.5 * noise.square().sum(-1) + _log_norm(value, step_size, metric),
         )
@@ -85,7 +137,9 @@ class Gradient(Move):
 
     is_random = False
 
-    def propose(self, value: Tensor, score: Tensor, step_size: Tensor, metric: Metric) -> Proposal:
+    def propose(
+        self, value: Tensor, score: Tensor, step_size: Tensor, metric: Metric, score_at: Score
+    ) -> Proposal:
         displacement = step_size.unsqueeze(-1) * metric.whiten_score(score)
         return Proposal(
             value=value + metric.colour(displacement),

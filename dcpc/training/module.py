@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcpc.algorithms import PRESETS, lookup
+from dcpc.conquer import Langevin
+from dcpc.errors import OptionError
 from dcpc.inference import DCPC
 from dcpc.sweep import Adaptation, SweepInfo, SweepState
 from dcpc.training.data import Batch
@@ -43,6 +46,8 @@ class ParticleModule(GenerativeModule):
         sweeps_per_step: Sweeps per batch and step of the parameters.
         first_visit_sweeps: Further sweeps where a batch holds data that have no particles yet.
         step_size: Step size of the sweeps; null adapts it where the algorithm can.
+        leapfrog_steps: Langevin steps before the noise is drawn anew, each at the price of a
+            gradient; several mix faster than as many sweeps.
         learning_rate: Of Adam; `--optimizer` replaces it altogether.
         learning_rate_schedule: `cosine` lowers the rate to zero over the run, by
             `trainer.max_epochs`, `trainer.max_steps` or `trainer.max_time`, whichever is nearest;
@@ -67,6 +72,7 @@ class ParticleModule(GenerativeModule):
         sweeps_per_step: int = 1,
         first_visit_sweeps: int = 0,
         step_size: float | None = None,
+        leapfrog_steps: int = 1,
         learning_rate: float = 1e-3,
         learning_rate_schedule: Schedule | None = None,
         evaluation_particles: int = 16,
@@ -88,10 +94,20 @@ class ParticleModule(GenerativeModule):
         self.sweeps_per_step = sweeps_per_step
         self.first_visit_sweeps = first_visit_sweeps
         self.store_folder = store_folder
+        preset = lookup("algorithm", algorithm, PRESETS)
+        if leapfrog_steps != 1 and preset.move != "langevin":
+            raise OptionError(
+                f"model.leapfrog_steps must be 1 with algorithm {algorithm!r}, which ascends the "
+                f"gradient without noise, got {leapfrog_steps}"
+            )
         self.inference = DCPC(
-            model, guide, num_particles=num_particles, algorithm=algorithm, step_size=step_size
+            model,
+            guide,
+            num_particles=num_particles,
+            algorithm=algorithm,
+            move=None if leapfrog_steps == 1 else Langevin(leapfrog_steps),
+            step_size=step_size,
         )
-        preset = self.inference.algorithm.preset
         self.automatic_optimization = not preset.step_parameters_every_sweep
 
         self.store: ParticleStore | None = None

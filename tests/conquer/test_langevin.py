@@ -7,6 +7,7 @@ import torch
 from torch.distributions import MultivariateNormal, Normal
 
 from dcpc.conquer import MOVES, Dense, Diagonal, Gradient, Langevin
+from dcpc.errors import OptionError
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -25,6 +26,10 @@ def diagonal():
 
 def dense():
     return Dense(torch.randn(PLATE, N, D, D) + 2 * torch.eye(D))
+
+
+def unused(value):
+    raise AssertionError("a single step needs no score but the first")
 
 
 def covariance(metric) -> torch.Tensor:
@@ -56,7 +61,7 @@ def test_langevin_densities_are_multivariate_normal_both_ways(make):
         mean = start + step * (p @ start_score[..., None])[..., 0]
         return MultivariateNormal(mean, 2 * eta[:, None, None] * p).log_prob(end)
 
-    proposal = Langevin().propose(value, score, eta, metric)
+    proposal = Langevin().propose(value, score, eta, metric, unused)
     torch.testing.assert_close(proposal.log_forward, density(value, score, proposal.value))
     backward = Langevin().log_backward(proposal, other, eta, metric)
     torch.testing.assert_close(backward, density(proposal.value, other, value))
@@ -65,7 +70,7 @@ def test_langevin_densities_are_multivariate_normal_both_ways(make):
 def test_langevin_with_a_diagonal_metric_is_a_product_of_normals():
     value, score, _, eta = setting()
     metric = diagonal()
-    proposal = Langevin().propose(value, score, eta, metric)
+    proposal = Langevin().propose(value, score, eta, metric, unused)
     mean = value + eta[:, None] * metric.scale**2 * score
     scale = (2 * eta[:, None]).sqrt() * metric.scale
     expected = Normal(mean, scale).log_prob(proposal.value).sum(-1)
@@ -82,7 +87,13 @@ def test_langevin_proposals_have_the_mean_and_covariance_of_the_formula(make):
     eta = torch.tensor([0.3, 0.05])
     draws = (
         Langevin()
-        .propose(value.expand(count, PLATE, N, D), score.expand(count, PLATE, N, D), eta, metric)
+        .propose(
+            value.expand(count, PLATE, N, D),
+            score.expand(count, PLATE, N, D),
+            eta,
+            metric,
+            unused,
+        )
         .value
     )
     p = covariance(metric)
@@ -100,13 +111,60 @@ def test_langevin_proposals_have_the_mean_and_covariance_of_the_formula(make):
 def test_gradient_step_is_the_langevin_mean_without_noise_or_density(make):
     value, score, other, eta = setting()
     metric = make()
-    proposal = Gradient().propose(value, score, eta, metric)
+    proposal = Gradient().propose(value, score, eta, metric, unused)
     expected = value + eta[:, None] * (covariance(metric) @ score[..., None])[..., 0]
     torch.testing.assert_close(proposal.value, expected)
     assert torch.equal(proposal.log_forward, torch.zeros(K, PLATE, N))
     assert torch.equal(
         Gradient().log_backward(proposal, other, eta, metric), torch.zeros(K, PLATE, N)
     )
+
+
+@pytest.mark.parametrize("make", [diagonal, dense])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_leapfrog_steps_follow_hamiltons_equations(make, steps):
+    """Textbook leapfrog in position and momentum, with mass matrix P^-1 and eps^2 = 2 eta."""
+    value, _, _, eta = setting()
+    metric = make()
+
+    def score_at(u):
+        return 1 - 2 * u.tanh()
+
+    def log_density(u):
+        return (u - 2 * u.cosh().log()).sum(-1)
+
+    torch.manual_seed(5)
+    move = Langevin(leapfrog_steps=steps)
+    proposal = move.propose(value, score_at(value), eta, metric, score_at)
+    torch.manual_seed(5)
+    p, eps = covariance(metric), (2 * eta)[:, None].sqrt()
+    whitened = torch.randn_like(value)
+    factor = metric.factor if hasattr(metric, "factor") else metric.scale.diag_embed()
+    momentum = torch.linalg.solve(factor.mT, whitened[..., None])[..., 0]
+
+    def kinetic(m):
+        return 0.5 * (m * (p @ m[..., None])[..., 0]).sum(-1)
+
+    u, start = value, kinetic(momentum)
+    for _ in range(steps):
+        momentum = momentum + eps / 2 * score_at(u)
+        u = u + eps * (p @ momentum[..., None])[..., 0]
+        momentum = momentum + eps / 2 * score_at(u)
+    torch.testing.assert_close(proposal.value, u)
+    backward = move.log_backward(proposal, score_at(u), eta, metric)
+    torch.testing.assert_close(backward - proposal.log_forward, start - kinetic(momentum))
+    assert float((log_density(u) - log_density(value)).abs().max()) > 0.1  # it went somewhere
+
+
+def test_no_leapfrog_step_is_an_error():
+    with pytest.raises(OptionError, match="leapfrog_steps must be at least 1, got 0"):
+        Langevin(leapfrog_steps=0)
+
+
+def test_only_single_steps_have_a_density():
+    assert Langevin().has_density
+    assert not Langevin(leapfrog_steps=2).has_density
+    assert not Gradient().has_density
 
 
 def test_moves_declare_whether_they_are_random():
@@ -116,8 +174,9 @@ def test_moves_declare_whether_they_are_random():
     }
 
 
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("make", ["diagonal", "dense"])
-def test_metropolis_adjusted_moves_leave_a_gaussian_invariant(make):
+def test_metropolis_adjusted_moves_leave_a_gaussian_invariant(make, steps):
     """Exact draws in, exact draws out: mean, covariance and fourth moments after ten steps."""
     torch.manual_seed(3)
     count = 40_000
@@ -131,10 +190,10 @@ def test_metropolis_adjusted_moves_leave_a_gaussian_invariant(make):
     eta = torch.tensor([0.6])
     z = target.sample((count, 1))
     rates = []
+    move = Langevin(leapfrog_steps=steps)
     for _ in range(10):
-        score = -z @ precision
-        proposal = Langevin().propose(z, score, eta, metric)
-        backward = Langevin().log_backward(proposal, -proposal.value @ precision, eta, metric)
+        proposal = move.propose(z, -z @ precision, eta, metric, lambda u: -u @ precision)
+        backward = move.log_backward(proposal, -proposal.value @ precision, eta, metric)
         ratio = target.log_prob(proposal.value) - target.log_prob(z)
         accept = torch.rand(count, 1).log() < ratio + backward - proposal.log_forward
         rates.append(float(accept.double().mean()))

@@ -52,7 +52,7 @@ def proposed(population: int = 1, resampler=systematic, seed: int = 0, spoil=Non
     value = torch.randn(K, CELLS, ROWS, N, D)
     eta, metric = torch.tensor([0.2, 0.05]), Diagonal(torch.rand(CELLS, ROWS, N, D) + 0.5)
     before = evaluate(value)
-    proposal = Langevin().propose(value, before.score, eta, metric)
+    proposal = Langevin().propose(value, before.score, eta, metric, lambda u: evaluate(u).score)
     cells = (CELLS,) if population else ()
     after = evaluate if spoil is None else spoil
     return ProposedMove(

@@ -191,6 +191,12 @@ def test_unusable_checkpoints_are_told_apart(deep_module: Callable, tmp_path: Pa
         ({"step_size": -0.1}, "step_size must be a positive number"),
         ({"algorithm": "sgd"}, "unknown algorithm 'sgd'; choose one of dcpc,"),
         ({"algorithm": "pc", "num_particles": 4}, "one particle per datum"),
+        ({"leapfrog_steps": 0}, "leapfrog_steps must be at least 1, got 0"),
+        (
+            {"algorithm": "pc", "num_particles": 1, "leapfrog_steps": 2},
+            "leapfrog_steps must be 1 with algorithm 'pc'.* got 2",
+        ),
+        ({"algorithm": "dcpc-paper", "leapfrog_steps": 2}, "density of the proposal"),
     ],
 )
 def test_options_out_of_range_are_named(deep_module: Callable, options: dict, message: str) -> None:
