@@ -13,7 +13,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dcpc import DCPC
 from dcpc.evaluation import FrozenParticles, infer_and_freeze
 from dcpc.training import GenerativeModule, ImageData
 from dcpc.training.checkpoint import check_checkpoint, read_checkpoint
@@ -37,8 +36,9 @@ def freeze(
     data.setup("test")
     assert data.held_out_set is not None
     x, labels, index = data.held_out_set.first(num_images)
-    inference = DCPC(module.model, num_particles=module.held_out_inference.num_particles)
-    inferred = infer_and_freeze(inference, x, index, labels, num_temperatures=num_temperatures)
+    inferred = infer_and_freeze(
+        module.held_out_inference, x, index, labels, num_temperatures=num_temperatures
+    )
     return inferred.resample(num_particles, seed=0)
 
 

@@ -10,8 +10,9 @@ repeated, so that an interrupted comparison continues where it stopped. Then the
 learning curves are written anew from all files.
 
 A gradient evaluation is the gradient of a log-density with respect to one latent of one particle of
-one datum: a Metropolis sweep takes two per latent, an uncorrected one takes one, and a step of the
-autoencoder takes one per latent and sample. Gradients of the parameters are not counted.
+one datum: a sweep takes one per latent and leapfrog step, and one more where the move is corrected;
+a step of the autoencoder takes one per latent and sample. Gradients of the parameters are not
+counted.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from dcpc import DCPC
-from dcpc.evaluation import Evaluation, evaluate, summarise
+from dcpc.conquer import Langevin
+from dcpc.evaluation import Evaluation, evaluate, held_out_inference, summarise
 from dcpc.recombine.correction import Uncorrected
 from dcpc.training import AmortisedModule, GenerativeModule, ImageData, ParticleModule
 from dcpc.training.cli import ConfiguredCLI
@@ -113,14 +114,16 @@ class Budget(Callback):
 
 def gradients_per_datum(module: GenerativeModule, x: Tensor) -> int:
     """Gradient evaluations of a training step, per datum; see this module's docstring."""
+    num_latents = len(module.held_out_inference.division(x).latents)
     if isinstance(module, AmortisedModule):
-        latents = module.held_out_inference.division(x).latents
-        return len(latents) * module.objective.num_particles
+        return num_latents * module.objective.num_particles
     assert isinstance(module, ParticleModule)
     inference = module.inference
-    per_latent = 1 if isinstance(inference.parts.correction, Uncorrected) else 2
-    latents = len(inference.division(x).latents)
-    return module.sweeps_per_step * inference.num_particles * latents * per_latent
+    move = inference.parts.move
+    per_latent = move.leapfrog_steps if isinstance(move, Langevin) else 1
+    if not isinstance(inference.parts.correction, Uncorrected):
+        per_latent += 1
+    return module.sweeps_per_step * inference.num_particles * num_latents * per_latent
 
 
 def train_and_measure(
@@ -177,7 +180,7 @@ def build(algorithm: str, seed: int, setting: Setting) -> tuple[GenerativeModule
 
 def measure(model: torch.nn.Module, x: Tensor, num_temperatures: int) -> Evaluation:
     """Measures held-out images by annealing, with the same seed for every model."""
-    return evaluate(DCPC(model, num_particles=NUM_PARTICLES), x, num_temperatures, seed=0)
+    return evaluate(held_out_inference(model, NUM_PARTICLES), x, num_temperatures, seed=0)
 
 
 def load_runs(folder: Path, kind: str) -> dict[str, list[dict[str, Any]]]:

@@ -16,7 +16,13 @@ from dcpc.evaluation.frechet import (
     frechet_inception_distance,
 )
 from dcpc.evaluation.frozen import FrozenParticles, infer_and_freeze
-from dcpc.evaluation.held_out import Evaluation, evaluate, format_table, summarise
+from dcpc.evaluation.held_out import (
+    Evaluation,
+    evaluate,
+    format_table,
+    held_out_inference,
+    summarise,
+)
 from dcpc.evaluation.neighbours import Neighbours, nearest_neighbours
 from dcpc.evaluation.particle_files import FrozenParticlesError
 from dcpc.evaluation.pseudo_posterior import PseudoPosterior
@@ -55,6 +61,7 @@ __all__ = [
     "frechet_distance",
     "frechet_feature_distance",
     "frechet_inception_distance",
+    "held_out_inference",
     "importance_weighted_bound",
     "infer_and_freeze",
     "latent_traversal",

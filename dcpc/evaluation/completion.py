@@ -15,9 +15,9 @@ from dcpc.divide.handlers import is_random
 from dcpc.divide.model import Model
 from dcpc.errors import DataError, ModelError, OptionError
 from dcpc.evaluation.batches import BATCH_SIZE, batches, derived_seed, gradients_allowed
+from dcpc.evaluation.held_out import held_out_inference
 from dcpc.evaluation.intensities import IntensityRange, cross_entropy, to_unit
 from dcpc.evaluation.samples import matching_site
-from dcpc.inference import DCPC
 
 __all__ = ["Completion", "MaskedModel", "bottom_half", "complete"]
 
@@ -132,7 +132,7 @@ def complete(
         OptionError: A mask of another shape or type, or that hides nothing of an image.
     """
     visible = _checked_mask(visible, x)
-    inference = DCPC(MaskedModel(model), num_particles=num_particles)
+    inference = held_out_inference(MaskedModel(model), num_particles)
     means, ess = [], []
     with gradients_allowed():
         shown = torch.where(visible, x, intensity_range[0])

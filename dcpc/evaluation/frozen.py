@@ -214,7 +214,8 @@ def infer_and_freeze(
     left as it was.
 
     Args:
-        inference: Of an exact algorithm; its model is a torch module.
+        inference: Of an exact algorithm, as `held_out_inference` makes it; its model is a torch
+            module.
         x: Data, `(N, *shape)`.
         index: Their indices in the data set that they came from, `(N,)`; None to count from zero.
         labels: Their labels, `(N,)`, to keep beside them.

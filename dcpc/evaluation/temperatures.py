@@ -19,6 +19,7 @@ from dcpc.evaluation.batches import (
     gradients_allowed,
     require_positive,
 )
+from dcpc.evaluation.held_out import held_out_inference
 from dcpc.inference import DCPC
 
 __all__ = ["Estimate", "Setting", "TemperatureStudy", "temperature_study"]
@@ -117,7 +118,7 @@ def temperature_study(
         num_particles: Numbers of particles.
         seed: From it every combination gets a seed of its own, so that their noise is independent.
         batch_size: Data annealed at once.
-        **options: Of `DCPC`.
+        **options: Of `held_out_inference`.
 
     Raises:
         OptionError: No setting, or an impossible one.
@@ -132,7 +133,7 @@ def temperature_study(
         require_positive("every one of num_temperatures", length)
     nll = {}
     for count in num_particles:
-        inference = DCPC(model, num_particles=count, **options)
+        inference = held_out_inference(model, count, **options)
         for length in num_temperatures:
             nll[Setting(length, count)] = _evidence_nll(inference, x, length, seed, batch_size)
     return TemperatureStudy(nll)

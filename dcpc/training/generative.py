@@ -15,8 +15,13 @@ from pytorch_lightning.callbacks import Timer
 from torch import Tensor, nn
 
 from dcpc.errors import OptionError
-from dcpc.evaluation import Evaluation, evaluate, prior_samples, summarise
-from dcpc.inference import DCPC
+from dcpc.evaluation import (
+    Evaluation,
+    evaluate,
+    held_out_inference,
+    prior_samples,
+    summarise,
+)
 from dcpc.training.checkpoint import CheckpointError
 from dcpc.training.data import Batch
 
@@ -80,8 +85,7 @@ class GenerativeModule(LightningModule):
         self.learning_rate_schedule = learning_rate_schedule
         self.num_temperatures = num_temperatures
         self.test_temperatures = test_temperatures
-        # Evidence needs an exact algorithm, whichever one trains.
-        self.held_out_inference = DCPC(model, num_particles=evaluation_particles)
+        self.held_out_inference = held_out_inference(model, evaluation_particles)
         self.intensity_range = (0.0, 1.0)
         self.evaluations: list[Evaluation] = []
         self._seed: int | None = None

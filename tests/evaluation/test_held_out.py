@@ -9,7 +9,13 @@ from torch.nn import functional
 
 from dcpc import DCPC
 from dcpc.errors import DataError, OptionError
-from dcpc.evaluation import evaluate, format_table, prior_samples, summarise
+from dcpc.evaluation import (
+    evaluate,
+    format_table,
+    held_out_inference,
+    prior_samples,
+    summarise,
+)
 from dcpc.evaluation.intensities import cross_entropy, to_unit
 from dcpc.training.images import image_grid
 
@@ -19,7 +25,7 @@ def measured(shifted_gaussian: type):
     torch.manual_seed(0)
     model = shifted_gaussian(4)
     x = torch.rand(60, 1, 2, 2)
-    inference = DCPC(model, num_particles=32)
+    inference = held_out_inference(model, 32)
     return x, evaluate(inference, x, num_temperatures=20, seed=1)
 
 

@@ -70,16 +70,25 @@ def test_the_budget_by_gradients_is_what_dcpc_took_by_time(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "num_particles", "expected"),
-    [("dcpc", 4, 3 * 4 * 2 * 2), ("pgd", 4, 3 * 4 * 2), ("mcpc", 1, 3 * 2)],
+    ("algorithm", "num_particles", "leapfrog_steps", "expected"),
+    [
+        ("dcpc", 4, 1, 3 * 4 * 2 * 2),
+        ("dcpc", 4, 3, 3 * 4 * 4 * 2),
+        ("pgd", 4, 1, 3 * 4 * 2),
+        ("mcpc", 1, 1, 3 * 2),
+        ("mcpc", 1, 3, 3 * 3 * 2),
+    ],
 )
-def test_gradients_of_a_step(algorithm: str, num_particles: int, expected: int) -> None:
+def test_gradients_of_a_step(
+    algorithm: str, num_particles: int, leapfrog_steps: int, expected: int
+) -> None:
     # Latents x particles x evaluations per move x sweeps.
     module = ParticleModule(
         DeepLatentGaussian([2, 3, 4], [1, 2, 2]),
         algorithm=algorithm,
         num_particles=num_particles,
         sweeps_per_step=2,
+        leapfrog_steps=leapfrog_steps,
     )
     assert head_to_head.gradients_per_datum(module, torch.rand(5, 1, 2, 2)) == expected
 
