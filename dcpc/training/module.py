@@ -48,6 +48,7 @@ class ParticleModule(GenerativeModule):
         step_size: Step size of the sweeps; null adapts it where the algorithm can.
         leapfrog_steps: Langevin steps before the noise is drawn anew, each at the price of a
             gradient; several mix faster than as many sweeps.
+        blocks: Lists of latents to move jointly, as one unit each; null for one unit per latent.
         learning_rate: Of Adam; `--optimizer` replaces it altogether.
         learning_rate_schedule: `cosine` lowers the rate to zero over the run, by
             `trainer.max_epochs`, `trainer.max_steps` or `trainer.max_time`, whichever is nearest;
@@ -73,6 +74,7 @@ class ParticleModule(GenerativeModule):
         first_visit_sweeps: int = 0,
         step_size: float | None = None,
         leapfrog_steps: int = 1,
+        blocks: list[list[str]] | None = None,
         learning_rate: float = 1e-3,
         learning_rate_schedule: Schedule | None = None,
         evaluation_particles: int = 16,
@@ -107,6 +109,7 @@ class ParticleModule(GenerativeModule):
             algorithm=algorithm,
             move=None if leapfrog_steps == 1 else Langevin(leapfrog_steps),
             step_size=step_size,
+            blocks=blocks or (),
         )
         self.automatic_optimization = not preset.step_parameters_every_sweep
 

@@ -132,6 +132,14 @@ def test_every_preset_trains(
     assert changed == list(before)
 
 
+def test_blocks_of_latents_move_as_one_unit(
+    deep_module: Callable, images: type, trainer: Callable
+) -> None:
+    module = deep_module(blocks=[["z1", "z2"]], leapfrog_steps=2)
+    trainer(max_epochs=2).fit(module, datamodule=images())
+    assert set(module.adaptation) == {"z1+z2"}
+
+
 def test_first_visits_get_their_extra_sweeps(
     deep_module: Callable, images: type, trainer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
