@@ -1,13 +1,13 @@
-"""Every algorithm on the same model, the same images and the same budget.
+"""Every algorithm on the same model and the same images, at equal time and at equal gradients.
 
-    python -m experiments.head_to_head --path ylecun/mnist                       # by time
-    python -m experiments.head_to_head --path ylecun/mnist --budget gradients    # by gradients
+    python -m experiments.head_to_head --path ylecun/mnist
 
-One run per algorithm and seed trains `configs/mnist/<algorithm>.json` on 10,000 images until the
-budget is spent, and measures the model on the same held-out images by the same annealing. Every
-run leaves one file in `experiments/results/head_to_head`; runs that are there already are not
-repeated, so that an interrupted comparison continues where it stopped. Then the table and the
-learning curves are written anew from all files.
+One run per algorithm and seed trains `configs/mnist/<algorithm>.json` on 10,000 images, at a
+constant learning rate, until both budgets are spent: so many minutes, and so many gradient
+evaluations. The model as it was when each was spent is measured on the same held-out images by the
+same annealing. Every run leaves one file in `experiments/results/head_to_head`; runs that are there
+already are not repeated, so that an interrupted comparison continues where it stopped. Then the
+tables and the learning curves are written anew from all files.
 
 A gradient evaluation is the gradient of a log-density with respect to one latent of one particle of
 one datum: a sweep takes one per latent and leapfrog step, and one more where the move is corrected;
@@ -22,11 +22,11 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pyro
 import torch
@@ -35,17 +35,22 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from dcpc.conquer import Langevin
-from dcpc.evaluation import Evaluation, evaluate, held_out_inference, summarise
+from dcpc.evaluation import evaluate, held_out_inference, summarise
 from dcpc.recombine.correction import Uncorrected
 from dcpc.training import AmortisedModule, GenerativeModule, ImageData, ParticleModule
 from dcpc.training.cli import ConfiguredCLI
 
 ALGORITHMS = ("dcpc", "dcpc-smc", "dcpc-paper", "pgd", "lpc", "mcpc", "pc", "ipc", "vae")
 RESULTS = Path(__file__).parent / "results"
-NUM_PARTICLES = 16
-CURVE_TEMPERATURES = 100
+NUM_PARTICLES = 8
+CURVE_TEMPERATURES = 50
 CURVE_IMAGES = 50
-CURVE_POINTS = (0.1, 0.2, 0.4, 0.7)
+CURVE_POINTS = (0.1, 0.2, 0.4, 0.7, 1.0)
+"""Fractions of the time after which the learning curves are measured."""
+
+Budget = Literal["seconds", "gradients"]
+BUDGETS: tuple[Budget, ...] = get_args(Budget)
+Run = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,34 +59,45 @@ class Setting:
 
     Attributes:
         path: Of MNIST: a hub name or a folder.
+        seconds: Of training.
+        gradients: Gradient evaluations of training.
         num_training: Images to train on.
         num_measured: Held-out images to measure.
-        num_temperatures: Of the final measurement.
+        num_temperatures: Of the measurement.
         num_threads: Of torch.
     """
 
     path: str
+    seconds: float
+    gradients: float
     num_training: int
     num_measured: int
     num_temperatures: int
     num_threads: int
 
+    def shared(self) -> dict[str, float]:
+        """What must be the same for runs to be compared."""
+        return {name: value for name, value in asdict(self).items() if name != "path"}
 
-class Budget(Callback):
-    """Stops a training when it has taken so many seconds or gradients, and keeps snapshots.
+
+class Budgets(Callback):
+    """Keeps the model as it is when a budget is spent, and stops when both are.
 
     Args:
-        kind: `seconds` or `gradients`.
-        size: How many.
-        points: When to keep the parameters, as fractions of the budget; at the end in any case.
+        sizes: By budget.
+        points: When to keep it for the learning curve, as fractions of the time.
+
+    Attributes:
+        kept: Snapshots, by budget.
+        curve: Snapshots, by time.
     """
 
-    def __init__(self, kind: str, size: float, points: Sequence[float]) -> None:
-        self.kind = kind
-        self.size = size
-        self.points = [point * size for point in points]
-        self.snapshots: list[dict[str, Any]] = []
-        self.gradients = 0
+    def __init__(self, sizes: Mapping[Budget, float], points: Sequence[float]) -> None:
+        self.sizes = sizes
+        self.points = [point * sizes["seconds"] for point in points]
+        self.kept: dict[Budget, Run] = {}
+        self.curve: list[Run] = []
+        self._gradients = 0
         self._started = math.nan
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,20 +112,16 @@ class Budget(Callback):
         batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, GenerativeModule)
-        self.gradients += gradients_per_datum(pl_module, batch[0]) * len(batch[0])
+        self._gradients += gradients_per_datum(pl_module, batch[0]) * len(batch[0])
         seconds = time.perf_counter() - self._started
-        spent = seconds if self.kind == "seconds" else self.gradients
-        if self.points and spent >= self.points[0]:
-            self.points = [point for point in self.points if point > spent]
-            self._keep(pl_module, seconds)
-        if spent >= self.size:
-            self._keep(pl_module, seconds)
-            trainer.should_stop = True
-
-    def _keep(self, module: GenerativeModule, seconds: float) -> None:
-        state = {name: value.clone() for name, value in module.model.state_dict().items()}
-        spent = {"seconds": seconds, "gradient_evaluations": self.gradients}
-        self.snapshots.append({**spent, "state": state})
+        spent: Run = {"seconds": seconds, "gradients": self._gradients}
+        if self.points and seconds >= self.points[0]:
+            self.points = [point for point in self.points if point > seconds]
+            self.curve.append({**spent, "state": _copy(pl_module.model)})
+        for budget, size in self.sizes.items():
+            if budget not in self.kept and spent[budget] >= size:
+                self.kept[budget] = {**spent, "state": _copy(pl_module.model)}
+        trainer.should_stop = len(self.kept) == len(self.sizes)
 
 
 def gradients_per_datum(module: GenerativeModule, x: Tensor) -> int:
@@ -126,17 +138,15 @@ def gradients_per_datum(module: GenerativeModule, x: Tensor) -> int:
     return module.sweeps_per_step * inference.num_particles * num_latents * per_latent
 
 
-def train_and_measure(
-    algorithm: str, seed: int, kind: str, size: float, setting: Setting
-) -> dict[str, Any]:
-    """One run: trains until the budget is spent, then measures its snapshots."""
+def train_and_measure(algorithm: str, seed: int, setting: Setting) -> Run:
+    """One run: trains until both budgets are spent, then measures what was kept."""
     pyro.clear_param_store()
     module, data = build(algorithm, seed, setting)
-    budget = Budget(kind, size, CURVE_POINTS)
+    budgets = Budgets({"seconds": setting.seconds, "gradients": setting.gradients}, CURVE_POINTS)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="cpu",
-            callbacks=[budget],
+            callbacks=[budgets],
             default_root_dir=folder,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -148,14 +158,24 @@ def train_and_measure(
         trainer.fit(module, datamodule=data)
     assert data.held_out_set is not None
     x = data.held_out_set.first(setting.num_measured)[0]
-    curve = []
-    for snapshot in budget.snapshots:
-        module.model.load_state_dict(snapshot.pop("state"))
-        measured = measure(module.model, x[:CURVE_IMAGES], CURVE_TEMPERATURES)
-        curve.append({**snapshot, **summarise([measured])})
-    final = summarise([measure(module.model, x, setting.num_temperatures)])
-    run = {"algorithm": algorithm, "seed": seed, "budget": kind, **snapshot}
-    return {**run, "curve": curve, "final": final}
+
+    def measured(snapshot: Run, num_images: int, num_temperatures: int) -> Run:
+        module.model.load_state_dict(snapshot["state"])
+        inference = held_out_inference(module.model, NUM_PARTICLES)
+        # The same seed for every model, so that they differ by their parameters.
+        result = evaluate(inference, x[:num_images], num_temperatures, seed=0)
+        return {budget: snapshot[budget] for budget in BUDGETS} | summarise([result])
+
+    return {
+        "algorithm": algorithm,
+        "seed": seed,
+        "setting": setting.shared(),
+        "curve": [measured(point, CURVE_IMAGES, CURVE_TEMPERATURES) for point in budgets.curve],
+        "spent": {
+            budget: measured(snapshot, len(x), setting.num_temperatures)
+            for budget, snapshot in budgets.kept.items()
+        },
+    }
 
 
 def build(algorithm: str, seed: int, setting: Setting) -> tuple[GenerativeModule, ImageData]:
@@ -178,23 +198,18 @@ def build(algorithm: str, seed: int, setting: Setting) -> tuple[GenerativeModule
     return built.model, built.datamodule
 
 
-def measure(model: torch.nn.Module, x: Tensor, num_temperatures: int) -> Evaluation:
-    """Measures held-out images by annealing, with the same seed for every model."""
-    return evaluate(held_out_inference(model, NUM_PARTICLES), x, num_temperatures, seed=0)
-
-
-def load_runs(folder: Path, kind: str) -> dict[str, list[dict[str, Any]]]:
-    """The finished runs of a kind of budget, by algorithm."""
-    runs: dict[str, list[dict[str, Any]]] = {}
+def load_runs(folder: Path) -> dict[str, list[Run]]:
+    """The finished runs, by algorithm."""
+    runs: dict[str, list[Run]] = {}
     for algorithm in ALGORITHMS:
-        files = sorted(folder.glob(f"{kind}-{algorithm}-seed*.json"))
+        files = sorted(folder.glob(f"{algorithm}-seed*.json"))
         if files:
             runs[algorithm] = [json.loads(file.read_text()) for file in files]
     return runs
 
 
-def format_table(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """The runs' final measurements as a Markdown table, the best evidence first."""
+def format_table(runs: Mapping[str, Sequence[Run]], budget: Budget) -> str:
+    """What the runs had learned when a budget was spent, as Markdown, the best evidence first."""
     header = (
         "algorithm",
         "seeds",
@@ -204,34 +219,34 @@ def format_table(runs: dict[str, list[dict[str, Any]]]) -> str:
         "seconds",
         "gradient evaluations",
     )
-    rows = [header, ("---",) * len(header)]
-    for algorithm, results in sorted(runs.items(), key=lambda item: _average(item[1])):
-        final = {name: [run["final"][name] for run in results] for name in results[0]["final"]}
-        rows.append(
-            (
-                f"`{algorithm}`",
-                str(len(results)),
-                _with_error(final["evidence_nll"], 2),
-                _with_error(final["reconstruction_cross_entropy"], 2),
-                _with_error(final["reconstruction_mse"], 4),
-                f"{mean(run['seconds'] for run in results):.0f}",
-                f"{mean(run['gradient_evaluations'] for run in results) / 1e6:.0f} million",
-            )
+    rows = []
+    for algorithm, results in runs.items():
+        spent = [run["spent"][budget] for run in results]
+        figures = {name: [one[name] for one in spent] for name in spent[0]}
+        cells = (
+            f"`{algorithm}`",
+            str(len(results)),
+            _with_error(figures["evidence_nll"], 2),
+            _with_error(figures["reconstruction_cross_entropy"], 2),
+            _with_error(figures["reconstruction_mse"], 4),
+            f"{mean(figures['seconds']):.0f}",
+            f"{mean(figures['gradients']) / 1e6:.0f} million",
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+        rows.append((mean(figures["evidence_nll"]), cells))
+    lines = [header, ("---",) * len(header), *(cells for _, cells in sorted(rows))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def draw_curves(runs: dict[str, list[dict[str, Any]]], kind: str) -> Figure:
-    """Evidence NLL against the budget spent, averaged over the seeds."""
-    unit = "seconds" if kind == "seconds" else "gradient_evaluations"
+def draw_curves(runs: Mapping[str, Sequence[Run]], budget: Budget) -> Figure:
+    """Evidence NLL against what was spent of a budget, averaged over the seeds."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for algorithm, results in runs.items():
         points = list(zip(*(run["curve"] for run in results), strict=False))
-        spent = [mean(point[unit] for point in group) for group in points]
+        spent = [mean(point[budget] for point in group) for group in points]
         nll = [mean(point["evidence_nll"] for point in group) for group in points]
         axes.plot(spent, nll, marker="o", markersize=3, label=algorithm)
-    axes.set_xlabel("seconds of training" if kind == "seconds" else "gradient evaluations")
+    axes.set_xlabel("seconds of training" if budget == "seconds" else "gradient evaluations")
     axes.set_ylabel(f"evidence NLL of {CURVE_IMAGES} images, {CURVE_TEMPERATURES} temperatures")
     axes.set_yscale("log")
     axes.legend(ncols=2)
@@ -243,28 +258,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = options.results / "head_to_head"
     folder.mkdir(parents=True, exist_ok=True)
     setting = Setting(
-        options.path,
-        options.num_training,
-        options.num_measured,
-        options.num_temperatures,
-        options.num_threads,
+        path=options.path,
+        seconds=60.0 * options.minutes,
+        gradients=1e6 * options.million_gradients,
+        num_training=options.num_training,
+        num_measured=options.num_measured,
+        num_temperatures=options.num_temperatures,
+        num_threads=options.num_threads,
     )
     for algorithm, seed in ((a, s) for s in options.seeds for a in options.algorithms):
-        file = folder / f"{options.budget}-{algorithm}-seed{seed}.json"
+        file = folder / f"{algorithm}-seed{seed}.json"
         if file.exists():
+            _require_same_setting(file, setting)
             continue
-        size = 60.0 * options.minutes
-        if options.budget == "gradients":
-            size = _gradients_of_dcpc(folder)
-        run = train_and_measure(algorithm, seed, options.budget, size, setting)
+        run = train_and_measure(algorithm, seed, setting)
         file.write_text(json.dumps(run, indent=1) + "\n")
         print(f"{algorithm}, seed {seed}: {_describe(run)}", flush=True)
-    runs = load_runs(folder, options.budget)
-    table = format_table(runs)
-    (options.results / f"head_to_head_{options.budget}.md").write_text(table)
-    figure = draw_curves(runs, options.budget)
-    figure.savefig(options.results / f"head_to_head_{options.budget}.png", dpi=130)
-    print(table)
+    runs = load_runs(folder)
+    for budget in BUDGETS:
+        table = format_table(runs, budget)
+        (options.results / f"head_to_head_{budget}.md").write_text(table)
+        figure = draw_curves(runs, budget)
+        figure.savefig(options.results / f"head_to_head_{budget}.png", dpi=130)
+        print(f"Equal {budget}:\n\n{table}")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -272,31 +288,32 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--path", default="ylecun/mnist", help="MNIST: a hub name or a folder")
-    parser.add_argument("--budget", choices=("seconds", "gradients"), default="seconds")
     parser.add_argument("--minutes", type=float, default=3.0, help="of training, per run")
+    parser.add_argument(
+        "--million_gradients", type=float, default=15.0, help="gradient evaluations, per run"
+    )
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--num_training", type=int, default=10_000, help="images to train on")
     parser.add_argument("--num_measured", type=int, default=100, help="held-out images")
-    parser.add_argument("--num_temperatures", type=int, default=400, help="of the last measurement")
+    parser.add_argument("--num_temperatures", type=int, default=200, help="of the measurement")
     parser.add_argument("--num_threads", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 
 
-def _gradients_of_dcpc(folder: Path) -> float:
-    """The budget by gradients: what `dcpc` took on average in the runs by time."""
-    runs = load_runs(folder, "seconds").get("dcpc")
-    if not runs:
+def _require_same_setting(file: Path, setting: Setting) -> None:
+    then, now = json.loads(file.read_text())["setting"], setting.shared()
+    changed = [f"{name}={then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
+    if changed:
         raise SystemExit(
-            "--budget gradients: the budget is what dcpc takes in the runs by time, and there are "
-            f"none in '{folder}'; run --budget seconds first"
+            f"'{file}' is a run of another setting ({'; '.join(changed)}), which does not compare; "
+            "give the same options, another --results, or delete it to run it again"
         )
-    return mean(run["gradient_evaluations"] for run in runs)
 
 
-def _average(runs: Sequence[dict[str, Any]]) -> float:
-    return mean(run["final"]["evidence_nll"] for run in runs)
+def _copy(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def _with_error(values: Sequence[float], digits: int) -> str:
@@ -306,9 +323,13 @@ def _with_error(values: Sequence[float], digits: int) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
-def _describe(run: dict[str, Any]) -> str:
-    final = run["final"]
-    return f"evidence NLL {final['evidence_nll']:.2f} after {run['seconds']:.0f} seconds"
+def _describe(run: Run) -> str:
+    parts = (
+        f"{one['evidence_nll']:.2f} after {one['seconds']:.0f} seconds and "
+        f"{one['gradients'] / 1e6:.1f} million gradients"
+        for one in run["spent"].values()
+    )
+    return "evidence NLL " + ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -283,9 +283,12 @@ FAULTS = [
           "evaluations = {name: _take(e, ancestors) for name, e in evaluations.items()}", "pass"),
     Fault("the log-joint without the factors that move later", "dcpc/divide/division.py",
           "log_joint = log_joint + self.over_population(rest)", "pass"),
-    Fault("a Metropolis sweep counts one gradient", HEAD,
-          "per_latent = 1 if isinstance(inference.parts.correction, Uncorrected) else 2",
+    Fault("a Metropolis sweep counts one gradient", HEAD, "per_latent += 1", "per_latent += 0"),
+    Fault("leapfrog steps count one gradient", HEAD,
+          "per_latent = move.leapfrog_steps if isinstance(move, Langevin) else 1",
           "per_latent = 1"),
+    Fault("the table by gradients shows what was learned by time", HEAD,
+          'run["spent"][budget] for run', 'run["spent"]["seconds"] for run'),
 ]  # fmt: skip
 
 

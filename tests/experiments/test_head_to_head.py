@@ -19,27 +19,55 @@ from experiments.encoders import MLPEncoder
 ROOT = Path(__file__).parents[2]
 
 
+SETTING = head_to_head.Setting(
+    path="nowhere",
+    seconds=180.0,
+    gradients=15e6,
+    num_training=10_000,
+    num_measured=100,
+    num_temperatures=200,
+    num_threads=2,
+)
+OPTIONS = ["--path", "nowhere", "--algorithms", "dcpc", "pgd", "--seeds", "0", "1"]
+
+
 def run(algorithm: str, seed: int, nll: float) -> dict[str, Any]:
-    figures = {
-        "evidence_nll": nll,
-        "reconstruction_cross_entropy": 70.0,
-        "reconstruction_mse": 0.01,
+    """A run that took 20 million gradients in its three minutes, and lost 5 nats by 15 million."""
+
+    def figures(seconds: float, gradients: float, nll: float) -> dict[str, float]:
+        return {
+            "seconds": seconds,
+            "gradients": gradients,
+            "evidence_nll": nll,
+            "reconstruction_cross_entropy": 70.0,
+            "reconstruction_mse": 0.01,
+        }
+
+    whole = figures(180.0, 20e6, nll)
+    spent = {"seconds": whole, "gradients": figures(135.0, 15e6, nll + 5.0)}
+    setting = SETTING.shared()
+    return {
+        "algorithm": algorithm,
+        "seed": seed,
+        "setting": setting,
+        "curve": [whole],
+        "spent": spent,
     }
-    spent = {"seconds": 180.0, "gradient_evaluations": 2_000_000}
-    head = {"algorithm": algorithm, "seed": seed, "budget": "seconds", **spent}
-    return {**head, "curve": [{**spent, **figures}], "final": figures}
 
 
 def write(folder: Path, *runs: dict[str, Any]) -> None:
     (folder / "head_to_head").mkdir()
     for one in runs:
-        name = f"{one['budget']}-{one['algorithm']}-seed{one['seed']}.json"
+        name = f"{one['algorithm']}-seed{one['seed']}.json"
         (folder / "head_to_head" / name).write_text(json.dumps(one))
 
 
-def test_finished_runs_are_not_repeated_and_make_the_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+
+
+@pytest.fixture
+def four_runs(tmp_path: Path) -> Path:
     write(
         tmp_path,
         run("pgd", 0, 110.0),
@@ -47,26 +75,32 @@ def test_finished_runs_are_not_repeated_and_make_the_table(
         run("dcpc", 0, 108.0),
         run("dcpc", 1, 108.0),
     )
-    options = ["--path", "nowhere", "--algorithms", "dcpc", "pgd", "--seeds", "0", "1"]
-    head_to_head.main([*options, "--results", str(tmp_path)])
-    table = (tmp_path / "head_to_head_seconds.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    return tmp_path
+
+
+def test_finished_runs_are_not_repeated_and_make_the_tables(
+    four_runs: Path, capsys: pytest.CaptureFixture
+) -> None:
+    head_to_head.main([*OPTIONS, "--results", str(four_runs)])
+    table = (four_runs / "head_to_head_seconds.md").read_text()
     # The standard error of 110 and 114 is their half difference.
-    assert [row[:3] for row in rows] == [
+    assert [row[:3] for row in cells(table)] == [
         ["`dcpc`", "2", "108.00 ± 0.00"],
         ["`pgd`", "2", "112.00 ± 2.00"],
     ]
-    assert rows[0][-1] == "2 million"
+    assert cells(table)[0][-2:] == ["180", "20 million"]
     assert table in capsys.readouterr().out
-    assert (tmp_path / "head_to_head_seconds.png").stat().st_size > 1000
+    by_gradients = cells((four_runs / "head_to_head_gradients.md").read_text())
+    assert [row[2] for row in by_gradients] == ["113.00 ± 0.00", "117.00 ± 2.00"]
+    assert by_gradients[0][-2:] == ["135", "15 million"]
+    for budget in ("seconds", "gradients"):
+        assert (four_runs / f"head_to_head_{budget}.png").stat().st_size > 1000
 
 
-def test_the_budget_by_gradients_is_what_dcpc_took_by_time(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="run --budget seconds first"):
-        head_to_head.main(["--budget", "gradients", "--results", str(tmp_path)])
-    (tmp_path / "head_to_head").rmdir()
-    write(tmp_path, run("dcpc", 0, 108.0))
-    assert head_to_head._gradients_of_dcpc(tmp_path / "head_to_head") == 2_000_000
+def test_runs_of_another_setting_do_not_enter_the_table(four_runs: Path) -> None:
+    message = r"dcpc-seed0.json' is a run of another setting \(num_measured=100, now 50\)"
+    with pytest.raises(SystemExit, match=message):
+        head_to_head.main([*OPTIONS, "--num_measured", "50", "--results", str(four_runs)])
 
 
 @pytest.mark.parametrize(
@@ -115,6 +149,7 @@ def test_a_run_from_images_to_the_table(tmp_path: Path, monkeypatch: pytest.Monk
     options = {
         "path": tmp_path / "images",
         "minutes": 0.05,
+        "million_gradients": 0.001,
         "num_training": 30,
         "num_measured": 4,
         "num_temperatures": 3,
@@ -126,7 +161,10 @@ def test_a_run_from_images_to_the_table(tmp_path: Path, monkeypatch: pytest.Monk
     head_to_head.main([*arguments, "--algorithms", "vae"])
     (file,) = (tmp_path / "head_to_head").glob("*.json")
     measured = json.loads(file.read_text())
-    assert 3.0 <= measured["seconds"] < 60.0
-    assert measured["gradient_evaluations"] % (3 * 30) == 0
-    assert measured["curve"][-1]["seconds"] == measured["seconds"]
-    assert measured["final"]["num_data"] == 4
+    by_time, by_gradients = (measured["spent"][budget] for budget in ("seconds", "gradients"))
+    assert 3.0 <= by_time["seconds"] < 60.0
+    assert measured["curve"][-1]["seconds"] == by_time["seconds"]
+    # Batches of 30 images, three latents and one sample.
+    assert 1000 <= by_gradients["gradients"] < 1000 + 3 * 30
+    assert by_gradients["seconds"] < by_time["seconds"]
+    assert by_time["num_data"] == 4
