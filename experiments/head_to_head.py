@@ -35,7 +35,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from dcpc.conquer import Langevin
-from dcpc.evaluation import evaluate, held_out_inference, summarise
+from dcpc.evaluation import evaluate, held_out_inference, prior_sample_estimate, summarise
 from dcpc.recombine.correction import Uncorrected
 from dcpc.training import AmortisedModule, GenerativeModule, ImageData, ParticleModule
 from dcpc.training.cli import ConfiguredCLI
@@ -47,6 +47,15 @@ CURVE_TEMPERATURES = 50
 CURVE_IMAGES = 50
 CURVE_POINTS = (0.1, 0.2, 0.4, 0.7, 1.0)
 """Fractions of the time after which the learning curves are measured."""
+
+PAPER_ALGORITHMS = ("dcpc-paper", "dcpc", "mcpc")
+PAPER_FIGURES = (
+    ("reconstruction cross-entropy", "reconstruction_cross_entropy", "102.5, as NLL (DCPC)", 2),
+    ("reconstruction MSE", "reconstruction_mse", ".01 (DCPC)", 4),
+    ("minus the prior-sample estimate", "prior_sample_nll", "144.6, as NLL (MCPC)", 2),
+    ("evidence NLL", "evidence_nll", "", 2),
+)
+"""Label, name in a run, what the papers report on MNIST, digits."""
 
 Budget = Literal["seconds", "gradients"]
 BUDGETS: tuple[Budget, ...] = get_args(Budget)
@@ -166,16 +175,13 @@ def train_and_measure(algorithm: str, seed: int, setting: Setting) -> Run:
         result = evaluate(inference, x[:num_images], num_temperatures, seed=0)
         return {budget: snapshot[budget] for budget in BUDGETS} | summarise([result])
 
-    return {
-        "algorithm": algorithm,
-        "seed": seed,
-        "setting": setting.shared(),
-        "curve": [measured(point, CURVE_IMAGES, CURVE_TEMPERATURES) for point in budgets.curve],
-        "spent": {
-            budget: measured(snapshot, len(x), setting.num_temperatures)
-            for budget, snapshot in budgets.kept.items()
-        },
-    }
+    curve = [measured(point, CURVE_IMAGES, CURVE_TEMPERATURES) for point in budgets.curve]
+    spent = {}
+    for budget, snapshot in budgets.kept.items():
+        spent[budget] = measured(snapshot, len(x), setting.num_temperatures)
+        spent[budget]["prior_sample_nll"] = -float(prior_sample_estimate(module.model, x).mean())
+    about = {"algorithm": algorithm, "seed": seed, "setting": setting.shared()}
+    return {**about, "curve": curve, "spent": spent}
 
 
 def build(algorithm: str, seed: int, setting: Setting) -> tuple[GenerativeModule, ImageData]:
@@ -234,7 +240,18 @@ def format_table(runs: Mapping[str, Sequence[Run]], budget: Budget) -> str:
         )
         rows.append((mean(figures["evidence_nll"]), cells))
     lines = [header, ("---",) * len(header), *(cells for _, cells in sorted(rows))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return _markdown(lines)
+
+
+def format_paper(runs: Mapping[str, Sequence[Run]]) -> str:
+    """The papers' figures beside those of the runs by time, as Markdown."""
+    algorithms = [algorithm for algorithm in PAPER_ALGORITHMS if algorithm in runs]
+    header = ("", "reported", *(f"`{algorithm}`" for algorithm in algorithms))
+    lines = [header, ("---",) * len(header)]
+    for label, name, reported, digits in PAPER_FIGURES:
+        columns = ([run["spent"]["seconds"][name] for run in runs[a]] for a in algorithms)
+        lines.append((label, reported, *(_with_error(column, digits) for column in columns)))
+    return _markdown(lines)
 
 
 def draw_curves(runs: Mapping[str, Sequence[Run]], budget: Budget) -> Figure:
@@ -281,6 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figure = draw_curves(runs, budget)
         figure.savefig(options.results / f"head_to_head_{budget}.png", dpi=130)
         print(f"Equal {budget}:\n\n{table}")
+    (options.results / "paper.md").write_text(format_paper(runs))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -314,6 +332,10 @@ def _require_same_setting(file: Path, setting: Setting) -> None:
 
 def _copy(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def _with_error(values: Sequence[float], digits: int) -> str:

@@ -41,6 +41,7 @@ def run(algorithm: str, seed: int, nll: float) -> dict[str, Any]:
             "evidence_nll": nll,
             "reconstruction_cross_entropy": 70.0,
             "reconstruction_mse": 0.01,
+            "prior_sample_nll": 144.0 + nll / 1000,
         }
 
     whole = figures(180.0, 20e6, nll)
@@ -93,6 +94,13 @@ def test_finished_runs_are_not_repeated_and_make_the_tables(
     by_gradients = cells((four_runs / "head_to_head_gradients.md").read_text())
     assert [row[2] for row in by_gradients] == ["113.00 ± 0.00", "117.00 ± 2.00"]
     assert by_gradients[0][-2:] == ["135", "15 million"]
+    paper = cells((four_runs / "paper.md").read_text())
+    assert [row[-1] for row in paper] == [
+        "70.00 ± 0.00",
+        "0.0100 ± 0.0000",
+        "144.11 ± 0.00",
+        "108.00 ± 0.00",
+    ]
     for budget in ("seconds", "gradients"):
         assert (four_runs / f"head_to_head_{budget}.png").stat().st_size > 1000
 
@@ -168,3 +176,5 @@ def test_a_run_from_images_to_the_table(tmp_path: Path, monkeypatch: pytest.Monk
     assert 1000 <= by_gradients["gradients"] < 1000 + 3 * 30
     assert by_gradients["seconds"] < by_time["seconds"]
     assert by_time["num_data"] == 4
+    # Samples of the prior explain an image worse than annealed ones do.
+    assert by_time["prior_sample_nll"] > by_time["evidence_nll"]
