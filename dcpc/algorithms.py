@@ -158,11 +158,11 @@ def build_algorithm(
             "one unit. Use schedule='coloured', or correction='none', or declare all latents one "
             "block with blocks=[(...all latents...)]"
         )
-    if corrected and not parts.move.is_random:
+    if corrected and not parts.move.is_reversible:
         raise OptionError(
-            f"move {type(parts.move).__name__.lower()!r} has no density, so correction "
-            f"{type(parts.correction).__name__.lower()!r} cannot weigh it; use move='langevin' or "
-            "correction='none'"
+            f"move {type(parts.move).__name__.lower()!r} draws no noise and has no way back, so "
+            f"correction {type(parts.correction).__name__.lower()!r} cannot weigh it; use "
+            "move='langevin' or correction='none'"
         )
     if isinstance(parts.correction, CORRECTIONS["resample"]) and not parts.move.has_density:
         raise OptionError(

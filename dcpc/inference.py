@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dcpc.algorithms import build_algorithm
@@ -23,6 +21,7 @@ from dcpc.posterior import Posterior, Samples
 from dcpc.progress import ProgressBar
 from dcpc.recombine.correction import Correction
 from dcpc.run import Run
+from dcpc.seeding import random_state_kept, seeded
 from dcpc.sweep import SweepInfo, SweepState, loss, sweep
 
 MAX_DIVISIONS = 16
@@ -190,10 +189,9 @@ class DCPC:
             )
         if keep_every < 0:
             raise OptionError(f"keep_every must be at least 0, got {keep_every}")
-        if not 0.0 < conditional_ess < 1.0:
-            raise OptionError(f"conditional_ess must lie in (0, 1), got {conditional_ess!r}")
+        _check_conditional_ess(conditional_ess)
         arguments = Arguments(args, kwargs)
-        with _seeded(seed), ProgressBar(progress) as bar:
+        with seeded(seed), ProgressBar(progress) as bar:
             run = self._run(arguments, bar, initial_values or {}, conditional_ess)
             state, estimate = run.approach(self._evidence_refusal(run.division), evidence)
             posterior = run.sample(state, estimate, num_sweeps, num_warmup, keep_every)
@@ -220,13 +218,17 @@ class DCPC:
 
         Raises:
             EvidenceError: The correction is not exact, or a prior is improper.
+            OptionError: An option out of range.
         """
+        if num_temperatures is not None and num_temperatures < 1:
+            raise OptionError(f"num_temperatures must be at least 1, got {num_temperatures}")
+        _check_conditional_ess(conditional_ess)
         arguments = Arguments(args, kwargs)
         refusal = self._evidence_refusal(self._divide(arguments))
         if refusal:
             raise EvidenceError(refusal)
         ladder = None if num_temperatures is None else spaced_ladder(num_temperatures)
-        with _seeded(seed), ProgressBar(progress) as bar:
+        with seeded(seed), ProgressBar(progress) as bar:
             return self._run(arguments, bar, {}, conditional_ess).anneal_twice(ladder)
 
     def get_samples(self) -> Samples:
@@ -335,7 +337,7 @@ class DCPC:
 
     def _check_data(self, arguments: Arguments) -> None:
         """Runs the model once on these data, whose shape may have been divided for others."""
-        with torch.random.fork_rng(devices=_cuda_devices()):
+        with random_state_kept():
             read_sites(self.model, *arguments.rebuild(arguments.tensors))
 
     def _divide(self, arguments: Arguments) -> Division:
@@ -344,7 +346,7 @@ class DCPC:
             self._divisions.move_to_end(key)
             return self._divisions[key]
         args, kwargs = arguments.rebuild(arguments.tensors)
-        with torch.random.fork_rng(devices=_cuda_devices()):
+        with random_state_kept():
             sites = read_sites(self.model, args, kwargs)
             division = divide(
                 self.model,
@@ -415,19 +417,9 @@ class DCPC:
         return self._posterior
 
 
-def _cuda_devices() -> list[int]:
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Seeds a block of code and leaves the global random state as it was."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=_cuda_devices()):
-        torch.manual_seed(seed)
-        yield
+def _check_conditional_ess(value: float) -> None:
+    if not 0.0 < value < 1.0:
+        raise OptionError(f"conditional_ess must lie in (0, 1), got {value!r}")
 
 
 __all__ = ["DCPC", "Units"]

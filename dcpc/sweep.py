@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dcpc.conquer import DualAveraging, Move, Preconditioner
-from dcpc.divide import POSTERIOR, Division, Evaluation, Target, UnitGroup
+from dcpc.divide import POSTERIOR, Division, ScoredDensity, Target, UnitGroup
 from dcpc.errors import DegenerateWeightsError
 from dcpc.recombine import LogWeights, Resampler, take_particles
 from dcpc.recombine.correction import Correction, ProposedMove
@@ -145,7 +145,7 @@ def sweep(
             sites that are to blame.
     """
     correction = parts.correction
-    evaluations: dict[str, Evaluation] = {}
+    evaluations: dict[str, ScoredDensity] = {}
     if retargets:
         evaluations, log_joint = division.evaluate_leading(state.latents, tensors, target)
         state = _reweighted(division, state, log_joint, tensors, target)
@@ -167,13 +167,14 @@ def sweep(
     for group in division.groups:
         value = group.pack(latents)
         before = evaluations.get(group.name)
-        before = _finite(before or group.evaluate(value, latents, tensors, target))
+        evaluate = partial(_evaluate, group, latents, tensors, target)
+        before = evaluate(value) if before is None else _finite(before)
         learned = adaptation.get(group.name) or _first_adaptation(group, parts, before, adapt)
         step_size = parts.dual_averaging.step_size(learned.step_size, adapting=adapt)
         metric = parts.preconditioner.metric(learned.preconditioner, before.score)
-        evaluate = partial(group.evaluate, latents=latents, tensors=tensors, target=target)
+        step_taken = parts.move.jitter(step_size)
         proposal = parts.move.propose(
-            value, before.score, step_size, metric, partial(_score_at, evaluate)
+            value, before.score, step_taken, metric, partial(_score_at, evaluate)
         )
         outcome = correction.apply(
             ProposedMove(
@@ -182,7 +183,7 @@ def sweep(
                 before,
                 parts.move,
                 proposal,
-                step_size,
+                step_taken,
                 metric,
                 evaluate,
                 log_weight,
@@ -308,27 +309,41 @@ def loss(division: Division, state: SweepState, tensors: Sequence[Tensor]) -> Te
     return -scale * (state.log_weight.normalized() * log_joint).sum()
 
 
-def _take(evaluation: Evaluation, ancestors: Tensor) -> Evaluation:
+def _take(evaluation: ScoredDensity, ancestors: Tensor) -> ScoredDensity:
     """The evaluation of resampled particles."""
     axes = tuple(range(1, ancestors.dim()))
-    return Evaluation(
+    return ScoredDensity(
         take_particles(evaluation.log_density, ancestors, axes),
         take_particles(evaluation.score, ancestors, axes),
     )
 
 
-def _finite(evaluation: Evaluation) -> Evaluation:
-    """The evaluation with zero in the place of scores that are NaN or infinite."""
+def _evaluate(
+    group: UnitGroup,
+    latents: Mapping[str, Tensor],
+    tensors: Sequence[Tensor],
+    target: Target,
+    value: Tensor,
+) -> ScoredDensity:
+    """The units' log-densities and scores at a value of theirs, given the other latents."""
+    return _finite(group.evaluate(value, latents, tensors, target))
+
+
+def _score_at(evaluate: Callable[[Tensor], ScoredDensity], value: Tensor) -> Tensor:
+    return evaluate(value).score
+
+
+def _finite(evaluation: ScoredDensity) -> ScoredDensity:
+    """The evaluation with zero in the place of scores that are NaN or infinite.
+
+    At both ends of a move alike, so that it stays reversible where only the score is bad.
+    """
     score = evaluation.score.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     return replace(evaluation, score=score)
 
 
-def _score_at(evaluate: Callable[[Tensor], Evaluation], value: Tensor) -> Tensor:
-    return _finite(evaluate(value)).score
-
-
 def _first_adaptation(
-    group: UnitGroup, parts: Parts, before: Evaluation, adapt: bool
+    group: UnitGroup, parts: Parts, before: ScoredDensity, adapt: bool
 ) -> Adaptation:
     step_size = before.score.new_full((len(group.units),), parts.initial_step_size(group))
     first = Adaptation(
@@ -339,7 +354,7 @@ def _first_adaptation(
 
 
 def _learn_preconditioner(
-    learned: Adaptation, group: UnitGroup, parts: Parts, before: Evaluation
+    learned: Adaptation, group: UnitGroup, parts: Parts, before: ScoredDensity
 ) -> Adaptation:
     return replace(
         learned,

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dcpc.evaluation import FrozenParticles, infer_and_freeze
+from dcpc.evaluation.intensities import to_unit
 from dcpc.training import GenerativeModule, ImageData
 from dcpc.training.checkpoint import check_checkpoint, read_checkpoint
-from dcpc.training.cli import ConfiguredCLI
+from dcpc.training.cli import ConfiguredCLI, one_line_errors
 
 
 def freeze(
@@ -66,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     frozen.save(options.output)
     assert frozen.originals is not None
-    error = (frozen.reconstruct(frozen.originals) - frozen.originals).square().mean()
+    pairs = (frozen.reconstruct(frozen.originals), frozen.originals)
+    shown, original = (to_unit(images, built.datamodule.intensity_range) for images in pairs)
+    error = (shown - original).square().mean()
     print(
         f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB, parameters and "
         f"{frozen.num_particles} particles of {len(frozen)} held-out images; mean squared error of "
@@ -75,4 +78,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dcpc.evaluation import FrozenParticles, temperature_study
-from dcpc.training.cli import ConfiguredCLI
+from dcpc.training.cli import ConfiguredCLI, one_line_errors
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -24,7 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = ConfiguredCLI(["fit", f"--config={options.config}"]).model.model
     frozen = FrozenParticles.from_checkpoint(options.checkpoint, model)
     if frozen.originals is None:
-        raise SystemExit(f"--checkpoint: '{options.checkpoint}' holds no images to measure")
+        raise SystemExit(
+            f"--checkpoint: '{options.checkpoint}' holds no images to measure; use a file that "
+            "experiments.freeze made"
+        )
     study = temperature_study(
         model,
         frozen.originals[: options.num_images],
@@ -49,4 +52,5 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -15,7 +15,7 @@ from dcpc import DCPC
 from dcpc.annealing import anneal, genealogical_standard_error, spaced_ladder
 from dcpc.conquer import Langevin
 from dcpc.divide import Reference, Target
-from dcpc.errors import EvidenceError
+from dcpc.errors import EvidenceError, OptionError
 from dcpc.recombine import LogWeights
 
 CELLS = 3000
@@ -112,6 +112,19 @@ def test_genealogical_error_counts_families_as_one():
 def test_one_particle_has_no_standard_error():
     got = genealogical_standard_error(LogWeights(torch.zeros(1, 3)), torch.zeros(1, 3).long())
     assert bool(got.isnan().all())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_temperatures": 0}, "num_temperatures must be at least 1, got 0"),
+        ({"conditional_ess": 1.0}, r"conditional_ess must lie in \(0, 1\), got 1.0"),
+    ],
+)
+def test_ladders_that_cannot_be_are_refused(options, message):
+    exact = linear_gaussian_dag(2)
+    with pytest.raises(OptionError, match=message):
+        DCPC(exact.model, num_particles=2).anneal(**options)
 
 
 def test_spaced_ladder_rises_to_one():

@@ -327,7 +327,7 @@ def test_move_without_a_density_cannot_be_corrected():
     refused(
         OptionError,
         "gradient",
-        "no density",
+        "no way back",
         "langevin",
         of=lambda: DCPC(plain, num_particles=4, move="gradient"),
     )

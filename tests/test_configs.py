@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dcpc.training import GenerativeModule, ImageData, ParticleModule
 from dcpc.training.cli import ConfiguredCLI, main
@@ -13,6 +14,14 @@ FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("**/*.json"))
 DATA_SETS = ("mnist", "fashion_mnist", "emnist", "cifar10", "celeba")
 ALGORITHMS = ("dcpc", "dcpc-smc", "dcpc-paper", "pgd", "lpc", "mcpc", "pc", "ipc", "vae")
+SHARED = (
+    "learning_rate",
+    "learning_rate_schedule",
+    "evaluation_particles",
+    "num_temperatures",
+    "test_temperatures",
+)
+"""Keys of the model that are no part of an algorithm."""
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(FOLDER)))
@@ -49,6 +58,10 @@ def test_every_algorithm_trains_the_same_model_on_the_same_data(data_set: str) -
         assert model == configs["dcpc"]["model"]["model"]
         assert config["data"] == configs["dcpc"]["data"]
         assert options.get("algorithm", "vae") == name
+        assert [options[key] for key in SHARED] == [configs["dcpc"]["model"][key] for key in SHARED]
+        assert config["seed_everything"] == configs["dcpc"]["seed_everything"]
+        folder = {"default_root_dir": f"runs/{data_set}/{name}"}
+        assert config["trainer"] == {**configs["dcpc"]["trainer"], **folder}
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -70,6 +83,46 @@ def test_every_algorithm_fits_from_its_config(
             "--data=ArrayData",
             f"--data.folder={tmp_path}",
             "--data.num_held_out=2",
+            "--data.batch_size=4",
+            "--trainer.max_epochs=1",
+            "--trainer.log_every_n_steps=1",
+            "--trainer.check_val_every_n_epoch=1",
+            f"--trainer.default_root_dir={tmp_path / 'run'}",
+            "--num_threads=1",
+        ]
+    )
+    assert "after" in capsys.readouterr().out
+    assert (tmp_path / "run" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    "name", ["pgd-paper", *(pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS)]
+)
+def test_every_colour_generator_fits_from_its_config(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    random = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for number in range(20):
+        pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+    model = "model.init_args" if name == "vae" else "model"
+    parts = ["model", "guide"] if name in ("vae", "lpc") else ["model"]
+    small = [
+        f"--{model}.{part}.init_args.{size}"
+        for part in parts
+        for size in ("latent_size=3", "image_shape=[3,16,16]")
+    ]
+    main(
+        [
+            "fit",
+            f"--config=configs/cifar10/{name}.json",
+            *small,
+            f"--{model}.evaluation_particles=2",
+            f"--{model}.num_temperatures=1",
+            f"--data.path={tmp_path / 'images'}",
             "--data.batch_size=4",
             "--trainer.max_epochs=1",
             "--trainer.log_every_n_steps=1",

@@ -439,7 +439,6 @@ def colour_constants(
         "NUM_PARTICLES": 2,
         "NUM_TEMPERATURES": 2,
         "NUM_COMPONENTS": 2,
-        "NUM_COMPARED": 8,
     }
 
 

@@ -11,6 +11,7 @@ import torch
 from oracles import gaussian_chain, linear_gaussian_dag
 
 from dcpc import DCPC
+from dcpc.conquer import Langevin
 from dcpc.divide import Arguments, Target
 from dcpc.errors import DataError, DegenerateWeightsError
 from dcpc.recombine import LogWeights
@@ -219,6 +220,26 @@ def test_single_bad_particles_are_left_behind_and_counted():
     assert posterior.num_bad > 0
     assert float(posterior.samples["z"].min()) > 0
     assert "NaN or infinite" in posterior.format_summary()
+
+
+@pytest.mark.parametrize("leapfrog_steps", [1, 3])
+def test_where_only_the_score_is_bad_the_posterior_stays_right(leapfrog_steps):
+    """`where` hides the NaN of `sqrt` in the density, but not in its gradient."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(torch.where(z > 0, z.sqrt(), 0.0), 0.5), obs=x)
+
+    x, count = torch.tensor(0.7), 4000
+    posterior = DCPC(model, num_particles=count, move=Langevin(leapfrog_steps), certify=False).run(
+        x, num_sweeps=100, seed=0, progress=False
+    )
+    grid = torch.linspace(-8.0, 8.0, 100_001)
+    density = dist.Normal(0.0, 1.0).log_prob(grid)
+    density = (density + dist.Normal(grid.clamp(min=0.0).sqrt(), 0.5).log_prob(x)).exp()
+    negative = float(density[grid < 0].sum() / density.sum())
+    share = float((posterior.resample()["z"] < 0).double().mean())
+    assert abs(share - negative) < 4 * math.sqrt(negative * (1 - negative) / count)
 
 
 def test_a_state_of_other_data_is_refused():

@@ -14,6 +14,9 @@ from torch import Tensor
 from dcpc.conquer.preconditioner import Metric
 from dcpc.errors import OptionError
 
+JITTER = 0.2
+"""Relative range of the length of leapfrog steps, where there are several."""
+
 Score = Callable[[Tensor], Tensor]
 """The gradient of the units' log-densities at given values, of the values' shape."""
 
@@ -36,18 +39,22 @@ class Proposal:
 
 
 class Move(ABC):
-    """A move has a proposal, and a density if it is random.
+    """A move has a proposal, and a way back if it draws noise.
 
     Attributes:
-        is_random: Whether `log_backward - log_forward` makes the move reversible.
+        is_reversible: Whether noise is drawn, so that `log_backward - log_forward` corrects it.
         has_density: Whether `log_forward` is, besides, the proposal's own density.
     """
 
-    is_random: ClassVar[bool]
+    is_reversible: ClassVar[bool]
 
     @property
     def has_density(self) -> bool:
-        return self.is_random
+        return self.is_reversible
+
+    def jitter(self, step_size: Tensor) -> Tensor:
+        """The step size `(n,)` that a sweep takes, drawn without a look at the particles."""
+        return step_size
 
     @abstractmethod
     def propose(
@@ -67,7 +74,7 @@ class Move(ABC):
     def log_backward(
         self, proposal: Proposal, score: Tensor, step_size: Tensor, metric: Metric
     ) -> Tensor:
-        """`log q(u | u')`, `(K, *plates, n)`, given the score at `u'`."""
+        """`log_forward` of the way back, `(K, *plates, n)`, given the score at `u'`."""
 
 
 @dataclass(frozen=True)
@@ -85,26 +92,35 @@ class Langevin(Move):
 
     With `leapfrog_steps` of them before the noise is drawn anew, a unit goes straight on where
     single steps would wander: n steps reach as far as n^2 single moves, for n scores. Then
-    `log q(u | u') - log q(u' | u)` is the difference of the kinetic energies, `-|m|^2 / 2`.
+    `log_backward - log_forward` is the difference of the kinetic energies, `-|m|^2 / 2`. The length
+    of the steps is drawn anew for every sweep, within `JITTER` of its mean: the dynamics of a
+    Gaussian are periodic, and a fixed length may bring it back to where it was.
 
     Attributes:
         leapfrog_steps: Steps, and scores, per move.
 
     Raises:
-        OptionError: There is no step.
+        OptionError: No number of steps.
     """
 
     leapfrog_steps: int = 1
 
-    is_random = True
+    is_reversible = True
 
     def __post_init__(self) -> None:
-        if self.leapfrog_steps < 1:
-            raise OptionError(f"leapfrog_steps must be at least 1, got {self.leapfrog_steps}")
+        steps = self.leapfrog_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise OptionError(f"leapfrog_steps must be an integer of at least 1, got {steps!r}")
 
     @property
     def has_density(self) -> bool:
         return self.leapfrog_steps == 1
+
+    def jitter(self, step_size: Tensor) -> Tensor:
+        if self.leapfrog_steps == 1:
+            return step_size
+        factor = 1.0 + JITTER * (2.0 * torch.rand_like(step_size) - 1.0)
+        return step_size * factor.square()  # eta is half the square of a leapfrog step's length
 
     def propose(
         self, value: Tensor, score: Tensor, step_size: Tensor, metric: Metric, score_at: Score
@@ -135,7 +151,7 @@ class Langevin(Move):
 class Gradient(Move):
     """Gradient ascent `u' = u + eta P s`, the relaxation of classical predictive coding."""
 
-    is_random = False
+    is_reversible = False
 
     def propose(
         self, value: Tensor, score: Tensor, step_size: Tensor, metric: Metric, score_at: Score

@@ -4,14 +4,14 @@ from dcpc.divide.division import Division, divide
 from dcpc.divide.model import read_sites
 from dcpc.divide.program import Arguments, constrained_particles, prior_particles
 from dcpc.divide.target import POSTERIOR, Reference, Target
-from dcpc.divide.unit import Evaluation, Unit, UnitGroup
+from dcpc.divide.unit import ScoredDensity, Unit, UnitGroup
 
 __all__ = [
     "POSTERIOR",
     "Arguments",
     "Division",
-    "Evaluation",
     "Reference",
+    "ScoredDensity",
     "Target",
     "Unit",
     "UnitGroup",

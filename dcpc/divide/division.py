@@ -26,7 +26,7 @@ from dcpc.divide.program import (
     prior_particles,
 )
 from dcpc.divide.target import POSTERIOR, Target
-from dcpc.divide.unit import Evaluation, Unit, UnitGroup, sum_to_plates
+from dcpc.divide.unit import ScoredDensity, Unit, UnitGroup, sum_to_plates
 
 NUM_EXAMPLES = 4
 """Prior samples that a program is captured and certified with."""
@@ -115,7 +115,7 @@ class Division:
 
     def evaluate_leading(
         self, latents: Latents, tensors: Sequence[Tensor], target: Target = POSTERIOR
-    ) -> tuple[dict[str, Evaluation], Tensor]:
+    ) -> tuple[dict[str, ScoredDensity], Tensor]:
         """The groups that move first, evaluated where they are, and the log-density of the target.
 
         Their log-densities are parts of it, which spares a pass through the model.

@@ -44,7 +44,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class ScoredDensity:
     """Log-density `(K, *plates, n)` and score `(K, *plates, n, d)` of a group's units."""
 
     log_density: Tensor
@@ -153,13 +153,13 @@ class UnitGroup:
         latents: Latents,
         tensors: Sequence[Tensor],
         target: Target = POSTERIOR,
-    ) -> Evaluation:
+    ) -> ScoredDensity:
         """Log-density and its gradient with respect to the value, the prediction error."""
         with torch.enable_grad():
             leaf = value.detach().requires_grad_()
             log_density = self.log_density(leaf, latents, tensors, target)
             (score,) = torch.autograd.grad(log_density.sum(), leaf)
-        return Evaluation(log_density.detach(), score)
+        return ScoredDensity(log_density.detach(), score)
 
     def over_population(self, value: Tensor) -> Tensor:
         """Sums `(K, *plates, n)` over the units and all but the population plates."""

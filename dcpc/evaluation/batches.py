@@ -1,24 +1,16 @@
-"""What every measurement over many data shares: batches, seeds, and leave to take gradients."""
+"""What every measurement over many data shares: batches, and leave to take gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dcpc.errors import OptionError
 
-__all__ = [
-    "BATCH_SIZE",
-    "batches",
-    "derived_seed",
-    "gradients_allowed",
-    "require_positive",
-    "seeded",
-]
+__all__ = ["BATCH_SIZE", "batches", "gradients_allowed", "require_positive"]
 
 BATCH_SIZE = 250
 """Data that are measured at once: memory grows with it, and speed hardly does beyond it."""
@@ -42,20 +34,6 @@ def batches(x: Tensor, batch_size: int) -> list[Tensor]:
         raise OptionError(f"x must hold at least one datum, got shape {tuple(x.shape)}")
     with gradients_allowed():
         return [part.clone() for part in x.split(batch_size)]
-
-
-def derived_seed(seed: int, *key: int) -> int:
-    """The seed of one part of a computation, independent of those of the others."""
-    return int(np.random.SeedSequence([seed, *key]).generate_state(1)[0])
-
-
-@contextmanager
-def seeded(seed: int, like: Tensor) -> Iterator[None]:
-    """Seeds a block of code and leaves the global random state as it was."""
-    devices = [like.device] if like.is_cuda else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def require_positive(name: str, value: int) -> None:

@@ -14,12 +14,11 @@ from dcpc.errors import EvidenceError, ModelError
 from dcpc.evaluation.batches import (
     BATCH_SIZE,
     batches,
-    derived_seed,
     gradients_allowed,
     require_positive,
-    seeded,
 )
 from dcpc.inference import DCPC
+from dcpc.seeding import derived_seed, seeded
 
 __all__ = [
     "Bounds",
@@ -89,7 +88,7 @@ class ImportanceSampler:
         require_positive("num_samples", num_samples)
         parts = []
         for number, part in enumerate(batches(x, self._batch_size)):
-            with gradients_allowed(), seeded(derived_seed(seed, number), x):
+            with gradients_allowed(), seeded(derived_seed(seed, number)):
                 parts.append(self._weigh(part, num_samples))
         return torch.cat(parts, 1)
 

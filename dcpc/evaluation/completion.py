@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from dcpc.divide.handlers import is_random
 from dcpc.divide.model import Model
 from dcpc.errors import DataError, ModelError, OptionError
-from dcpc.evaluation.batches import BATCH_SIZE, batches, derived_seed, gradients_allowed
+from dcpc.evaluation.batches import BATCH_SIZE, batches, gradients_allowed
 from dcpc.evaluation.held_out import held_out_inference
 from dcpc.evaluation.intensities import IntensityRange, cross_entropy, to_unit
 from dcpc.evaluation.samples import matching_site
+from dcpc.seeding import derived_seed
 
 __all__ = ["Completion", "MaskedModel", "bottom_half", "complete"]
 
@@ -193,6 +194,10 @@ def _checked_mask(visible: Tensor, x: Tensor) -> Tensor:
             f"got {visible.dtype} of shape {tuple(visible.shape)}"
         )
     visible = visible.to(x.device).expand(x.shape)
-    if bool(visible.flatten(1).all(1).any()):
-        raise OptionError("visible must hide at least one pixel of every image")
+    whole = visible.flatten(1).all(1)
+    if bool(whole.any()):
+        raise OptionError(
+            f"visible must hide at least one pixel of every image, but shows all of image "
+            f"{int(whole.nonzero()[0])}; leave such images out"
+        )
     return visible

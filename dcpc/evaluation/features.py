@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dcpc.errors import DataError, DCPCError
-from dcpc.evaluation.batches import BATCH_SIZE, require_positive, seeded
+from dcpc.evaluation.batches import BATCH_SIZE, gradients_allowed, require_positive
+from dcpc.seeding import seeded
 
 __all__ = ["FeatureClassifier", "InceptionError", "InceptionFeatures"]
 
@@ -52,7 +53,15 @@ class InceptionFeatures:
         self.device = torch.device(device)
 
     def features(self, images: Tensor) -> Tensor:
-        """Features `(N, 2048)` of images `(N, 1 or 3, H, W)` in [0, 1]."""
+        """Features `(N, 2048)` of images `(N, 1 or 3, H, W)` in [0, 1].
+
+        Raises:
+            DataError: Another number of channels.
+        """
+        if images.dim() != 4 or images.shape[1] not in (1, 3):
+            raise DataError(
+                f"images must have shape (N, 1 or 3, height, width), got {tuple(images.shape)}"
+            )
         parts = []
         for part in images.split(BATCH_SIZE):
             colours = part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part
@@ -87,7 +96,7 @@ class FeatureClassifier(nn.Module):
         self.image_shape = tuple(image_shape)
         self.num_classes = num_classes
         self.seed = seed
-        with seeded(seed, torch.empty(0)):
+        with seeded(seed):
             self.body = nn.Sequential(
                 nn.Conv2d(image_shape[0], 32, kernel_size=3, stride=2, padding=1),
                 nn.ReLU(),
@@ -139,7 +148,7 @@ class FeatureClassifier(nn.Module):
                 f"{tuple(labels.shape)} from {int(labels.min())} to {int(labels.max())}"
             )
         optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
-        with torch.inference_mode(False), torch.enable_grad(), seeded(self.seed, images):
+        with gradients_allowed(), seeded(self.seed):
             for _ in range(num_epochs):
                 for rows in torch.randperm(len(images)).split(batch_size):
                     loss = nn.functional.cross_entropy(self(images[rows]), labels[rows].long())

@@ -15,10 +15,8 @@ from dcpc.errors import OptionError
 from dcpc.evaluation.batches import (
     BATCH_SIZE,
     batches,
-    derived_seed,
     gradients_allowed,
     require_positive,
-    seeded,
 )
 from dcpc.evaluation.particle_files import (
     FrozenParticlesError,
@@ -30,6 +28,7 @@ from dcpc.evaluation.particle_files import (
 from dcpc.evaluation.samples import latent_shapes, matching_site
 from dcpc.inference import DCPC
 from dcpc.recombine import LogWeights, systematic
+from dcpc.seeding import derived_seed, seeded
 
 __all__ = ["FrozenParticles", "infer_and_freeze"]
 
@@ -160,7 +159,7 @@ class FrozenParticles:
                 f"got {num_kept}"
             )
         weights = LogWeights(self.log_weight).normalized()
-        with seeded(seed, weights):
+        with seeded(seed):
             order = torch.rand_like(weights).argsort(0)  # of each datum's particles by itself
             ancestors = systematic(weights).gather(0, order[:num_kept])
         columns = torch.arange(len(self), device=weights.device)

@@ -35,13 +35,18 @@ def nearest_neighbours(
         chunk_size: Data compared at once.
 
     Raises:
-        DataError: Samples and data of different shapes.
+        DataError: Samples and data of different shapes, or one of them of bytes.
         OptionError: A number out of range.
     """
     if samples.shape[1:] != data.shape[1:]:
         raise DataError(
             f"samples and data must have the same shape but for their number, got "
             f"{tuple(samples.shape)} and {tuple(data.shape)}"
+        )
+    if samples.is_floating_point() != data.is_floating_point():
+        raise DataError(
+            f"samples and data must have the same intensities, got {samples.dtype} and "
+            f"{data.dtype}; divide bytes by 255 where samples lie between 0 and 1"
         )
     require_positive("chunk_size", chunk_size)
     if not 1 <= num_neighbours <= len(data):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from dcpc.errors import DataError, OptionError
-from dcpc.evaluation.batches import seeded
+from dcpc.seeding import seeded
 
 __all__ = ["PseudoPosterior"]
 
@@ -72,7 +73,10 @@ class PseudoPosterior:
         shape = tuple(particles.shape[2:])
         rows = particles.detach().cpu().double().reshape(*particles.shape[:2], -1)
         if not bool(rows.isfinite().all()):
-            raise DataError(f"the particles of site '{site}' are not all finite")
+            raise DataError(
+                f"{int((~rows.isfinite()).sum())} of {rows.numel()} values of site '{site}' are "
+                "NaN or infinite; training has diverged there: lower its step size or learning rate"
+            )
         groups, labels = _by_label(rows, labels)
         fits = [_fit(group.flatten(0, 1), num_components, seed, site) for group in groups]
         share = [group.shape[1] / rows.shape[1] for group in groups]
@@ -113,7 +117,7 @@ class PseudoPosterior:
             OptionError: A label that nothing was fitted to.
         """
         mixture = self.distribution(label)
-        with seeded(seed, self.means):
+        with seeded(seed):
             values = mixture.sample(torch.Size([num_samples]))
         return {self.site: values.reshape(num_samples, *self.shape)}
 
@@ -137,6 +141,13 @@ def _fit(rows: Tensor, num_components: int, seed: int, site: str) -> GaussianMix
         raise DataError(
             f"num_components must lie between 1 and the number of particles of site '{site}' (of "
             f"every label, where there are labels), got {num_components} and {len(rows)} particles"
+        )
+    if len(rows) < num_components * rows.shape[1]:
+        warnings.warn(
+            f"{len(rows)} particles of site '{site}' do not determine {num_components} covariances "
+            f"of {rows.shape[1]} values: samples will be mixtures of few particles. Use fewer "
+            "components or more data",
+            stacklevel=3,
         )
     mixture = GaussianMixture(num_components, covariance_type="full", random_state=seed)
     return mixture.fit(rows.numpy())

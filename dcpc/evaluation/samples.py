@@ -13,7 +13,7 @@ from torch import Tensor
 from dcpc.divide.handlers import Substitute, is_random, mean_of, transform_of
 from dcpc.divide.model import Model
 from dcpc.errors import DataError, OptionError
-from dcpc.evaluation.batches import seeded
+from dcpc.seeding import seeded
 
 __all__ = [
     "Decoded",
@@ -65,7 +65,7 @@ def decode(
         program = _AtMeans()(program)
     if latents:
         _check(model, latents, x)
-    with seeded(seed, x), torch.no_grad(), pyro.validation_enabled(False):
+    with seeded(seed), torch.no_grad(), pyro.validation_enabled(False):
         nodes = pyro.poutine.trace(program).get_trace(x).nodes
     observed: dict[str, Any] = {n: site for n, site in nodes.items() if _was_observed(site)}
     return Decoded(
@@ -119,7 +119,7 @@ def latent_shapes(model: Model, x: Tensor) -> dict[str, torch.Size]:
 
     Runs the model once; the values of `x` do not matter, and the global random state stays.
     """
-    with seeded(0, x), torch.no_grad(), pyro.validation_enabled(False):
+    with seeded(0), torch.no_grad(), pyro.validation_enabled(False):
         nodes = pyro.poutine.trace(pyro.poutine.uncondition(model)).get_trace(x).nodes
     return {
         name: transform_of(site["fn"]).inv(site["value"]).shape
@@ -129,19 +129,19 @@ def latent_shapes(model: Model, x: Tensor) -> dict[str, torch.Size]:
 
 
 def matching_site(values: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """The observed site whose value is `x`, in the shape of `x`.
+    """Of values by observed site, the one that has as many elements as `x`, in its shape.
 
     Raises:
-        DataError: No site has as many elements as `x`.
+        DataError: No site has, or several have.
     """
-    for value in values.values():
-        if value.numel() == x.numel():
-            return value.reshape(x.shape)
-    shapes = {name: tuple(value.shape) for name, value in values.items()}
-    raise DataError(
-        f"no observed site of the model has as many elements as the data, {tuple(x.shape)}: got "
-        f"{shapes}, so there is nothing to compare reconstructions with"
-    )
+    alike = [value for value in values.values() if value.numel() == x.numel()]
+    if len(alike) != 1:
+        shapes = {name: tuple(value.shape) for name, value in values.items()}
+        raise DataError(
+            f"one observed site of the model must have as many elements as the data, "
+            f"{tuple(x.shape)}, to be compared with them; got {len(alike)} of the sites {shapes}"
+        )
+    return alike[0].reshape(x.shape)
 
 
 class _AtMeans(Messenger):

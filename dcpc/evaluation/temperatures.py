@@ -15,12 +15,12 @@ from dcpc.errors import OptionError
 from dcpc.evaluation.batches import (
     BATCH_SIZE,
     batches,
-    derived_seed,
     gradients_allowed,
     require_positive,
 )
 from dcpc.evaluation.held_out import held_out_inference
 from dcpc.inference import DCPC
+from dcpc.seeding import derived_seed
 
 __all__ = ["Estimate", "Setting", "TemperatureStudy", "temperature_study"]
 

@@ -11,7 +11,8 @@ import sys
 import tempfile
 import warnings
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -208,13 +209,20 @@ class ConfiguredCLI(TrainingCLI):
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the `dcpc` command. Bad input is one line on standard error and exit status 2."""
+    """Runs the `dcpc` command; errors as by `one_line_errors`."""
     arguments = list(sys.argv[1:] if args is None else args)
     # As `python -m` does, so that a config may name classes in files of the working directory.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
+    with one_line_errors():
         TrainingCLI(_find_configs(arguments))
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Makes bad input one line on standard error and exit status 2, for a command's whole run."""
+    try:
+        yield
     except (DCPCError, OSError, MisconfigurationException) as error:
         _fail(str(error))
 

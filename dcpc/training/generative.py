@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import Timer
@@ -22,6 +20,7 @@ from dcpc.evaluation import (
     prior_samples,
     summarise,
 )
+from dcpc.seeding import derived_seed, seeded
 from dcpc.training.checkpoint import CheckpointError
 from dcpc.training.data import Batch
 
@@ -201,15 +200,10 @@ class GenerativeModule(LightningModule):
         self._seed = saved["seed"]
         self._num_steps = saved["num_steps"]
 
-    @contextmanager
-    def stream(self, *key: int) -> Iterator[None]:
+    def stream(self, *key: int) -> AbstractContextManager[None]:
         """Random numbers that depend on the seed and the key only; leaves the global ones be."""
         assert self._seed is not None
-        seed = int(np.random.SeedSequence([self._seed, *key]).generate_state(1)[0])
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            yield
+        return seeded(derived_seed(self._seed, *key))
 
 
 def require(name: str, value: int, at_least: int) -> None:

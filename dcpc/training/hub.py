@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dcpc.errors import DataError, OptionError
 from dcpc.training.data import ImageData, ImageSet
-from dcpc.training.pixels import PixelSet, decode, open_pixels
+from dcpc.training.pixels import PixelSet, decode_pictures, open_pixels
 
 __all__ = ["HubImages"]
 
@@ -187,7 +187,7 @@ class HubImages(ImageData):
                 f"data.cache_folder: cannot write to '{self.cache_folder}' ({error.strerror}); "
                 "choose another one"
             ) from error
-        decode(cached, _pictures(source, image_column), labels, self.size, self.channels)
+        decode_pictures(cached, _pictures(source, image_column), labels, self.size, self.channels)
 
 
 def _check_options(

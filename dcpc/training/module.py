@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from dcpc.algorithms import PRESETS, lookup
 from dcpc.conquer import Langevin
-from dcpc.errors import OptionError
+from dcpc.errors import ModelError, OptionError
 from dcpc.inference import DCPC
 from dcpc.sweep import Adaptation, SweepInfo, SweepState
 from dcpc.training.data import Batch
 from dcpc.training.generative import STATE_KEY, GenerativeModule, Schedule, require
-from dcpc.training.particles import ParticleStore, datum_axes
+from dcpc.training.particles import ParticleStore, datum_axes, gather, spread
 
 __all__ = ["ParticleModule"]
 
@@ -143,6 +143,7 @@ class ParticleModule(GenerativeModule):
         x, _, index = batch
         with self.stream(self._num_steps):
             axes = datum_axes(self.inference.division(x), len(x))
+            tied = self._are_tied(x)
             state = replace(self._recall(x, index, axes), adaptation=self.adaptation)
             is_first_visit = not bool(self.store.visited(index).all())
             for _ in range(self.first_visit_sweeps if is_first_visit else 0):
@@ -150,9 +151,11 @@ class ParticleModule(GenerativeModule):
             for _ in range(self.sweeps_per_step):
                 state, info = self.inference.sweep(state, x)
                 if not self.automatic_optimization:
-                    self._step_parameters(_total(self._losses(state, x)))
-            losses = self._losses(state, x)
-        self.store.write(index, state, axes)
+                    losses = self._losses(state, x)
+                    self._step_parameters(_total(losses))
+            if self.automatic_optimization:
+                losses = self._losses(state, x)
+        self.store.write(index, spread(state, len(x)) if tied else state, axes)
         self.adaptation = state.adaptation
         self.last_sweep = info
         self._num_steps += 1
@@ -167,7 +170,22 @@ class ParticleModule(GenerativeModule):
         assert self.store is not None
         if self.guide is not None and self.inference.algorithm.preset.warm_starts_every_visit:
             return self._draw(x)
+        if self._are_tied(x):
+            return gather(self.store.read(index, lambda: spread(self._draw(x), len(x)), axes))
         return self.store.read(index, lambda: self._draw(x), axes)
+
+    def _are_tied(self, x: Tensor) -> bool:
+        """Whether the data of a batch share one density, as under batch normalisation."""
+        tied = not self.inference.division(x).population
+        if tied and self.inference.parts.correction.is_exact:
+            raise ModelError(
+                f"the {len(x)} data of a batch are not independent given the parameters (is a "
+                "layer normalised over the batch?), so that algorithm "
+                f"{self.inference.algorithm.name!r} would weigh whole batches, and particles per "
+                "datum have no weights of their own. Normalise otherwise (norm='group'), or train "
+                "with an algorithm that does not weigh: pgd, lpc, mcpc, pc or ipc"
+            )
+        return tied
 
     def _draw(self, x: Tensor) -> SweepState:
         """Fresh particles; from a stream of its own, since resuming may draw once more."""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dcpc.errors import DataError
 from dcpc.training.data import Batch, ImageSet
 
-__all__ = ["PixelSet", "decode", "open_pixels", "prepare"]
+__all__ = ["PixelSet", "decode_pictures", "open_pixels", "prepare"]
 
 LEVELS = 255
 
@@ -115,7 +115,7 @@ def prepare(picture: Image.Image, size: int | None, channels: int) -> np.ndarray
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
 
 
-def decode(
+def decode_pictures(
     path: Path,
     pictures: Iterable[Image.Image],
     labels: np.ndarray,
@@ -156,7 +156,7 @@ def open_pixels(path: Path) -> tuple[Tensor, Tensor]:
     """Images `(N, channels, height, width)` as bytes, mapped rather than read, and labels `(N,)`.
 
     Raises:
-        DataError: The files are not what `decode` writes.
+        DataError: The files are not what `decode_pictures` writes.
     """
     try:
         # Copy on write: torch wants writable memory, and nobody writes.

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal
 
+from dcpc import DCPC
 from dcpc.conquer import MOVES, Dense, Diagonal, Gradient, Langevin
 from dcpc.errors import OptionError
+from dcpc.sweep import SweepState
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -156,9 +162,43 @@ def test_leapfrog_steps_follow_hamiltons_equations(make, steps):
     assert float((log_density(u) - log_density(value)).abs().max()) > 0.1  # it went somewhere
 
 
-def test_no_leapfrog_step_is_an_error():
-    with pytest.raises(OptionError, match="leapfrog_steps must be at least 1, got 0"):
-        Langevin(leapfrog_steps=0)
+@pytest.mark.parametrize("steps", [0, 2.5, True])
+def test_no_number_of_leapfrog_steps_is_an_error(steps):
+    message = f"leapfrog_steps must be an integer of at least 1, got {steps}"
+    with pytest.raises(OptionError, match=message):
+        Langevin(leapfrog_steps=steps)
+
+
+def test_the_length_of_several_steps_varies_by_a_fifth_and_that_of_one_is_kept():
+    torch.manual_seed(0)
+    eta = torch.full((10_000,), 0.3)
+    assert torch.equal(Langevin().jitter(eta), eta)
+    ratio = (Langevin(4).jitter(eta) / eta).sqrt()
+    assert 0.8 <= float(ratio.min()) < 0.801
+    assert 1.199 < float(ratio.max()) <= 1.2
+    assert float(ratio.mean()) == pytest.approx(1.0, abs=4 * 0.4 / math.sqrt(12 * 10_000))
+
+
+def test_four_steps_of_a_quarter_period_do_not_return_to_where_they_started():
+    # On a standard normal, a leapfrog step of length sqrt(2) is a quarter turn of phase space.
+    torch.manual_seed(0)
+
+    def model():
+        with pyro.plate("copies", 4000):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4000), math.sqrt(2.0)))
+            pyro.sample("x", dist.Normal(z, math.sqrt(2.0)), obs=torch.zeros(4000))
+
+    engine = DCPC(
+        model, num_particles=1, move=Langevin(4), step_size=1.0, preconditioner="identity"
+    )
+    state = engine.init()
+    start = SweepState({"z": torch.full((1, 4000), 2.0)}, state.log_weight, state.log_joint)
+    state, _ = engine.sweep(start, adapt=False)
+    for _ in range(20):
+        state, _ = engine.sweep(state, adapt=False)
+    z = state.latents["z"]
+    assert abs(float(z.mean())) < 4 / math.sqrt(4000)
+    assert float(z.var()) == pytest.approx(1.0, abs=4 * math.sqrt(2 / 4000))
 
 
 def test_only_single_steps_have_a_density():
@@ -167,8 +207,8 @@ def test_only_single_steps_have_a_density():
     assert not Gradient().has_density
 
 
-def test_moves_declare_whether_they_are_random():
-    assert {name: move.is_random for name, move in MOVES.items()} == {
+def test_moves_declare_whether_they_are_reversible():
+    assert {name: move.is_reversible for name, move in MOVES.items()} == {
         "langevin": True,
         "gradient": False,
     }

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from torch.distributions import Normal
+from torch.distributions import MultivariateNormal, Normal
 from torch.nn import functional
 
 from dcpc import DCPC
+from dcpc.conquer import Langevin
 from dcpc.errors import DataError, OptionError
 from dcpc.evaluation import (
     evaluate,
@@ -27,6 +30,29 @@ def measured(shifted_gaussian: type):
     x = torch.rand(60, 1, 2, 2)
     inference = held_out_inference(model, 32)
     return x, evaluate(inference, x, num_temperatures=20, seed=1)
+
+
+def test_held_out_data_are_moved_by_leapfrog_steps_unless_told_otherwise(
+    shifted_gaussian: type,
+) -> None:
+    model = shifted_gaussian(4)
+    assert held_out_inference(model, 2).parts.move == Langevin(leapfrog_steps=4)
+    assert held_out_inference(model, 2, move="langevin").parts.move == Langevin()
+    assert held_out_inference(model, 2).num_particles == 2
+
+
+def test_data_that_a_model_ties_share_their_evidence_evenly() -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z.mean() + 0.0 * z, 1.0), obs=x)
+
+    x = torch.tensor([0.3, -0.2, 1.1])
+    result = evaluate(held_out_inference(model, 500), x, num_temperatures=20, seed=0)
+    # z enters by its mean alone, so that x ~ N(0, I + 1/3 of ones).
+    exact = MultivariateNormal(torch.zeros(3), torch.eye(3) + 1 / 3).log_prob(x)
+    assert result.evidence_nll.shape == result.ess_percent.shape == (3,)
+    assert torch.allclose(result.evidence_nll, -exact / 3, atol=0.03)
 
 
 def test_the_evidence_of_a_gaussian_is_its_marginal_density(measured) -> None:

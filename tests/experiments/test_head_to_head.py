@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,13 +21,14 @@ from experiments.encoders import MLPEncoder
 ROOT = Path(__file__).parents[2]
 
 
-SETTING = head_to_head.Setting(
+SETTING = head_to_head.SharedSetting(
     path="nowhere",
     seconds=180.0,
     gradients=15e6,
     num_training=10_000,
     num_measured=100,
     num_temperatures=200,
+    num_particles=8,
     num_threads=2,
 )
 OPTIONS = ["--path", "nowhere", "--algorithms", "dcpc", "pgd", "--seeds", "0", "1"]
@@ -64,7 +67,8 @@ def write(folder: Path, *runs: dict[str, Any]) -> None:
 
 
 def cells(table: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    rows = [line for line in table.splitlines()[2:] if line.startswith("|")]
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
 
 
 @pytest.fixture
@@ -89,11 +93,12 @@ def test_finished_runs_are_not_repeated_and_make_the_tables(
         ["`dcpc`", "2", "108.00 ± 0.00"],
         ["`pgd`", "2", "112.00 ± 2.00"],
     ]
-    assert cells(table)[0][-2:] == ["180", "20 million"]
+    assert cells(table)[0][-2:] == ["180", "20.0 million"]
     assert table in capsys.readouterr().out
+    assert "100 held-out images" in table
     by_gradients = cells((four_runs / "head_to_head_gradients.md").read_text())
     assert [row[2] for row in by_gradients] == ["113.00 ± 0.00", "117.00 ± 2.00"]
-    assert by_gradients[0][-2:] == ["135", "15 million"]
+    assert by_gradients[0][-2:] == ["135", "15.0 million"]
     paper = cells((four_runs / "paper.md").read_text())
     assert [row[-1] for row in paper] == [
         "70.00 ± 0.00",
@@ -109,6 +114,37 @@ def test_runs_of_another_setting_do_not_enter_the_table(four_runs: Path) -> None
     message = r"dcpc-seed0.json' is a run of another setting \(num_measured=100, now 50\)"
     with pytest.raises(SystemExit, match=message):
         head_to_head.main([*OPTIONS, "--num_measured", "50", "--results", str(four_runs)])
+    others = ["--algorithms", "vae", "--num_measured", "50"]
+    with pytest.raises(SystemExit, match="is a run of another setting"):
+        head_to_head.main([*others, "--results", str(four_runs)])
+
+
+def test_every_budget_keeps_the_model_as_it_was_when_it_was_spent(
+    monkeypatch: pytest.MonkeyPatch, deep_module: Callable
+) -> None:
+    module, trainer = deep_module(), SimpleNamespace(should_stop=False)
+    clock = iter([0.0, 30.0, 60.0, 150.0, 200.0, 210.0])
+    monkeypatch.setattr(head_to_head.time, "perf_counter", lambda: next(clock))
+    budgets = head_to_head.Budgets({"seconds": 100.0, "gradients": 60.0}, gradients_per_datum=3)
+    budgets.on_train_start(trainer, module)
+    stopped = []
+    for step in range(4):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.fill_(step)
+        batch = (torch.zeros(5, 1, 2, 2), torch.zeros(5), torch.arange(5))
+        budgets.on_train_batch_end(trainer, module, None, batch, step)
+        stopped.append(trainer.should_stop)
+    # Fifteen gradients a step: 60 after the fourth one, at 200 seconds.
+    assert stopped == [False, False, False, True]
+    kept = {budget: dict(snapshot.spent) for budget, snapshot in budgets.kept.items()}
+    assert kept == {
+        "seconds": {"seconds": 150.0, "gradients": 45},
+        "gradients": {"seconds": 200.0, "gradients": 60},
+    }
+    steps = [float(next(iter(s.parameters.values())).flatten()[0]) for s in budgets.kept.values()]
+    assert steps == [2.0, 3.0]
+    assert [s.spent["seconds"] for s in budgets.curve] == [30.0, 30.0, 60.0, 150.0, 150.0]
 
 
 @pytest.mark.parametrize(

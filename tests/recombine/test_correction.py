@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from dcpc.conquer import Diagonal, Langevin
-from dcpc.divide import Evaluation
+from dcpc.divide import ScoredDensity
 from dcpc.recombine import LogWeights, multinomial, systematic
 from dcpc.recombine.correction import (
     CORRECTIONS,
@@ -43,8 +43,8 @@ def log_density(value: Tensor) -> Tensor:
     return (-0.25 * value**4 + value).sum(-1)
 
 
-def evaluate(value: Tensor) -> Evaluation:
-    return Evaluation(log_density(value), -(value**3) + 1)
+def evaluate(value: Tensor) -> ScoredDensity:
+    return ScoredDensity(log_density(value), -(value**3) + 1)
 
 
 def proposed(population: int = 1, resampler=systematic, seed: int = 0, spoil=None) -> ProposedMove:

@@ -482,7 +482,7 @@ def test_a_hub_name_is_cached_by_the_fingerprint_that_the_package_gives(
     data = open_data("owner/letters", config_name="balanced")
     assert asked == [("owner/letters", "balanced", "train")]
     assert len(data.training_set) == 18
-    monkeypatch.setattr(hub, "decode", None)
+    monkeypatch.setattr(hub, "decode_pictures", None)
     assert len(open_data("owner/letters", config_name="balanced").training_set) == 18
 
 

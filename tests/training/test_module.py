@@ -5,12 +5,14 @@ import resource
 from collections.abc import Callable
 from pathlib import Path
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pytorch_lightning import Callback, Trainer
 
 from dcpc.algorithms import PRESETS
-from dcpc.errors import OptionError
+from dcpc.errors import ModelError, OptionError
 from dcpc.training import ParticleModule, StoreError
 from dcpc.training.checkpoint import CheckpointError, check_checkpoint, read_checkpoint
 
@@ -140,6 +142,40 @@ def test_blocks_of_latents_move_as_one_unit(
     assert set(module.adaptation) == {"z1+z2"}
 
 
+class Tied(torch.nn.Module):
+    """Images under the batch's mean latent, as layers normalised over the batch tie them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> None:
+        with pyro.plate("images", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            loc = (z - z.mean() + self.shift).reshape(-1, 1, 1, 1).expand(x.shape)
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(3), obs=x)
+
+
+def test_data_that_a_batch_ties_train_without_weights(images: type, trainer: Callable) -> None:
+    module = ParticleModule(
+        Tied(), num_particles=3, algorithm="pgd", learning_rate=0.1, evaluation_particles=2
+    )
+    data = images(num_images=64, batch_size=25)
+    run = trainer(max_epochs=30)
+    run.fit(module, datamodule=data)
+    mean = float(data.training_set.tensors[0].mean())
+    assert float(module.model.shift.detach()) == pytest.approx(mean, abs=0.1)
+    assert not bool(module.store.state_dict()["log_weight"].any())
+
+
+def test_data_that_a_batch_ties_are_refused_where_weights_matter(
+    images: type, trainer: Callable
+) -> None:
+    module = ParticleModule(Tied(), num_particles=3, evaluation_particles=2)
+    with pytest.raises(ModelError, match=r"algorithm 'dcpc' would weigh.*pgd, lpc, mcpc, pc or"):
+        trainer().fit(module, datamodule=images())
+
+
 def test_first_visits_get_their_extra_sweeps(
     deep_module: Callable, images: type, trainer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +235,7 @@ def test_unusable_checkpoints_are_told_apart(deep_module: Callable, tmp_path: Pa
         ({"step_size": -0.1}, "step_size must be a positive number"),
         ({"algorithm": "sgd"}, "unknown algorithm 'sgd'; choose one of dcpc,"),
         ({"algorithm": "pc", "num_particles": 4}, "one particle per datum"),
-        ({"leapfrog_steps": 0}, "leapfrog_steps must be at least 1, got 0"),
+        ({"leapfrog_steps": 0}, "leapfrog_steps must be an integer of at least 1, got 0"),
         (
             {"algorithm": "pc", "num_particles": 1, "leapfrog_steps": 2},
             "leapfrog_steps must be 1 with algorithm 'pc'.* got 2",

@@ -165,6 +165,6 @@ def test_a_disk_that_is_too_small_is_noticed_before_it_is_full(
 
 
 def test_a_model_whose_data_are_not_one_plate_is_refused() -> None:
-    division = SimpleNamespace(population=(), latents=["z"])
+    division = SimpleNamespace(sites={"z": SimpleNamespace(plates=())}, latents=["z"])
     with pytest.raises(StoreError, match="one plate over the 8 data"):
         datum_axes(division, 8)

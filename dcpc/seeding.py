@@ -1,0 +1,33 @@
+"""Seeds of parts of a computation, which leave the global random state as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def derived_seed(seed: int, *key: int) -> int:
+    """The seed of one part of a computation, independent of those of the others."""
+    return int(np.random.SeedSequence([seed, *key]).generate_state(1)[0])
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """A block of code after which the random state, of every device in use, is what it was."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(list(devices)):
+        yield
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """A block of code with a seed of its own; None draws from the global random state."""
+    if seed is None:
+        yield
+        return
+    with random_state_kept():
+        torch.manual_seed(seed)
+        yield
