@@ -123,6 +123,7 @@ def test_every_colour_generator_fits_from_its_config(
             f"--{model}.evaluation_particles=2",
             f"--{model}.num_temperatures=1",
             f"--data.path={tmp_path / 'images'}",
+            "--data.num_held_out=2",
             "--data.batch_size=4",
             "--trainer.max_epochs=1",
             "--trainer.log_every_n_steps=1",

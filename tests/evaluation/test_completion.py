@@ -152,7 +152,9 @@ def test_masks_that_fit_no_image_are_refused() -> None:
         complete(model, x, torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(OptionError, match="boolean mask of shape"):
         complete(model, x, torch.zeros(1, 2, 2))
-    with pytest.raises(OptionError, match="hide at least one pixel of every image, but shows all of image 0"):
+    with pytest.raises(
+        OptionError, match="hide at least one pixel of every image, but shows all of image 0"
+    ):
         complete(model, x, torch.ones(1, 2, 2, dtype=torch.bool))
     with pytest.raises(OptionError, match="height, width"):
         bottom_half([4])

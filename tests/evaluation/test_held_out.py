@@ -45,12 +45,13 @@ def test_data_that_a_model_ties_share_their_evidence_evenly() -> None:
     def model(x: torch.Tensor) -> None:
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
-            pyro.sample("x", dist.Normal(z.mean() + 0.0 * z, 1.0), obs=x)
+            loc = (z.mean() + 0.0 * z).unsqueeze(1)
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
 
-    x = torch.tensor([0.3, -0.2, 1.1])
+    x = torch.tensor([[0.3], [-0.2], [1.1]])
     result = evaluate(held_out_inference(model, 500), x, num_temperatures=20, seed=0)
     # z enters by its mean alone, so that x ~ N(0, I + 1/3 of ones).
-    exact = MultivariateNormal(torch.zeros(3), torch.eye(3) + 1 / 3).log_prob(x)
+    exact = MultivariateNormal(torch.zeros(3), torch.eye(3) + 1 / 3).log_prob(x[:, 0])
     assert result.evidence_nll.shape == result.ess_percent.shape == (3,)
     assert torch.allclose(result.evidence_nll, -exact / 3, atol=0.03)
 
