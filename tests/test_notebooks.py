@@ -470,7 +470,7 @@ def test_colour_shows_the_generators_colour_and_its_metrics(
     (prior,), (pseudo,) = shown.row("prior")[:1], shown.row("pseudo-posterior")[:1]
     assert prior == pseudo > 0
     assert shown.row("training images")[0] >= 0
-    assert "distances of 8 originals" in shown.text
+    assert "distances of 10 originals" in shown.text
     assert len(shown.figures) == 6
     assert shown.figures_showing([(c + 1) / 2 for c in colour]) == 6
 
