@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from dcpc.evaluation.batches import (
     require_positive,
 )
 from dcpc.inference import DCPC
+from dcpc.recombine import LogWeights
 from dcpc.seeding import derived_seed, seeded
 
 __all__ = [
@@ -70,7 +70,7 @@ class ImportanceSampler:
     def bounds(self, x: Tensor, num_samples: int, seed: int) -> Bounds:
         """ELBO and importance-weighted bound from the same samples; see `log_weights`."""
         log_weights = self.log_weights(x, num_samples, seed)
-        return Bounds(log_weights.mean(0), _log_mean_exp(log_weights))
+        return Bounds(log_weights.mean(0), LogWeights(log_weights).log_mean())
 
     def log_weights(self, x: Tensor, num_samples: int, seed: int) -> Tensor:
         """`log p(x, z_s) - log q(z_s | x)`, `(S, N)`: with the prior as `q`, `log p(x | z_s)`.
@@ -211,8 +211,4 @@ def prior_sample_estimate(
         OptionError: A number below one.
     """
     sampler = ImportanceSampler(model, chunk_size=chunk_size, batch_size=batch_size)
-    return _log_mean_exp(sampler.log_weights(x, num_samples, seed))
-
-
-def _log_mean_exp(log_weights: Tensor) -> Tensor:
-    return log_weights.logsumexp(0) - math.log(len(log_weights))
+    return LogWeights(sampler.log_weights(x, num_samples, seed)).log_mean()
