@@ -47,7 +47,7 @@ from dcpc.training.cli import main as dcpc_command
 from dcpc.training.images import image_grid, save_png
 from experiments.tables import markdown
 
-ALGORITHMS = (*PRESETS, "vae")
+ALGORITHMS = (*PRESETS, "dcpc-warm", "vae")
 RESULTS = Path(__file__).parent / "results"
 SITE = "z"
 INTENSITIES = (-1.0, 1.0)
@@ -207,7 +207,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--path", default="uoft-cs/cifar10", help="CIFAR-10: a hub name or folder")
     parser.add_argument(
-        "--algorithms", nargs="+", choices=ALGORITHMS, default=("dcpc", "pgd", "vae")
+        "--algorithms", nargs="+", choices=ALGORITHMS, default=("dcpc", "dcpc-warm", "pgd", "vae")
     )
     parser.add_argument("--minutes", type=float, default=20.0, help="of training, per algorithm")
     parser.add_argument("--num_measured", type=int, default=50, help="held-out images to infer")

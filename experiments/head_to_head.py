@@ -7,12 +7,13 @@ constant learning rate, until both budgets are spent: so many minutes, and so ma
 evaluations. The model as it was when each was spent is measured on the same held-out images by the
 same annealing. Every run leaves one file in `experiments/results/head_to_head`; runs that are there
 already are not repeated, so that an interrupted comparison continues where it stopped. Then the
-tables and the learning curves are written anew from all files.
+tables and the learning curves are written anew from all files. `dcpc-warm` is `dcpc` after an
+encoder's warm-up, which is part of its budgets.
 
 A gradient evaluation is the gradient of a log-density with respect to one latent of one particle of
 one datum: a sweep takes one per latent and leapfrog step, and one more where the move is corrected;
-a step of the autoencoder takes one per latent and sample. Gradients of the parameters are not
-counted.
+a step of the autoencoder takes one per latent and sample, as does one of an encoder's warm-up.
+Gradients of the parameters are not counted.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal, get_args
@@ -41,7 +43,18 @@ from dcpc.training import AmortisedModule, GenerativeModule, ImageData, Particle
 from dcpc.training.cli import ConfiguredCLI, one_line_errors
 from experiments.tables import markdown
 
-ALGORITHMS = ("dcpc", "dcpc-smc", "dcpc-paper", "pgd", "lpc", "mcpc", "pc", "ipc", "vae")
+ALGORITHMS = (
+    "dcpc",
+    "dcpc-warm",
+    "dcpc-smc",
+    "dcpc-paper",
+    "pgd",
+    "lpc",
+    "mcpc",
+    "pc",
+    "ipc",
+    "vae",
+)
 RESULTS = Path(__file__).parent / "results"
 CURVE_TEMPERATURES = 50
 CURVE_IMAGES = 50
@@ -123,14 +136,18 @@ class Budgets(Callback):
 
     Args:
         sizes: By budget.
-        gradients_per_datum: Gradient evaluations of a step, per datum.
+        gradients_per_datum: Gradient evaluations of the module's next step, per datum.
 
     Attributes:
         kept: Snapshots, by budget.
         curve: Snapshots for the learning curve, at `CURVE_POINTS` of the time.
     """
 
-    def __init__(self, sizes: Mapping[Budget, float], gradients_per_datum: int) -> None:
+    def __init__(
+        self,
+        sizes: Mapping[Budget, float],
+        gradients_per_datum: Callable[[GenerativeModule], int],
+    ) -> None:
         self.sizes = sizes
         self.gradients_per_datum = gradients_per_datum
         self.kept: dict[Budget, Snapshot] = {}
@@ -150,7 +167,7 @@ class Budgets(Callback):
         batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, GenerativeModule)
-        self._gradients += self.gradients_per_datum * len(batch[0])
+        self._gradients += self.gradients_per_datum(pl_module) * len(batch[0])
         spent: dict[str, float] = {
             "seconds": time.perf_counter() - self._started,
             "gradients": self._gradients,
@@ -164,12 +181,13 @@ class Budgets(Callback):
         trainer.should_stop = len(self.kept) == len(self.sizes)
 
 
-def gradients_per_datum(module: GenerativeModule, x: Tensor) -> int:
+def gradients_per_datum(num_latents: int, module: GenerativeModule) -> int:
     """Gradient evaluations of a training step, per datum; see this module's docstring."""
-    num_latents = len(module.held_out_inference.division(x).latents)
     if isinstance(module, AmortisedModule):
         return num_latents * module.objective.num_particles
     assert isinstance(module, ParticleModule)
+    if module.is_warming_up:
+        return num_latents
     inference = module.inference
     move = inference.parts.move
     per_latent = move.leapfrog_steps if isinstance(move, Langevin) else 1
@@ -187,7 +205,8 @@ def train_and_measure(algorithm: str, seed: int, setting: SharedSetting) -> Run:
     assert data.held_out_set is not None
     x = data.held_out_set.first(setting.num_measured)[0]
     sizes: dict[Budget, float] = {"seconds": setting.seconds, "gradients": setting.gradients}
-    budgets = Budgets(sizes, gradients_per_datum(module, x))
+    num_latents = len(module.held_out_inference.division(x).latents)
+    budgets = Budgets(sizes, partial(gradients_per_datum, num_latents))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="cpu",
@@ -346,7 +365,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--path", default="ylecun/mnist", help="MNIST: a hub name or a folder")
     parser.add_argument("--minutes", type=float, default=3.0, help="of training, per run")
     parser.add_argument(
-        "--million_gradients", type=float, default=15.0, help="gradient evaluations, per run"
+        "--million_gradients", type=float, default=5.0, help="gradient evaluations, per run"
     )
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

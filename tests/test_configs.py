@@ -8,12 +8,25 @@ import pytest
 from PIL import Image
 
 from dcpc.training import GenerativeModule, ImageData, ParticleModule
+from dcpc.training.checkpoint import read_checkpoint
 from dcpc.training.cli import ConfiguredCLI, main
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("**/*.json"))
 DATA_SETS = ("mnist", "fashion_mnist", "emnist", "cifar10", "celeba")
-ALGORITHMS = ("dcpc", "dcpc-smc", "dcpc-paper", "pgd", "lpc", "mcpc", "pc", "ipc", "vae")
+ALGORITHMS = (
+    "dcpc",
+    "dcpc-warm",
+    "dcpc-smc",
+    "dcpc-paper",
+    "pgd",
+    "lpc",
+    "mcpc",
+    "pc",
+    "ipc",
+    "vae",
+)
+GUIDED = ("dcpc-warm", "lpc", "vae")
 SHARED = (
     "learning_rate",
     "learning_rate_schedule",
@@ -57,7 +70,9 @@ def test_every_algorithm_trains_the_same_model_on_the_same_data(data_set: str) -
             )
         assert model == configs["dcpc"]["model"]["model"]
         assert config["data"] == configs["dcpc"]["data"]
-        assert options.get("algorithm", "vae") == name
+        assert options.get("algorithm", "vae") == name.removesuffix("-warm")
+        assert options.get("warm_up_epochs", 0) < 0.5 * config["trainer"]["max_epochs"]
+        assert ("warm_up_epochs" in options) == (name == "dcpc-warm")
         assert [options[key] for key in SHARED] == [configs["dcpc"]["model"][key] for key in SHARED]
         assert config["seed_everything"] == configs["dcpc"]["seed_everything"]
         folder = {"default_root_dir": f"runs/{data_set}/{name}"}
@@ -72,19 +87,21 @@ def test_every_algorithm_fits_from_its_config(
     np.save(tmp_path / "images.npy", images)
     model = "model.init_args" if algorithm == "vae" else "model"
     sizes = ["--{}.{}.init_args.latent_sizes=[2,3]", "--{}.{}.init_args.image_shape=[1,4,4]"]
-    parts = ["model", "guide"] if algorithm in ("vae", "lpc") else ["model"]
+    parts = ["model", "guide"] if algorithm in GUIDED else ["model"]
+    warm_up = ["--model.warm_up_epochs=1"] if algorithm == "dcpc-warm" else []
     main(
         [
             "fit",
             f"--config=configs/mnist/{algorithm}.json",
             *(option.format(model, part) for option in sizes for part in parts),
+            *warm_up,
             f"--{model}.evaluation_particles=2",
             f"--{model}.num_temperatures=2",
             "--data=ArrayData",
             f"--data.folder={tmp_path}",
             "--data.num_held_out=2",
             "--data.batch_size=4",
-            "--trainer.max_epochs=1",
+            "--trainer.max_epochs=2",
             "--trainer.log_every_n_steps=1",
             "--trainer.check_val_every_n_epoch=1",
             f"--trainer.default_root_dir={tmp_path / 'run'}",
@@ -92,7 +109,8 @@ def test_every_algorithm_fits_from_its_config(
         ]
     )
     assert "after" in capsys.readouterr().out
-    assert (tmp_path / "run" / "last.ckpt").is_file()
+    saved = read_checkpoint(tmp_path / "run" / "last.ckpt")["dcpc"]
+    assert (algorithm == "vae") or saved["particles"]["visited"].all()
 
 
 @pytest.mark.parametrize(
@@ -109,7 +127,8 @@ def test_every_colour_generator_fits_from_its_config(
         pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
     model = "model.init_args" if name == "vae" else "model"
-    parts = ["model", "guide"] if name in ("vae", "lpc") else ["model"]
+    parts = ["model", "guide"] if name in GUIDED else ["model"]
+    warm_up = ["--model.warm_up_epochs=1"] if name == "dcpc-warm" else []
     small = [
         f"--{model}.{part}.init_args.{size}"
         for part in parts
@@ -120,12 +139,13 @@ def test_every_colour_generator_fits_from_its_config(
             "fit",
             f"--config=configs/cifar10/{name}.json",
             *small,
+            *warm_up,
             f"--{model}.evaluation_particles=2",
             f"--{model}.num_temperatures=1",
             f"--data.path={tmp_path / 'images'}",
             "--data.num_held_out=2",
             "--data.batch_size=4",
-            "--trainer.max_epochs=1",
+            "--trainer.max_epochs=2",
             "--trainer.log_every_n_steps=1",
             "--trainer.check_val_every_n_epoch=1",
             f"--trainer.default_root_dir={tmp_path / 'run'}",

@@ -53,7 +53,8 @@ class SweepMonitor(Callback):
         if not isinstance(pl_module, ParticleModule) or (step + 1) % self.every_n_steps:
             return
         info = pl_module.last_sweep
-        assert info is not None
+        if info is None:  # the encoder is still warming up
+            return
         division = pl_module.inference.division(batch[0])
         for kind, values in (("acceptance", info.statistic), ("step_size", info.step_size)):
             for unit, value in division.by_unit(values).items():
@@ -152,38 +153,47 @@ class PredictionWriter(BasePredictionWriter):
 
 
 class RunReport(Callback):
-    """At the end of `dcpc fit`, says what was learned and where the checkpoint is.
+    """Says what `dcpc fit` learns and where the checkpoint is.
 
     Attributes:
         before: The measurements before training.
         after: The last ones; those before training, where none followed.
+        is_outdated: Whether the parameters have moved since.
     """
 
     def __init__(self) -> None:
         self.before: dict[str, float] | None = None
         self.after: dict[str, float] | None = None
+        self.is_outdated = False
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        self.is_outdated = True
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GenerativeModule)
         if trainer.sanity_checking or trainer.state.fn not in ("fit", "validate"):
             return
         summary = pl_module.measurements()
-        epoch = trainer.current_epoch + 1 if trainer.state.fn == "fit" else 0
+        epoch = trainer.current_epoch + (trainer.state.fn == "fit")
         trainer.print(f"epoch {epoch:>3}: held-out evidence NLL {_with_error(summary)}")
         if trainer.global_step == 0:
             self.before = summary
         self.after = summary
+        self.is_outdated = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if checkpoint:
+            link = _link_latest(Path(checkpoint), Path(trainer.default_root_dir))
+            print(f"checkpoint: {link} (now {os.readlink(link)})")
+
+    def compare(self) -> None:
+        """Prints the measurements before and after training, if there are both."""
         if self.before is not None and self.after is not None and self.after is not self.before:
             print(
                 f"held-out evidence NLL, nats per datum: {_with_error(self.before)} before "
                 f"training, {_with_error(self.after)} after"
             )
-        checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if checkpoint:
-            link = _link_latest(Path(checkpoint), Path(trainer.default_root_dir))
-            print(f"checkpoint: {link} (now {os.readlink(link)})")
 
 
 def _tensorboard(trainer: Trainer) -> SummaryWriter | None:

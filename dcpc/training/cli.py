@@ -11,7 +11,7 @@ import sys
 import tempfile
 import warnings
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -101,6 +101,13 @@ class _SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
+class _Logger(TensorBoardLogger):
+    """Leaves out the number of the epoch, which would be TensorBoard's first chart."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics({n: value for n, value in metrics.items() if n != "epoch"}, step)
+
+
 class TrainingCLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict` for a `GenerativeModule` on an `ImageData`.
 
@@ -180,7 +187,7 @@ class TrainingCLI(LightningCLI):
             monitor = SweepMonitor(options.log_every_n_steps or 50)
             callbacks = [monitor, ImageGrids(), RunReport(), checkpoint]
             if options.logger in (None, True):
-                kwargs["logger"] = TensorBoardLogger(options.default_root_dir, name="")
+                kwargs["logger"] = _Logger(options.default_root_dir, name="")
         else:
             callbacks = [PredictionWriter() if self.subcommand == "predict" else EvaluationTable()]
             kwargs["logger"] = False
@@ -199,6 +206,13 @@ class TrainingCLI(LightningCLI):
         """Measures the untrained model, so that learning shows."""
         if self.config.fit.ckpt_path is None and self.trainer.limit_val_batches:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def after_fit(self) -> None:
+        """Measures the trained model, unless its last epoch was measured."""
+        report = next(c for c in self.trainer.callbacks if isinstance(c, RunReport))  # type: ignore[attr-defined]
+        if report.is_outdated and self.trainer.limit_val_batches:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        report.compare()
 
 
 class ConfiguredCLI(TrainingCLI):

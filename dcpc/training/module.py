@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from dcpc.algorithms import PRESETS, lookup
@@ -31,7 +32,10 @@ class ParticleModule(GenerativeModule):
 
     With a guide, an encoder, particles start from its samples instead of the prior's: at a
     datum's first visit, or with algorithm `lpc` at every visit. The guide learns from the swept
-    particles, by descending `- sum_k W_k log q(z_k | x)`.
+    particles, by descending `- sum_k W_k log q(z_k | x)`. Particles learn slowly as long as they
+    are far from their posteriors, at each of which they arrive on their own, while an encoder
+    learns for all data at once: `warm_up_epochs` lets model and guide begin as a variational
+    autoencoder.
 
     A run resumed from a checkpoint continues exactly: beside the seed it holds, as plain tensors,
     the particles and what the proposals have learned.
@@ -45,6 +49,8 @@ class ParticleModule(GenerativeModule):
         algorithm: Preset of `DCPC`: dcpc, dcpc-smc, dcpc-paper, pgd, lpc, mcpc, pc or ipc.
         sweeps_per_step: Sweeps per batch and step of the parameters.
         first_visit_sweeps: Further sweeps where a batch holds data that have no particles yet.
+        warm_up_epochs: Epochs at the start in which model and guide descend minus the evidence
+            lower bound, as with `AmortisedModule`, and there are no particles yet.
         step_size: Step size of the sweeps; null adapts it where the algorithm can.
         leapfrog_steps: Langevin steps before the noise is drawn anew, each at the price of a
             gradient; several mix faster than as many sweeps.
@@ -72,6 +78,7 @@ class ParticleModule(GenerativeModule):
         algorithm: str = "dcpc",
         sweeps_per_step: int = 1,
         first_visit_sweeps: int = 0,
+        warm_up_epochs: int = 0,
         step_size: float | None = None,
         leapfrog_steps: int = 1,
         blocks: list[list[str]] | None = None,
@@ -92,9 +99,16 @@ class ParticleModule(GenerativeModule):
         )
         require("sweeps_per_step", sweeps_per_step, at_least=1)
         require("first_visit_sweeps", first_visit_sweeps, at_least=0)
+        require("warm_up_epochs", warm_up_epochs, at_least=0)
+        if warm_up_epochs and guide is None:
+            raise OptionError(
+                f"model.warm_up_epochs={warm_up_epochs} needs a guide to warm up with: give "
+                "model.guide, an encoder that draws the model's latents, or leave the epochs at 0"
+            )
         self.guide = guide
         self.sweeps_per_step = sweeps_per_step
         self.first_visit_sweeps = first_visit_sweeps
+        self.warm_up_epochs = warm_up_epochs
         self.store_folder = store_folder
         preset = lookup("algorithm", algorithm, PRESETS)
         if leapfrog_steps != 1 and preset.move != "langevin":
@@ -141,6 +155,8 @@ class ParticleModule(GenerativeModule):
         """
         assert self.store is not None
         x, _, index = batch
+        if self.is_warming_up:
+            return self._warm_up(x)
         with self.stream(self._num_steps):
             axes = datum_axes(self.inference.division(x), len(x))
             tied = self._are_tied(x)
@@ -164,6 +180,21 @@ class ParticleModule(GenerativeModule):
             self.log(f"train/{name}", loss, prog_bar=True, batch_size=len(x))
         self.log("train/ess_percent", ess, prog_bar=True, batch_size=len(x))
         return _total(losses)
+
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether this epoch is one of the `warm_up_epochs`."""
+        return self.current_epoch < self.warm_up_epochs
+
+    def _warm_up(self, x: Tensor) -> Tensor:
+        """Returns minus the evidence lower bound of a batch per datum, in nats."""
+        with self.stream(self._num_steps):
+            loss = Trace_ELBO().differentiable_loss(self.model, self.guide, x) / len(x)
+        if not self.automatic_optimization:
+            self._step_parameters(loss)
+        self._num_steps += 1
+        self.log("train/negative_elbo", loss, prog_bar=True, batch_size=len(x))
+        return loss
 
     def _recall(self, x: Tensor, index: Tensor, axes: Mapping[str, int]) -> SweepState:
         """The stored particles; fresh ones at a first visit, or where the encoder starts all."""

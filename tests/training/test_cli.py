@@ -318,14 +318,28 @@ def test_a_count_of_batches_is_no_fraction(written: str, read: float, tmp_path: 
         assert type(limit) is type(read)
 
 
-@pytest.mark.parametrize(("every", "is_measured"), [(1, True), (100, False)])
-def test_the_report_compares_only_what_was_measured(
-    every: int,
-    is_measured: bool,
+@pytest.mark.parametrize(
+    ("option", "count"),
+    [
+        ("check_val_every_n_epoch=1", 1 + 2),
+        ("check_val_every_n_epoch=2", 1 + 1),
+        ("check_val_every_n_epoch=100", 1 + 1),
+        ("limit_val_batches=0", 0),
+    ],
+)
+def test_the_untrained_and_the_trained_model_are_always_measured(
+    option: str,
+    count: int,
     command: Callable,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    rarely = f"--trainer.check_val_every_n_epoch={every}"
-    command("fit", rarely, f"--trainer.default_root_dir={tmp_path}")
-    assert ("before training" in capsys.readouterr().out) == is_measured
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    command("fit", f"--trainer.{option}", "--trainer.max_epochs=2", folder)
+    out = capsys.readouterr().out
+    figures = re.findall(r"^epoch +\d+: held-out evidence NLL (\S+) ±", out, re.MULTILINE)
+    assert len(figures) == count
+    compared = re.findall(r"per datum: (\S+) ± \S+ before training, (\S+) ± ", out)
+    assert compared == ([(figures[0], figures[-1])] if count else [])
+    epochs = re.findall(r"^epoch +(\d+):", out, re.MULTILINE)
+    assert not epochs or (epochs[0], epochs[-1]) == ("0", "2")

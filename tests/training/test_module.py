@@ -228,6 +228,8 @@ def test_unusable_checkpoints_are_told_apart(deep_module: Callable, tmp_path: Pa
         ({"num_particles": 0}, "num_particles must be at least 1, got 0"),
         ({"sweeps_per_step": 0}, r"model\.sweeps_per_step must be at least 1, got 0"),
         ({"first_visit_sweeps": -1}, r"model\.first_visit_sweeps must be at least 0"),
+        ({"warm_up_epochs": -1}, r"model\.warm_up_epochs must be at least 0"),
+        ({"warm_up_epochs": 2}, r"model\.warm_up_epochs=2 needs a guide .* model\.guide"),
         ({"evaluation_particles": 1}, r"model\.evaluation_particles must be at least 2"),
         ({"num_temperatures": 0}, r"model\.num_temperatures must be at least 1"),
         ({"test_temperatures": 0}, r"model\.test_temperatures must be at least 1"),

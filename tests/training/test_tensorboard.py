@@ -143,7 +143,7 @@ def test_tags_are_grouped_with_the_headline_first(get: Callable[..., bytes]) -> 
     for kind in ("scalars", "histograms", "images"):
         tags = json.loads(get(f"{kind}/tags"))["digits/version_0"]
         groups[kind] = {tag.partition("/")[0] for tag in tags}
-    assert groups["scalars"] == {"epoch", "held_out", "sweep", "train"}
+    assert groups["scalars"] == {"held_out", "sweep", "train"}
     assert groups["histograms"] == {"sweep"}
     assert groups["images"] == {"images"}
 

@@ -12,7 +12,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 from dcpc.errors import OptionError
-from dcpc.training import ParticleModule
+from dcpc.training import AmortisedModule, ParticleModule
 from experiments.deep_latent_gaussian import DeepLatentGaussian
 from experiments.encoders import MLPEncoder
 
@@ -92,11 +92,42 @@ def test_particles_come_from_the_encoder_at_the_first_visit_and_of_lpc_at_every_
     assert drawn == [20] * visits
 
 
+def test_a_warm_up_trains_as_the_autoencoder_does_and_then_makes_particles(
+    images: type, trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    rival = AmortisedModule(DeepLatentGaussian(SIZES, SHAPE), MLPEncoder(SIZES, SHAPE, 4))
+    module, drawn = deep(warm_up_epochs=2), []
+    init = module.inference.init
+    monkeypatch.setattr(module.inference, "init", lambda x: drawn.append(len(x)) or init(x))
+    for one, epochs in ((rival, 2), (module, 2)):
+        torch.manual_seed(11)
+        trainer(max_epochs=epochs).fit(one, datamodule=images(batch_size=10))
+    for ours, theirs in ((module.model, rival.model), (module.guide, rival.guide)):
+        for name, value in ours.state_dict().items():
+            torch.testing.assert_close(value, theirs.state_dict()[name])
+    assert not drawn
+    assert not module.store.visited(torch.arange(20)).any()
+
+    module = deep(warm_up_epochs=2)
+    init = module.inference.init
+    monkeypatch.setattr(module.inference, "init", lambda x: drawn.append(len(x)) or init(x))
+    trainer(max_epochs=4).fit(module, datamodule=images(batch_size=10))
+    assert drawn == [10, 10]
+    assert module.store.visited(torch.arange(20)).all()
+
+
+@pytest.mark.parametrize("warm_up_epochs", [0, 1, 3])
 def test_a_resumed_run_with_an_encoder_continues_bit_for_bit(
-    images: type, trainer: Callable[..., Trainer], tmp_path: Path
+    warm_up_epochs: int, images: type, trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
     def fit(epochs: int, seed: int, **options: object) -> ParticleModule:
-        module = deep(algorithm="lpc", step_size=0.1, learning_rate_schedule="cosine")
+        module = deep(
+            algorithm="lpc",
+            step_size=0.1,
+            learning_rate_schedule="cosine",
+            warm_up_epochs=warm_up_epochs,
+        )
         torch.manual_seed(seed)
         run = trainer(max_epochs=4, callbacks=[StopAfter(epochs)])
         run.fit(module, datamodule=images(batch_size=6), **options)
