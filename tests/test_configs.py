@@ -10,22 +10,11 @@ from PIL import Image
 from dcpc.training import GenerativeModule, ImageData, ParticleModule
 from dcpc.training.checkpoint import read_checkpoint
 from dcpc.training.cli import ConfiguredCLI, main
+from experiments.head_to_head import ALGORITHMS
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("**/*.json"))
 DATA_SETS = ("mnist", "fashion_mnist", "emnist", "cifar10", "celeba")
-ALGORITHMS = (
-    "dcpc",
-    "dcpc-warm",
-    "dcpc-smc",
-    "dcpc-paper",
-    "pgd",
-    "lpc",
-    "mcpc",
-    "pc",
-    "ipc",
-    "vae",
-)
 GUIDED = ("dcpc-warm", "lpc", "vae")
 SHARED = (
     "learning_rate",
