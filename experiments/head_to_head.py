@@ -27,12 +27,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any, Literal, get_args
+from typing import Any
 
 import pyro
 import torch
-from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -41,44 +39,19 @@ from dcpc.evaluation import evaluate, held_out_inference, prior_sample_estimate,
 from dcpc.recombine.correction import Uncorrected
 from dcpc.training import AmortisedModule, GenerativeModule, ImageData, ParticleModule
 from dcpc.training.cli import ConfiguredCLI, one_line_errors
-from experiments.tables import markdown
-
-ALGORITHMS = (
-    "dcpc",
-    "dcpc-warm",
-    "dcpc-smc",
-    "dcpc-paper",
-    "pgd",
-    "lpc",
-    "mcpc",
-    "pc",
-    "ipc",
-    "vae",
+from experiments.head_to_head_report import (
+    ALGORITHMS,
+    CURVE_IMAGES,
+    CURVE_TEMPERATURES,
+    Budget,
+    Run,
+    load_runs,
+    write_report,
 )
+
 RESULTS = Path(__file__).parent / "results"
-CURVE_TEMPERATURES = 50
-CURVE_IMAGES = 50
 CURVE_POINTS = (0.1, 0.2, 0.4, 0.7, 1.0)
 """Fractions of the time after which the learning curves are measured."""
-
-PAPER_ALGORITHMS = ("dcpc-paper", "dcpc", "mcpc")
-PAPER_FIGURES = (
-    ("reconstruction cross-entropy", "reconstruction_cross_entropy", "102.5, as NLL (DCPC)", 2),
-    ("reconstruction MSE", "reconstruction_mse", ".01 (DCPC)", 4),
-    ("minus the prior-sample estimate", "prior_sample_nll", "144.6, as NLL (MCPC)", 2),
-    ("evidence NLL", "evidence_nll", "", 2),
-)
-"""Label, name in a run, what the papers report on MNIST, digits."""
-
-PAPER_CAVEAT = """\
-The papers trained for longer and on all images. That of DCPC reports reconstructions of images
-whose particles were fitted during training, under a continuous Bernoulli likelihood; here they are
-of images inferred from scratch, under the Bernoulli likelihood.
-"""
-
-Budget = Literal["seconds", "gradients"]
-BUDGETS: tuple[Budget, ...] = get_args(Budget)
-Run = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -108,15 +81,6 @@ class SharedSetting:
     def shared(self) -> dict[str, float]:
         """What must be the same for runs to be compared."""
         return {name: value for name, value in asdict(self).items() if name != "path"}
-
-    def caption(self) -> str:
-        """What a table was measured on."""
-        return (
-            f"Mean ± standard error over the seeds. All models are measured on the same "
-            f"{self.num_measured} held-out images by the same annealing, of {self.num_particles} "
-            f"particles over {self.num_temperatures} temperatures, so that they compare more "
-            "closely than images differ.\n"
-        )
 
 
 @dataclass(frozen=True)
@@ -257,71 +221,6 @@ def build(algorithm: str, seed: int, setting: SharedSetting) -> tuple[Generative
     return built.model, built.datamodule
 
 
-def load_runs(folder: Path) -> dict[str, list[Run]]:
-    """The finished runs, by algorithm."""
-    runs: dict[str, list[Run]] = {}
-    for algorithm in ALGORITHMS:
-        files = sorted(folder.glob(f"{algorithm}-seed*.json"))
-        if files:
-            runs[algorithm] = [json.loads(file.read_text()) for file in files]
-    return runs
-
-
-def format_table(runs: Mapping[str, Sequence[Run]], budget: Budget) -> str:
-    """What the runs had learned when a budget was spent, as Markdown, the best evidence first."""
-    header = (
-        "algorithm",
-        "seeds",
-        "evidence NLL",
-        "reconstruction cross-entropy",
-        "reconstruction MSE",
-        "seconds",
-        "gradient evaluations",
-    )
-    rows = []
-    for algorithm, results in runs.items():
-        spent = [run["spent"][budget] for run in results]
-        figures = {name: [one[name] for one in spent] for name in spent[0]}
-        cells = (
-            f"`{algorithm}`",
-            str(len(results)),
-            _with_error(figures["evidence_nll"], 2),
-            _with_error(figures["reconstruction_cross_entropy"], 2),
-            _with_error(figures["reconstruction_mse"], 4),
-            f"{mean(figures['seconds']):.0f}",
-            f"{mean(figures['gradients']) / 1e6:.1f} million",
-        )
-        rows.append((mean(figures["evidence_nll"]), cells))
-    return markdown(header, [cells for _, cells in sorted(rows)])
-
-
-def format_paper(runs: Mapping[str, Sequence[Run]]) -> str:
-    """The papers' figures beside those of the runs by time, as Markdown."""
-    algorithms = [algorithm for algorithm in PAPER_ALGORITHMS if algorithm in runs]
-    header = ("", "reported", *(f"`{algorithm}`" for algorithm in algorithms))
-    rows = []
-    for label, name, reported, digits in PAPER_FIGURES:
-        columns = ([run["spent"]["seconds"][name] for run in runs[a]] for a in algorithms)
-        rows.append((label, reported, *(_with_error(column, digits) for column in columns)))
-    return markdown(header, rows)
-
-
-def draw_curves(runs: Mapping[str, Sequence[Run]], budget: Budget) -> Figure:
-    """Evidence NLL against what was spent of a budget, averaged over the seeds."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for algorithm, results in runs.items():
-        points = list(zip(*(run["curve"] for run in results), strict=True))
-        spent = [mean(point[budget] for point in group) for group in points]
-        nll = [mean(point["evidence_nll"] for point in group) for group in points]
-        axes.plot(spent, nll, marker="o", markersize=3, label=algorithm)
-    axes.set_xlabel("seconds of training" if budget == "seconds" else "gradient evaluations")
-    axes.set_ylabel(f"evidence NLL of {CURVE_IMAGES} images, {CURVE_TEMPERATURES} temperatures")
-    axes.set_yscale("log")
-    axes.legend(ncols=2)
-    return figure
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     folder = options.results / "head_to_head"
@@ -347,15 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         unfinished.write_text(json.dumps(run, indent=1) + "\n")
         unfinished.rename(file)
         print(f"{algorithm}, seed {seed}: {_describe(run)}", flush=True)
-    runs = load_runs(folder)
-    for budget in BUDGETS:
-        table = f"{format_table(runs, budget)}\n{setting.caption()}"
-        (options.results / f"head_to_head_{budget}.md").write_text(table)
-        figure = draw_curves(runs, budget)
-        figure.savefig(options.results / f"head_to_head_{budget}.png", dpi=130)
-        print(f"Equal {budget}:\n\n{table}")
-    paper = f"{format_paper(runs)}\n{setting.caption()}\n{PAPER_CAVEAT}"
-    (options.results / "paper.md").write_text(paper)
+    write_report(load_runs(folder), options.results)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -386,13 +277,6 @@ def _require_same_setting(file: Path, setting: SharedSetting) -> None:
             f"'{file}' is a run of another setting ({'; '.join(changed)}), which does not compare; "
             "give the same options, another --results, or delete it to run it again"
         )
-
-
-def _with_error(values: Sequence[float], digits: int) -> str:
-    """Mean and standard error over the seeds."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{mean(values):.{digits}f} ± {stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
 def _describe(run: Run) -> str:

@@ -10,7 +10,7 @@ from PIL import Image
 from dcpc.training import GenerativeModule, ImageData, ParticleModule
 from dcpc.training.checkpoint import read_checkpoint
 from dcpc.training.cli import ConfiguredCLI, main
-from experiments.head_to_head import ALGORITHMS
+from experiments.head_to_head_report import ALGORITHMS
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("**/*.json"))

@@ -1,0 +1,142 @@
+"""What the runs of `experiments.head_to_head` say: tables, the papers' figures, learning curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal, get_args
+
+from matplotlib.figure import Figure
+
+from experiments.tables import markdown
+
+ALGORITHMS = (
+    "dcpc",
+    "dcpc-warm",
+    "dcpc-smc",
+    "dcpc-paper",
+    "pgd",
+    "lpc",
+    "mcpc",
+    "pc",
+    "ipc",
+    "vae",
+)
+
+CURVE_TEMPERATURES = 50
+CURVE_IMAGES = 50
+
+PAPER_ALGORITHMS = ("dcpc-paper", "dcpc", "mcpc")
+PAPER_FIGURES = (
+    ("reconstruction cross-entropy", "reconstruction_cross_entropy", "102.5, as NLL (DCPC)", 2),
+    ("reconstruction MSE", "reconstruction_mse", ".01 (DCPC)", 4),
+    ("minus the prior-sample estimate", "prior_sample_nll", "144.6, as NLL (MCPC)", 2),
+    ("evidence NLL", "evidence_nll", "", 2),
+)
+"""Label, name in a run, what the papers report on MNIST, digits."""
+
+PAPER_CAVEAT = """\
+The papers trained for longer and on all images. That of DCPC reports reconstructions of images
+whose particles were fitted during training, under a continuous Bernoulli likelihood; here they are
+of images inferred from scratch, under the Bernoulli likelihood.
+"""
+
+Budget = Literal["seconds", "gradients"]
+BUDGETS: tuple[Budget, ...] = get_args(Budget)
+Run = dict[str, Any]
+
+
+def write_report(runs: Mapping[str, Sequence[Run]], results: Path) -> None:
+    """Writes the tables and the learning curves, and prints the tables."""
+    caption = _caption(next(iter(runs.values()))[0]["setting"])
+    for budget in BUDGETS:
+        table = f"{format_table(runs, budget)}\n{caption}"
+        (results / f"head_to_head_{budget}.md").write_text(table)
+        figure = draw_curves(runs, budget)
+        figure.savefig(results / f"head_to_head_{budget}.png", dpi=130)
+        print(f"Equal {budget}:\n\n{table}")
+    (results / "paper.md").write_text(f"{format_paper(runs)}\n{caption}\n{PAPER_CAVEAT}")
+
+
+def load_runs(folder: Path) -> dict[str, list[Run]]:
+    """The finished runs, by algorithm."""
+    runs: dict[str, list[Run]] = {}
+    for algorithm in ALGORITHMS:
+        files = sorted(folder.glob(f"{algorithm}-seed*.json"))
+        if files:
+            runs[algorithm] = [json.loads(file.read_text()) for file in files]
+    return runs
+
+
+def format_table(runs: Mapping[str, Sequence[Run]], budget: Budget) -> str:
+    """What the runs had learned when a budget was spent, as Markdown, the best evidence first."""
+    header = (
+        "algorithm",
+        "seeds",
+        "evidence NLL",
+        "reconstruction cross-entropy",
+        "reconstruction MSE",
+        "seconds",
+        "gradient evaluations",
+    )
+    rows = []
+    for algorithm, results in runs.items():
+        spent = [run["spent"][budget] for run in results]
+        figures = {name: [one[name] for one in spent] for name in spent[0]}
+        cells = (
+            f"`{algorithm}`",
+            str(len(results)),
+            _with_error(figures["evidence_nll"], 2),
+            _with_error(figures["reconstruction_cross_entropy"], 2),
+            _with_error(figures["reconstruction_mse"], 4),
+            f"{mean(figures['seconds']):.0f}",
+            f"{mean(figures['gradients']) / 1e6:.1f} million",
+        )
+        rows.append((mean(figures["evidence_nll"]), cells))
+    return markdown(header, [cells for _, cells in sorted(rows)])
+
+
+def format_paper(runs: Mapping[str, Sequence[Run]]) -> str:
+    """The papers' figures beside those of the runs by time, as Markdown."""
+    algorithms = [algorithm for algorithm in PAPER_ALGORITHMS if algorithm in runs]
+    header = ("", "reported", *(f"`{algorithm}`" for algorithm in algorithms))
+    rows = []
+    for label, name, reported, digits in PAPER_FIGURES:
+        columns = ([run["spent"]["seconds"][name] for run in runs[a]] for a in algorithms)
+        rows.append((label, reported, *(_with_error(column, digits) for column in columns)))
+    return markdown(header, rows)
+
+
+def draw_curves(runs: Mapping[str, Sequence[Run]], budget: Budget) -> Figure:
+    """Evidence NLL against what was spent of a budget, averaged over the seeds."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for algorithm, results in runs.items():
+        points = list(zip(*(run["curve"] for run in results), strict=True))
+        spent = [mean(point[budget] for point in group) for group in points]
+        nll = [mean(point["evidence_nll"] for point in group) for group in points]
+        axes.plot(spent, nll, marker="o", markersize=3, label=algorithm)
+    axes.set_xlabel("seconds of training" if budget == "seconds" else "gradient evaluations")
+    axes.set_ylabel(f"evidence NLL of {CURVE_IMAGES} images, {CURVE_TEMPERATURES} temperatures")
+    axes.set_yscale("log")
+    axes.legend(ncols=2)
+    return figure
+
+
+def _with_error(values: Sequence[float], digits: int) -> str:
+    """Mean and standard error over the seeds."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{mean(values):.{digits}f} ± {stdev(values) / math.sqrt(len(values)):.{digits}f}"
+
+
+def _caption(setting: Mapping[str, float]) -> str:
+    return (
+        f"Mean ± standard error over the seeds. All models are measured on the same "
+        f"{setting['num_measured']} held-out images by the same annealing, of "
+        f"{setting['num_particles']} particles over {setting['num_temperatures']} temperatures, so "
+        "that they compare more closely than images differ.\n"
+    )
