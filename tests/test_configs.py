@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dcpc.training import GenerativeModule, ImageData, ParticleModule
+from dcpc.training import ClassifierModule, LabelledData, MeasuredModule, ParticleModule
 from dcpc.training.checkpoint import read_checkpoint
 from dcpc.training.cli import ConfiguredCLI, main
 from experiments.head_to_head_report import ALGORITHMS
@@ -30,13 +30,19 @@ SHARED = (
 def test_every_shipped_config_builds_what_it_names(path: Path, tmp_path: Path) -> None:
     folder = f"--trainer.default_root_dir={tmp_path}"
     built = ConfiguredCLI(["fit", "--config", str(path), folder])
-    assert isinstance(built.model, GenerativeModule)
-    assert isinstance(built.datamodule, ImageData)
+    assert isinstance(built.model, MeasuredModule)
+    assert isinstance(built.datamodule, LabelledData)
     written = json.loads(path.read_text())
     assert built.trainer.max_epochs == written["trainer"]["max_epochs"]
     if isinstance(built.model, ParticleModule):
         assert built.model.inference.num_particles == written["model"]["num_particles"]
         assert built.model.inference.algorithm.name == written["model"].get("algorithm", "dcpc")
+    elif isinstance(built.model, ClassifierModule):
+        rule = written["model"]["init_args"]["rule"]
+        assert f"dcpc.networks.{type(built.model.rule).__name__}" == rule["class_path"]
+        values = [node.value for node in built.model.network.nodes]
+        (group,) = built.model.rule.value_optimizer(values).param_groups
+        assert group["lr"] == rule["init_args"]["value_optimizer"]["init_args"]["lr"]
     else:
         assert path.stem == "vae"
 
@@ -60,7 +66,7 @@ def test_every_algorithm_trains_the_same_model_on_the_same_data(data_set: str) -
         assert model == configs["dcpc"]["model"]["model"]
         assert config["data"] == configs["dcpc"]["data"]
         assert options.get("algorithm", "vae") == name.removesuffix("-warm")
-        assert options.get("warm_up_epochs", 0) < 0.5 * config["trainer"]["max_epochs"]
+        assert options.get("warm_up_epochs", 0) < config["trainer"]["max_epochs"]
         assert ("warm_up_epochs" in options) == (name == "dcpc-warm")
         assert [options[key] for key in SHARED] == [configs["dcpc"]["model"][key] for key in SHARED]
         assert config["seed_everything"] == configs["dcpc"]["seed_everything"]

@@ -35,7 +35,7 @@ from experiments.deep_latent_gaussian import DeepLatentGaussian
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = {"algorithms", "colour", "digits", "mnist", "quick_start"}
+NAMES = {"algorithms", "colour", "digits", "mnist", "networks", "quick_start"}
 
 PARTICLE_WEIGHTS = [0.5, 0.25, 0.25]
 ESS_PERCENT = 100 / 3 / (0.5**2 + 2 * 0.25**2)
@@ -255,6 +255,27 @@ def test_without_runs_the_head_to_head_is_one_line(execute: Callable[..., Execut
     assert "no runs in nowhere yet" in shown.text
     assert not shown.tables.strip()
     assert len(shown.figures) == 1
+
+
+# -- networks --------------------------------------------------------------------------------
+
+
+def test_networks_learn_and_compare_with_backpropagation(execute: Callable[..., Executed]) -> None:
+    shown = execute("networks", NUM_EPOCHS=3)
+    assert "values:  input.value, layers.1.value, layers.3.value, layers.5.value" in shown.text
+    assert "weights: layers.0.0.weight, layers.0.0.bias, layers.2.0.weight" in shown.text
+    assert shown.number("held-out accuracy") < 80 < shown.number("before training,")
+    cosines, accuracies = shown.text.split("layer 3\n")[1], {}
+    for line in cosines.splitlines():
+        name, *numbers = re.split(r" {2,}", line)
+        accuracies[name] = [float(number) for number in numbers]
+    rows = {name: row for name, row in accuracies.items() if len(row) == 3}
+    # Exact, and the last layer of what leaves the output's input where a forward pass puts it.
+    for name in ("exact", "Z-IL", "backpropagation"):
+        assert rows[name] == [1.0, 1.0, 1.0], name
+    assert rows["fixed_prediction"][2] == 1.0
+    assert min(min(row) for row in rows.values()) > 0.5
+    assert len(shown.figures) == 2
 
 
 # -- checkpoints whose decoders ignore the latents ----------------------------------------------

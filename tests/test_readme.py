@@ -6,9 +6,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +115,7 @@ def test_tensorboard_takes_the_command_of_the_readme() -> None:
 
 
 def test_the_example_of_the_readme_runs_and_is_right(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = blocks("python")
+    example, _ = blocks("python")
     names: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), names)
     posterior = names["posterior"]
@@ -121,6 +123,27 @@ def test_the_example_of_the_readme_runs_and_is_right(capsys: pytest.CaptureFixtu
     assert abs(float(posterior.mean()["mu"]) - 4.41) < 4 * 3.30 / 1000**0.5
     assert abs(float(posterior.mean()["tau"]) - 3.60) < 4 * 3.20 / 1000**0.5
     assert "log evidence" in capsys.readouterr().out
+
+
+def test_the_example_of_a_network_learns() -> None:
+    _, example = blocks("python")
+    *building, learning = example.splitlines()
+    x = torch.randn(200, 2)
+    labels = (x[:, 0] > 0).long()
+    names: dict[str, Any] = {"x": x, "one_hot_labels": torch.nn.functional.one_hot(labels).float()}
+    exec("\n".join(building), names)
+    names["optimizer"] = torch.optim.Adam(names["network"].weights(), lr=0.03)
+    for _ in range(50):
+        exec(learning, names)
+    right = names["rule"].predict(names["network"], x).argmax(1) == labels
+    assert float(right.float().mean()) > 0.9
+
+
+def test_the_command_of_the_networks_draws_the_boundary(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (command,) = [c for c in commands() if "configs/networks" in c]
+    run(dcpc_command(command, ["--trainer.max_epochs=1"]), tmp_path)
+    assert (tmp_path / "runs" / "networks" / "two-moons" / "decision_boundary.png").exists()
 
 
 @pytest.mark.slow

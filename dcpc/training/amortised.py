@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from dcpc.evaluation import Bounds, ImportanceSampler
 from dcpc.training.data import Batch
-from dcpc.training.generative import GenerativeModule, Schedule, require
+from dcpc.training.generative import GenerativeModule
+from dcpc.training.measured import Schedule, require
 
 __all__ = ["AmortisedModule"]
 
@@ -77,18 +78,13 @@ class AmortisedModule(GenerativeModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        super().on_validation_epoch_start()
+    def start_measurements(self) -> None:
+        super().start_measurements()
         self._bounds = []
 
-    def on_test_epoch_start(self) -> None:
-        super().on_test_epoch_start()
-        self._bounds = []
-
-    def measure(self, x: Tensor, batch_idx: int, num_temperatures: int) -> None:
-        """Measures a batch of held-out data, and the encoder's bounds on it."""
-        super().measure(x, batch_idx, num_temperatures)
-        self._bounds.append(self._sampler.bounds(x, self.bound_samples, seed=batch_idx))
+    def measure(self, batch: Batch, batch_idx: int, is_test: bool) -> None:
+        super().measure(batch, batch_idx, is_test)
+        self._bounds.append(self._sampler.bounds(batch[0], self.bound_samples, seed=batch_idx))
 
     def measurements(self) -> dict[str, float]:
         elbo, importance_weighted = (torch.cat(parts) for parts in zip(*self._bounds, strict=True))

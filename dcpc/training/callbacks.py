@@ -15,13 +15,21 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from dcpc.evaluation import format_table, prior_samples
+from dcpc.evaluation import prior_samples
 from dcpc.sweep import SweepInfo
 from dcpc.training.generative import GenerativeModule
 from dcpc.training.images import image_grid, save_png
+from dcpc.training.measured import MeasuredModule
 from dcpc.training.module import ParticleModule
 
-__all__ = ["EvaluationTable", "ImageGrids", "PredictionWriter", "RunReport", "SweepMonitor"]
+__all__ = [
+    "EvaluationTable",
+    "ImageGrids",
+    "PredictionWriter",
+    "RunReport",
+    "SweepMonitor",
+    "tensorboard",
+]
 
 
 class SweepMonitor(Callback):
@@ -60,7 +68,7 @@ class SweepMonitor(Callback):
             for unit, value in division.by_unit(values).items():
                 pl_module.log(f"sweep/{kind}/{unit}", value, batch_size=1)
         pl_module.log("sweep/num_bad", float(info.num_bad), batch_size=1)
-        writer = _tensorboard(trainer)
+        writer = tensorboard(trainer)
         if writer is not None:
             for tag, numbers in _histograms(pl_module, info, batch[2]).items():
                 writer.add_histogram(tag, numbers, step)
@@ -77,9 +85,12 @@ class ImageGrids(Callback):
         self.num_images = num_images
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, GenerativeModule)
-        writer = _tensorboard(trainer)
-        if writer is None or not pl_module.evaluations:
+        writer = tensorboard(trainer)
+        if (
+            writer is None
+            or not isinstance(pl_module, GenerativeModule)
+            or not pl_module.evaluations
+        ):
             return
         first = pl_module.evaluations[0]
         originals = first.originals[: self.num_images]
@@ -100,16 +111,12 @@ class EvaluationTable(Callback):
     """Prints the measurements of `dcpc test` and `dcpc validate`."""
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, GenerativeModule)
-        self._print(pl_module, pl_module.test_temperatures)
+        assert isinstance(pl_module, MeasuredModule)
+        print("\n" + pl_module.table(is_test=True))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, GenerativeModule)
-        self._print(pl_module, pl_module.num_temperatures)
-
-    def _print(self, module: GenerativeModule, num_temperatures: int) -> None:
-        num_particles = module.held_out_inference.num_particles
-        print("\n" + format_table(module.measurements(), num_particles, num_temperatures))
+        assert isinstance(pl_module, MeasuredModule)
+        print("\n" + pl_module.table(is_test=False))
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -132,14 +139,13 @@ class PredictionWriter(BasePredictionWriter):
         predictions: Sequence[dict[str, Tensor]],
         batch_indices: Sequence[Any],
     ) -> None:
-        assert isinstance(pl_module, GenerativeModule)
         folder = Path(self.folder or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         names = predictions[0]
         merged = {name: torch.cat([batch[name] for batch in predictions]) for name in names}
         torch.save(merged, folder / "predictions.pt")
-        print(f"{len(merged['index'])} reconstructions and samples: {folder / 'predictions.pt'}")
-        if merged["originals"].dim() != 4:
+        print(f"predictions of {len(merged['index'])} data: {folder / 'predictions.pt'}")
+        if not isinstance(pl_module, GenerativeModule) or merged["originals"].dim() != 4:
             return
         rows = ("originals", "reconstructions", "prior_sample_means", "prior_samples")
         count = min(self.num_images, len(merged["index"]))
@@ -162,23 +168,23 @@ class RunReport(Callback):
     """
 
     def __init__(self) -> None:
-        self.before: dict[str, float] | None = None
-        self.after: dict[str, float] | None = None
+        self.before: str | None = None
+        self.after: str | None = None
         self.is_outdated = False
 
     def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
         self.is_outdated = True
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, GenerativeModule)
+        assert isinstance(pl_module, MeasuredModule)
         if trainer.sanity_checking or trainer.state.fn not in ("fit", "validate"):
             return
-        summary = pl_module.measurements()
+        measured = pl_module.describe(pl_module.measurements())
         epoch = trainer.current_epoch + (trainer.state.fn == "fit")
-        trainer.print(f"epoch {epoch:>3}: held-out evidence NLL {_with_error(summary)}")
+        trainer.print(f"epoch {epoch:>3}: held-out {measured}")
         if trainer.global_step == 0:
-            self.before = summary
-        self.after = summary
+            self.before = measured
+        self.after = measured
         self.is_outdated = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -190,13 +196,10 @@ class RunReport(Callback):
     def compare(self) -> None:
         """Prints the measurements before and after training, if there are both."""
         if self.before is not None and self.after is not None and self.after is not self.before:
-            print(
-                f"held-out evidence NLL, nats per datum: {_with_error(self.before)} before "
-                f"training, {_with_error(self.after)} after"
-            )
+            print(f"held-out {self.before} before training, {self.after} after")
 
 
-def _tensorboard(trainer: Trainer) -> SummaryWriter | None:
+def tensorboard(trainer: Trainer) -> SummaryWriter | None:
     """The writer of the first logger that is TensorBoard's."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -214,10 +217,6 @@ def _histograms(module: ParticleModule, info: SweepInfo, index: Tensor) -> dict[
     numbers["sweep/ess_percent"] = 100.0 * info.ess / module.inference.num_particles
     finite = {tag: values[values.isfinite()] for tag, values in numbers.items()}
     return {tag: values for tag, values in finite.items() if values.numel()}
-
-
-def _with_error(summary: dict[str, float]) -> str:
-    return f"{summary['evidence_nll']:.2f} ± {summary['evidence_nll_se']:.2f}"
 
 
 def _link_latest(checkpoint: Path, folder: Path) -> Path:

@@ -35,10 +35,12 @@ from dcpc.training.callbacks import (
     SweepMonitor,
 )
 from dcpc.training.checkpoint import check_checkpoint, read_checkpoint
-from dcpc.training.data import ArrayData, DigitsData, ImageData
-from dcpc.training.generative import GenerativeModule
+from dcpc.training.classifier import ClassifierModule
+from dcpc.training.data import ArrayData, DigitsData, LabelledData
 from dcpc.training.hub import HubImages
+from dcpc.training.measured import MeasuredModule
 from dcpc.training.module import ParticleModule
+from dcpc.training.moons import MoonsData
 
 __all__ = ["ConfiguredCLI", "TrainingCLI", "main"]
 
@@ -52,15 +54,15 @@ Divide-and-conquer predictive coding: trains Pyro models on particles that every
   dcpc predict --config ...                            samples and reconstructions, to files
 
 test, validate and predict use <trainer.default_root_dir>/last.ckpt, the newest run's checkpoint,
-unless --ckpt_path names another one. `dcpc fit --help` lists the keys of a config, `dcpc fit
---model.help ParticleModule` (or AmortisedModule) and `--data.help HubImages` (or DigitsData,
-ArrayData) those below "model" and "data", `dcpc fit --config ... --print_config` prints a whole
-one, `tensorboard --logdir runs` shows the runs.
+unless --ckpt_path names another one. `dcpc fit --help` lists the keys of a config, `--model.help
+ParticleModule` (or AmortisedModule, ClassifierModule) and `--data.help HubImages` (or DigitsData,
+ArrayData, MoonsData) those below "model" and "data", `dcpc fit --config ... --print_config` prints
+a whole one, `tensorboard --logdir runs` shows the runs.
 """
 
 CONFIGURED: dict[str, tuple[type, ...]] = {
-    "model": (ParticleModule, AmortisedModule),
-    "data": (HubImages, DigitsData, ArrayData),
+    "model": (ParticleModule, AmortisedModule, ClassifierModule),
+    "data": (HubImages, DigitsData, ArrayData, MoonsData),
 }
 """The classes below each key of a config that this package has."""
 
@@ -109,7 +111,7 @@ class _Logger(TensorBoardLogger):
 
 
 class TrainingCLI(LightningCLI):
-    """`fit`, `validate`, `test` and `predict` for a `GenerativeModule` on an `ImageData`.
+    """`fit`, `validate`, `test` and `predict` for a `MeasuredModule` on `LabelledData`.
 
     A config's `model` that names no class holds the arguments of `ParticleModule`.
 
@@ -123,8 +125,8 @@ class TrainingCLI(LightningCLI):
     def __init__(self, args: Sequence[str] | None = None) -> None:
         _quieten_lightning()
         super().__init__(
-            GenerativeModule,
-            ImageData,
+            MeasuredModule,
+            LabelledData,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=_SaveConfig,

@@ -1,4 +1,4 @@
-"""Images with labels, split once into a training set and held-out data."""
+"""Data with labels, of which some are trained on and some are held out."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ __all__ = [
     "DigitsData",
     "EpochShuffle",
     "ImageData",
-    "ImageSet",
-    "TensorImages",
+    "LabelledData",
+    "LabelledSet",
+    "TensorSet",
     "check_images",
+    "require_count",
 ]
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -63,55 +65,95 @@ class EpochShuffle(Sampler[int]):
         return iter(torch.randperm(self.size, generator=generator).tolist())
 
 
-class ImageSet(Dataset[Batch]):
-    """Images with labels and indices, fetched a whole batch at a time."""
+class LabelledSet(Dataset[Batch]):
+    """Data with labels and indices, fetched a whole batch at a time."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of images."""
+        """Number of data."""
 
     @abstractmethod
     def __getitems__(self, index: Sequence[int]) -> Batch:
-        """The images of a batch, their labels, and `index` itself."""
+        """The data of a batch, their labels, and `index` itself."""
 
     def first(self, count: int) -> Batch:
-        """The first `count` images as one batch, or all there are."""
+        """The first `count` data as one batch, or all there are."""
         return self.__getitems__(range(min(count, len(self))))
 
     def __getitem__(self, index: int) -> Batch:
-        images, labels, indices = self.__getitems__([index])
-        return images[0], labels[0], indices[0]
+        data, labels, indices = self.__getitems__([index])
+        return data[0], labels[0], indices[0]
 
     def set_epoch(self, epoch: int) -> None:
         """Hears about a new epoch of training."""
 
 
-class TensorImages(ImageSet):
-    """Images that lie ready in memory.
+class TensorSet(LabelledSet):
+    """Data that lie ready in memory.
 
     Args:
-        images: `(N, channels, height, width)`.
+        data: `(N, *shape)`.
         labels: `(N,)`.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.tensors = images, labels, torch.arange(len(images))
+    def __init__(self, data: Tensor, labels: Tensor) -> None:
+        self.tensors = data, labels, torch.arange(len(data))
 
     def __len__(self) -> int:
         return len(self.tensors[0])
 
     def __getitems__(self, index: Sequence[int]) -> Batch:
         rows = torch.as_tensor(index)
-        images, labels, indices = (tensor[rows] for tensor in self.tensors)
-        return images, labels, indices
+        data, labels, indices = (tensor[rows] for tensor in self.tensors)
+        return data, labels, indices
 
 
-class ImageData(LightningDataModule):
-    """Base class: a subclass says where the images come from.
+class LabelledData(LightningDataModule):
+    """Base class: a subclass says what there is to train on, and what is held out.
 
-    A batch is `(images, labels, index)`: images `(B, channels, height, width)` with intensities in
-    `intensity_range`, labels `(B,)`, and each datum's index in its own set, by which its particles
-    are found.
+    A batch is `(data, labels, index)`: data `(B, *shape)`, labels `(B,)`, and each datum's index in
+    its own set, by which its particles are found.
+
+    Args:
+        batch_size: Training data per batch.
+        evaluation_batch_size: Held-out data per batch.
+        seed: Of the shuffling.
+    """
+
+    def __init__(self, batch_size: int, evaluation_batch_size: int, seed: int) -> None:
+        super().__init__()
+        require_count("batch_size", batch_size)
+        require_count("evaluation_batch_size", evaluation_batch_size)
+        self.batch_size = batch_size
+        self.evaluation_batch_size = evaluation_batch_size
+        self.seed = seed
+        self.training_set: LabelledSet | None = None
+        self.held_out_set: LabelledSet | None = None
+
+    @abstractmethod
+    def setup(self, stage: str) -> None:
+        """Makes the two sets, once."""
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.training_set is not None
+        sampler = EpochShuffle(len(self.training_set), self.seed, self.training_set.set_epoch)
+        return _loader(self.training_set, self.batch_size, sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        assert self.held_out_set is not None
+        return _loader(self.held_out_set, self.evaluation_batch_size)
+
+    def test_dataloader(self) -> DataLoader:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.val_dataloader()
+
+
+class ImageData(LabelledData):
+    """Base class: images from wherever a subclass finds them, split by a seed.
+
+    Images are `(channels, height, width)`, with intensities in `intensity_range`.
 
     Args:
         batch_size: Training data per batch.
@@ -132,20 +174,10 @@ class ImageData(LightningDataModule):
         num_held_out: int | None = 297,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value in (
-            ("batch_size", batch_size),
-            ("evaluation_batch_size", evaluation_batch_size),
-            ("num_held_out", num_held_out),
-        ):
-            if value is not None and value < 1:
-                raise OptionError(f"data.{name} must be at least 1, got {value}")
-        self.batch_size = batch_size
-        self.evaluation_batch_size = evaluation_batch_size
+        super().__init__(batch_size, evaluation_batch_size, seed)
+        if num_held_out is not None:
+            require_count("num_held_out", num_held_out)
         self.num_held_out = num_held_out
-        self.seed = seed
-        self.training_set: ImageSet | None = None
-        self.held_out_set: ImageSet | None = None
 
     @abstractmethod
     def load(self) -> tuple[Tensor, Tensor]:
@@ -184,24 +216,9 @@ class ImageData(LightningDataModule):
         assert self.num_held_out is not None
         return self.num_held_out
 
-    def image_set(self, images: Tensor, labels: Tensor, rows: Tensor) -> ImageSet:
+    def image_set(self, images: Tensor, labels: Tensor, rows: Tensor) -> LabelledSet:
         """The set that consists of some rows of all images."""
-        return TensorImages(images[rows], labels[rows])
-
-    def train_dataloader(self) -> DataLoader:
-        assert self.training_set is not None
-        sampler = EpochShuffle(len(self.training_set), self.seed, self.training_set.set_epoch)
-        return _loader(self.training_set, self.batch_size, sampler)
-
-    def val_dataloader(self) -> DataLoader:
-        assert self.held_out_set is not None
-        return _loader(self.held_out_set, self.evaluation_batch_size)
-
-    def test_dataloader(self) -> DataLoader:
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> DataLoader:
-        return self.val_dataloader()
+        return TensorSet(images[rows], labels[rows])
 
 
 class DigitsData(ImageData):
@@ -276,6 +293,16 @@ class ArrayData(ImageData):
             raise DataError(f"data.folder: '{path}' is no NumPy array: {error}") from error
 
 
+def require_count(name: str, value: int) -> None:
+    """Checks a number of data.
+
+    Raises:
+        OptionError: It is below one.
+    """
+    if value < 1:
+        raise OptionError(f"data.{name} must be at least 1, got {value}")
+
+
 def check_images(images: Tensor, source: str) -> None:
     """Checks that all intensities are numbers in [0, 1].
 
@@ -295,9 +322,9 @@ def check_images(images: Tensor, source: str) -> None:
     )
 
 
-def _loader(images: ImageSet, batch_size: int, sampler: EpochShuffle | None = None) -> DataLoader:
+def _loader(data: LabelledSet, batch_size: int, sampler: EpochShuffle | None = None) -> DataLoader:
     # The set collates: its `__getitems__` returns a batch.
-    return DataLoader(images, batch_size=batch_size, sampler=sampler, collate_fn=_unchanged)
+    return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=_unchanged)
 
 
 def _unchanged(batch: Any) -> Any:

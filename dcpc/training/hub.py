@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dcpc.errors import DataError, OptionError
-from dcpc.training.data import ImageData, ImageSet
+from dcpc.training.data import ImageData, LabelledSet
 from dcpc.training.pixels import PixelSet, decode_pictures, open_pixels
 
 __all__ = ["HubImages"]
@@ -136,7 +136,7 @@ class HubImages(ImageData):
             _cap("num_held_out", held_out, self.num_held_out),
         )
 
-    def image_set(self, images: Tensor, labels: Tensor, rows: Tensor) -> ImageSet:
+    def image_set(self, images: Tensor, labels: Tensor, rows: Tensor) -> LabelledSet:
         seed = self.seed if self.binarise else None
         return PixelSet(images, labels, rows, self.intensity_range, seed)
 

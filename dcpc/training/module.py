@@ -17,7 +17,8 @@ from dcpc.errors import ModelError, OptionError
 from dcpc.inference import DCPC
 from dcpc.sweep import Adaptation, SweepInfo, SweepState
 from dcpc.training.data import Batch
-from dcpc.training.generative import STATE_KEY, GenerativeModule, Schedule, require
+from dcpc.training.generative import GenerativeModule
+from dcpc.training.measured import STATE_KEY, Schedule, require
 from dcpc.training.particles import ParticleStore, datum_axes, gather, spread
 
 __all__ = ["ParticleModule"]
@@ -35,7 +36,7 @@ class ParticleModule(GenerativeModule):
     particles, by descending `- sum_k W_k log q(z_k | x)`. Particles learn slowly as long as they
     are far from their posteriors, at each of which they arrive on their own, while an encoder
     learns for all data at once: `warm_up_epochs` lets model and guide begin as a variational
-    autoencoder.
+    autoencoder. The guide then stays as it is, unless particles start from it at every visit.
 
     A run resumed from a checkpoint continues exactly: beside the seed it holds, as plain tensors,
     the particles and what the proposals have learned.
@@ -224,11 +225,23 @@ class ParticleModule(GenerativeModule):
             return self.inference.init(x)
 
     def _losses(self, state: SweepState, x: Tensor) -> dict[str, Tensor]:
-        """The model's loss per datum, and the guide's if there is one."""
+        """The model's loss per datum, and the guide's if it learns from the particles."""
         losses = {"loss": self.inference.loss(state, x) / len(x)}
-        if self.guide is not None:
+        if self._guide_learns:
             losses["guide_loss"] = self.inference.guide_loss(state, x) / len(x)
         return losses
+
+    @property
+    def _guide_learns(self) -> bool:
+        """Whether the guide learns from the particles.
+
+        After a warm-up only where they start from it at every visit. Elsewhere all of them start in
+        the epoch after it, for which the guide had better stay as it is: single particles are
+        noisy teachers, and the optimiser's steps for the bound are too long for their loss.
+        """
+        if self.guide is None:
+            return False
+        return not self.warm_up_epochs or self.inference.algorithm.preset.warm_starts_every_visit
 
     def _step_parameters(self, loss: Tensor) -> None:
         optimizer = self.optimizers()

@@ -16,14 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dcpc.errors import DataError
-from dcpc.training.data import Batch, ImageSet
+from dcpc.training.data import Batch, LabelledSet
 
 __all__ = ["PixelSet", "decode_pictures", "open_pixels", "prepare"]
 
 LEVELS = 255
 
 
-class PixelSet(ImageSet):
+class PixelSet(LabelledSet):
     """Some of the images of a file of bytes, as floats, or as fresh binary draws at every epoch.
 
     A draw sets a pixel to one with the probability of its grey level, `level / 255` (to within

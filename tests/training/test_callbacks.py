@@ -20,7 +20,7 @@ from dcpc.training.callbacks import (
     RunReport,
     SweepMonitor,
 )
-from dcpc.training.data import ImageSet
+from dcpc.training.data import LabelledSet
 from dcpc.training.generative import GenerativeModule
 from dcpc.training.images import MAGNIFICATION, image_grid
 
@@ -38,7 +38,7 @@ class ColourImages(ImageData):
         images = torch.rand(12, 3, 2, 2, generator=generator)
         return images, torch.zeros(12, dtype=torch.long)
 
-    def image_set(self, images: Tensor, labels: Tensor, rows: Tensor) -> ImageSet:
+    def image_set(self, images: Tensor, labels: Tensor, rows: Tensor) -> LabelledSet:
         return super().image_set(2 * images - 1, labels, rows)
 
 

@@ -339,7 +339,7 @@ def test_the_untrained_and_the_trained_model_are_always_measured(
     out = capsys.readouterr().out
     figures = re.findall(r"^epoch +\d+: held-out evidence NLL (\S+) ±", out, re.MULTILINE)
     assert len(figures) == count
-    compared = re.findall(r"per datum: (\S+) ± \S+ before training, (\S+) ± ", out)
+    compared = re.findall(r"evidence NLL (\S+) ± \S+ before training, evidence NLL (\S+) ± ", out)
     assert compared == ([(figures[0], figures[-1])] if count else [])
     epochs = re.findall(r"^epoch +(\d+):", out, re.MULTILINE)
     assert not epochs or (epochs[0], epochs[-1]) == ("0", "2")

@@ -117,6 +117,31 @@ def test_a_warm_up_trains_as_the_autoencoder_does_and_then_makes_particles(
     assert module.store.visited(torch.arange(20)).all()
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "warm_up_epochs", "learns"),
+    [("dcpc", 1, False), ("pgd", 1, False), ("lpc", 1, True), ("dcpc", 0, True)],
+)
+def test_a_warm_guide_rests_unless_particles_start_from_it_again(
+    algorithm: str,
+    warm_up_epochs: int,
+    learns: bool,
+    images: type,
+    trainer: Callable[..., Trainer],
+) -> None:
+    step_size = None if algorithm == "dcpc" else 0.01
+    states = []
+    for epochs in (1, 3):
+        module = deep(algorithm=algorithm, warm_up_epochs=warm_up_epochs, step_size=step_size)
+        torch.manual_seed(11)
+        trainer(max_epochs=epochs).fit(module, datamodule=images(batch_size=10))
+        states.append((module.model.state_dict(), module.guide.state_dict()))
+    changed = [
+        any(not torch.equal(value, later[name]) for name, value in earlier.items())
+        for earlier, later in zip(*states, strict=True)
+    ]
+    assert changed == [True, learns]
+
+
 @pytest.mark.parametrize("warm_up_epochs", [0, 1, 3])
 def test_a_resumed_run_with_an_encoder_continues_bit_for_bit(
     warm_up_epochs: int, images: type, trainer: Callable[..., Trainer], tmp_path: Path

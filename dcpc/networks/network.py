@@ -1,0 +1,173 @@
+"""Networks: an energy of values and weights.
+
+Nodes `0, 1, ..., L` hold the values; node 0 is the input, node L the output. Stage `l` is what
+stands between the nodes `l - 1` and `l`, and owns the weights there. Inference relaxes the values
+on the energy, learning steps the weights on it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dcpc.errors import OptionError
+from dcpc.networks.nodes import FloatingNode, Node
+from dcpc.networks.parameters import partition
+
+__all__ = ["Cost", "EnergyNetwork", "PredictiveCodingNetwork"]
+
+Cost = Callable[[Tensor, Tensor], Tensor]
+"""Cost per sample `(batch,)` of the output's value `(batch, *shape)`, given targets."""
+
+
+class EnergyNetwork(nn.Module, ABC):
+    """Base class: values, weights, and their energy per sample.
+
+    Attributes:
+        nodes: From the input to the output.
+    """
+
+    nodes: Sequence[Node]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._nudge: tuple[Cost, Tensor, float] | None = None
+
+    @property
+    def num_stages(self) -> int:
+        """L, how many nodes there are beside the input."""
+        return len(self.nodes) - 1
+
+    @abstractmethod
+    def energies(self) -> Mapping[str, Tensor]:
+        """The energy by its parts, each `(batch,)`; the parts are named after layers or nodes."""
+
+    @abstractmethod
+    def init(self, x: Tensor) -> None:
+        """Clamps the input to data `(batch, ...)`, and gives the other nodes first values."""
+
+    @abstractmethod
+    def stage_weights(self, stage: int) -> list[nn.Parameter]:
+        """The weights of stage 1 to L."""
+
+    def energy(self) -> Tensor:
+        """The energy at the present values, `(batch,)`; with the nudge's cost if there is one."""
+        return sum_parts(self.all_energies())
+
+    def all_energies(self) -> Mapping[str, Tensor]:
+        """The parts of the energy, and `cost` while the output is nudged."""
+        parts = dict(self.energies())
+        if self._nudge is not None:
+            cost, target, strength = self._nudge
+            parts["cost"] = strength * cost(self.nodes[-1].value, target)
+        return parts
+
+    def nudge(self, cost: Cost, target: Tensor, strength: float) -> None:
+        """Adds `strength * cost(output, target)` to the energy, until `release`.
+
+        Scellier & Bengio, "Equilibrium propagation" (2017), equation 3.
+        """
+        self._nudge = (cost, target, strength)
+
+    def release(self) -> None:
+        """Takes the nudge's cost out of the energy."""
+        self._nudge = None
+
+    def reset(self) -> None:
+        """Empties all values: nothing of a batch is left."""
+        self.release()
+        for node in self.nodes:
+            node.reset()
+
+    def free_nodes(self, selection: Sequence[int] | None = None) -> list[Node]:
+        """The nodes that relaxation moves, of some or of all."""
+        selection = range(len(self.nodes)) if selection is None else selection
+        return [self.nodes[index] for index in selection if self.nodes[index].is_free]
+
+    def weights(self, stages: Sequence[int] | None = None) -> list[nn.Parameter]:
+        """The weights that learn, of some stages or of all; shared ones once."""
+        stages = range(1, self.num_stages + 1) if stages is None else stages
+        unique = {id(p): p for stage in stages for p in self.stage_weights(stage)}
+        return [parameter for parameter in unique.values() if parameter.requires_grad]
+
+
+class PredictiveCodingNetwork(EnergyNetwork):
+    """A feed-forward network with nodes between its layers.
+
+        F = sum_l e_l(z_l, u_l),   u_l = f_l(z_{l-1}),   z_0 = x
+
+    `f_l` are the layers between two nodes. Called on data, it is the plain feed-forward network.
+
+    Args:
+        *modules: Layers and nodes, in order; the last one is a node.
+        input_node: Node 0; by default a `FloatingNode`.
+
+    Raises:
+        OptionError: There is no node, or a layer behind the last one.
+    """
+
+    def __init__(self, *modules: nn.Module, input_node: Node | None = None) -> None:
+        super().__init__()
+        if not modules or not isinstance(modules[-1], Node):
+            what = "no modules" if not modules else f"{type(modules[-1]).__name__} last"
+            raise OptionError(
+                f"a network must end with a node, whose value is the output, got {what}; append "
+                "SquaredErrorNode(size) or CrossEntropyNode(size)"
+            )
+        self.input = FloatingNode() if input_node is None else input_node
+        self.layers = nn.ModuleList(modules)
+
+    @property
+    def nodes(self) -> list[Node]:  # type: ignore[override]
+        """From the input to the output."""
+        return [self.input, *(module for module in self.layers if isinstance(module, Node))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The feed-forward prediction of the output, `(batch, *shape)`; ignores all values."""
+        for module in self.layers:
+            x = x if isinstance(module, Node) else module(x)
+        return x
+
+    @torch.no_grad()
+    def init(self, x: Tensor) -> None:
+        """Clamps the input, and sets every node to its prediction, from the input to the output."""
+        self.input.clamp(x)
+        hidden = self.input.value
+        for module in self.layers:
+            if isinstance(module, Node):
+                module.init(hidden)
+                hidden = module.value
+            else:
+                hidden = module(hidden)
+
+    def energies(self) -> dict[str, Tensor]:
+        hidden = self.input.value
+        parts = {}
+        for name, module in self.layers.named_children():
+            if isinstance(module, Node):
+                parts[f"layers.{name}"] = module.energy(module.value, hidden)
+                hidden = module.value
+            else:
+                hidden = module(hidden)
+        return parts
+
+    def stage_weights(self, stage: int) -> list[nn.Parameter]:
+        found = 0
+        weights: list[nn.Parameter] = []
+        for module in self.layers:
+            if found == stage - 1:
+                weights += partition(module).weights.values()
+            found += isinstance(module, Node)
+        return weights
+
+
+def sum_parts(parts: Mapping[str, Tensor]) -> Tensor:
+    """The whole energy, `(batch,)`."""
+    terms = list(parts.values())
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total

@@ -1,0 +1,161 @@
+"""Relaxation: values move down the energy, and with them, where a schedule says so, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dcpc.errors import DCPCError, OptionError
+from dcpc.networks.network import EnergyNetwork, sum_parts
+
+__all__ = ["OptimizerFactory", "Phase", "Relaxation", "RelaxationError", "move", "relax", "sgd"]
+
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+"""Makes an optimiser of some parameters, as `partial(torch.optim.SGD, lr=0.1)` does."""
+
+
+class RelaxationError(DCPCError):
+    """The energy became NaN or infinite; names the part of the network and the step."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What moves at the same time, on the gradient of one evaluation of the energy.
+
+    Attributes:
+        values: Nodes, 0 to L; clamped and frozen ones stay where they are.
+        weights: Stages, 1 to L.
+    """
+
+    values: Sequence[int] = ()
+    weights: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """How values came to rest.
+
+    Attributes:
+        num_steps: Steps taken.
+        change: The largest change of any entry of a value in the last step.
+        energy: Mean over the samples before each step, `(num_steps,)`.
+    """
+
+    num_steps: int
+    change: float
+    energy: Tensor
+
+
+def sgd(step_size: float) -> OptimizerFactory:
+    """Plain gradient descent.
+
+    Raises:
+        OptionError: No positive step size.
+    """
+    if not step_size > 0.0:
+        raise OptionError(f"step_size must be positive, got {step_size}")
+    return partial(torch.optim.SGD, lr=step_size)
+
+
+def relax(
+    network: EnergyNetwork,
+    num_steps: int,
+    optimizer: OptimizerFactory,
+    tolerance: float = 0.0,
+) -> Relaxation:
+    """Moves all free values down the energy until they rest.
+
+    Every sample moves on its own energy. The optimiser is made anew, so that nothing that it
+    remembers is of another batch.
+
+    Args:
+        network: With values, as after `init`.
+        num_steps: Steps at most.
+        optimizer: Of the values.
+        tolerance: Stops after a step that changed no entry by more than this.
+
+    Raises:
+        RelaxationError: The energy is NaN or infinite.
+        OptionError: A negative number of steps or tolerance.
+    """
+    if num_steps < 0 or not tolerance >= 0.0:
+        raise OptionError(
+            f"num_steps and tolerance must be at least 0, got {num_steps} and {tolerance}"
+        )
+    values = [node.value for node in network.free_nodes()]
+    change, energies = 0.0, []
+    if values and num_steps:
+        steps = optimizer(values)
+        everything = Phase(values=range(len(network.nodes)))
+        for step in range(num_steps):
+            is_watched = tolerance > 0.0 or step == num_steps - 1
+            before = [value.detach().clone() for value in values] if is_watched else []
+            energies.append(move(network, everything, step, steps))
+            if is_watched:
+                change = largest_change(before, values)
+                if change <= tolerance:
+                    break
+    return Relaxation(len(energies), change, torch.stack(energies) if energies else torch.empty(0))
+
+
+def move(
+    network: EnergyNetwork,
+    phase: Phase,
+    step: int,
+    value_optimizer: Optimizer | None = None,
+    weight_optimizer: Optimizer | None = None,
+) -> Tensor:
+    """One phase: an evaluation of the energy, and a step of what is to move.
+
+    Values descend the energy of their own sample, weights its mean over the samples.
+
+    Args:
+        network: With values.
+        phase: What moves.
+        step: Number of the step, for the error message.
+        value_optimizer: Of the values; needed if some move.
+        weight_optimizer: Of the weights; needed if some move.
+
+    Returns:
+        The mean energy before the step, without a shape.
+
+    Raises:
+        RelaxationError: The energy is NaN or infinite.
+    """
+    values = [node.value for node in network.free_nodes(phase.values)]
+    weights = network.weights(phase.weights)
+    parts = network.all_energies()
+    energy = sum_parts(parts)
+    if not bool(energy.detach().isfinite().all()):
+        raise _diverged(parts, step)
+    if values or weights:
+        gradients = torch.autograd.grad(energy.sum(), [*values, *weights], allow_unused=True)
+        for parameter, gradient in zip(values, gradients, strict=False):
+            parameter.grad = gradient
+        for parameter, gradient in zip(weights, gradients[len(values) :], strict=True):
+            parameter.grad = None if gradient is None else gradient / len(energy)
+    for optimizer, moved in ((value_optimizer, values), (weight_optimizer, weights)):
+        if moved:
+            assert optimizer is not None
+            optimizer.step()
+            for parameter in moved:
+                parameter.grad = None
+    return energy.detach().mean()
+
+
+def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """The largest absolute difference of any entry."""
+    return max(float((b - a.detach()).abs().max()) for b, a in zip(before, after, strict=True))
+
+
+def _diverged(parts: Mapping[str, Tensor], step: int) -> RelaxationError:
+    bad = [name for name, energy in parts.items() if not bool(energy.detach().isfinite().all())]
+    return RelaxationError(
+        f"the energy of {bad} is NaN or infinite at step {step} of the relaxation; lower the step "
+        "size of the values, or look for NaN in the data and the weights"
+    )
