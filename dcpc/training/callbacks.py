@@ -162,7 +162,7 @@ class RunReport(Callback):
     """Says what `dcpc fit` learns and where the checkpoint is.
 
     Attributes:
-        before: The measurements before training.
+        before: The measurements before training, in words.
         after: The last ones; those before training, where none followed.
         is_outdated: Whether the parameters have moved since.
     """

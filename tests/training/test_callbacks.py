@@ -204,5 +204,7 @@ def test_a_module_without_particles_has_grids_and_a_report_but_no_sweeps(
     assert sorted(tags["images"]) == [f"images/{name}" for name in names]
     assert not tags["histograms"]
     assert not [tag for tag in tags["scalars"] if tag.startswith("sweep/")]
-    assert report.after == module.measurements()
+    measured = module.measurements()
+    nll, error = measured["evidence_nll"], measured["evidence_nll_se"]
+    assert report.after == f"evidence NLL {nll:.2f} ± {error:.2f}"
     assert "4 held-out data, 2 particles" in capsys.readouterr().out
