@@ -265,12 +265,11 @@ def test_networks_learn_and_compare_with_backpropagation(execute: Callable[..., 
     assert "values:  input.value, layers.1.value, layers.3.value, layers.5.value" in shown.text
     assert "weights: layers.0.0.weight, layers.0.0.bias, layers.2.0.weight" in shown.text
     assert shown.number("held-out accuracy") < 80 < shown.number("before training,")
-    cosines, accuracies = shown.text.split("layer 3\n")[1], {}
-    for line in cosines.splitlines():
-        name, *numbers = re.split(r" {2,}", line)
-        accuracies[name] = [float(number) for number in numbers]
-    rows = {name: row for name, row in accuracies.items() if len(row) == 3}
-    # Exact, and the last layer of what leaves the output's input where a forward pass puts it.
+    three = r"^(\S.*?) +(-?[\d.]+) +(-?[\d.]+) +(-?[\d.]+)$"
+    found = re.findall(three, shown.text, flags=re.MULTILINE)
+    rows = {name: [float(cosine) for cosine in cosines] for name, *cosines in found}
+    assert len(rows) == 8
+    # Those that equal it, and the last layer of what leaves that layer's input as it was.
     for name in ("exact", "Z-IL", "backpropagation"):
         assert rows[name] == [1.0, 1.0, 1.0], name
     assert rows["fixed_prediction"][2] == 1.0
