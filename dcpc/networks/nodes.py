@@ -231,6 +231,9 @@ class GaussianNode(Node):
 class SquaredErrorNode(GaussianNode):
     """Energy `|z - u|^2 / 2`: the Gaussian of covariance I."""
 
+    def energy(self, value: Tensor, prediction: Tensor) -> Tensor:
+        return 0.5 * (value - prediction).square().flatten(1).sum(1)
+
     def whiten(self, residual: Tensor) -> Tensor:
         return residual
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -131,7 +132,8 @@ def move(
     weights = network.weights(phase.weights)
     parts = network.all_energies()
     energy = sum_parts(parts)
-    if not bool(energy.detach().isfinite().all()):
+    mean = energy.detach().mean()
+    if not math.isfinite(mean):
         raise _diverged(parts, step)
     if values or weights:
         gradients = torch.autograd.grad(energy.sum(), [*values, *weights], allow_unused=True)
@@ -145,7 +147,7 @@ def move(
             optimizer.step()
             for parameter in moved:
                 parameter.grad = None
-    return energy.detach().mean()
+    return mean
 
 
 def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -63,8 +64,8 @@ class ClassifierModule(MeasuredModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Lets the rule learn from a batch."""
         x, labels, _ = batch
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
+        # Lightning's wrapper has an optimiser's methods, and counts its steps.
+        optimizer = cast(torch.optim.Optimizer, self.optimizers())
         with self.stream(self._num_steps):
             learned = self.rule.learn(
                 self.network, self._input(x), self._targets(labels), optimizer

@@ -85,8 +85,9 @@ def draw_decision_boundary(module: ClassifierModule, data: LabelledData) -> Figu
         alpha=0.4,
         **colours,
     )
+    horizontal, vertical = points.T.numpy()
     axes.scatter(
-        *points.T.numpy(), c=labels.numpy(), s=10, edgecolors="black", linewidths=0.3, **colours
+        horizontal, vertical, c=labels.numpy(), s=10, edgecolors="black", linewidths=0.3, **colours
     )
     is_right = module.predict(points.to(module.device)).argmax(1).cpu() == labels
     axes.set_title(f"held-out accuracy {100 * float(is_right.float().mean()):.1f} %")
