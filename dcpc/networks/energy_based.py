@@ -77,7 +77,7 @@ class RestrictedHopfield(EnergyNetwork):
         )
 
     @property
-    def nodes(self) -> list[Node]:  # type: ignore[override]
+    def nodes(self) -> list[Node]:
         """From the input to the output."""
         return [state for state in self.states if isinstance(state, Node)]
 

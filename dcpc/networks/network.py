@@ -7,6 +7,8 @@ on the energy, learning steps the weights on it.
 
 from __future__ import annotations
 
+import functools
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
@@ -24,17 +26,16 @@ Cost = Callable[[Tensor, Tensor], Tensor]
 
 
 class EnergyNetwork(nn.Module, ABC):
-    """Base class: values, weights, and their energy per sample.
-
-    Attributes:
-        nodes: From the input to the output.
-    """
-
-    nodes: Sequence[Node]
+    """Base class: values, weights, and their energy per sample."""
 
     def __init__(self) -> None:
         super().__init__()
         self._nudge: tuple[Cost, Tensor, float] | None = None
+
+    @property
+    @abstractmethod
+    def nodes(self) -> list[Node]:
+        """From the input to the output."""
 
     @property
     def num_stages(self) -> int:
@@ -121,7 +122,7 @@ class PredictiveCodingNetwork(EnergyNetwork):
         self.layers = nn.ModuleList(modules)
 
     @property
-    def nodes(self) -> list[Node]:  # type: ignore[override]
+    def nodes(self) -> list[Node]:
         """From the input to the output."""
         return [self.input, *(module for module in self.layers if isinstance(module, Node))]
 
@@ -166,8 +167,4 @@ class PredictiveCodingNetwork(EnergyNetwork):
 
 def sum_parts(parts: Mapping[str, Tensor]) -> Tensor:
     """The whole energy, `(batch,)`."""
-    terms = list(parts.values())
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+    return functools.reduce(operator.add, parts.values())

@@ -232,6 +232,7 @@ class SquaredErrorNode(GaussianNode):
     """Energy `|z - u|^2 / 2`: the Gaussian of covariance I."""
 
     def energy(self, value: Tensor, prediction: Tensor) -> Tensor:
+        # The same without a determinant to add: inference is so short a step that it shows.
         return 0.5 * (value - prediction).square().flatten(1).sum(1)
 
     def whiten(self, residual: Tensor) -> Tensor:
