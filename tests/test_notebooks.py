@@ -173,7 +173,7 @@ def test_the_quick_start_agrees_with_quadrature(execute: Callable[..., Executed]
     error = shown.number(r"log evidence -?[\d.]+ ±")
     assert 0 < error < 0.5
     assert abs(shown.number("\nlog evidence") - evidence) < 4 * max(error, 0.05)
-    assert len(shown.figures) == 2
+    assert len(shown.figures) == 3
 
 
 # -- the algorithms --------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_networks_learn_and_compare_with_backpropagation(execute: Callable[..., 
         assert rows[name] == [1.0, 1.0, 1.0], name
     assert rows["fixed_prediction"][2] == 1.0
     assert min(min(row) for row in rows.values()) > 0.5
-    assert len(shown.figures) == 2
+    assert len(shown.figures) == 3
 
 
 # -- checkpoints whose decoders ignore the latents ----------------------------------------------
