@@ -173,7 +173,7 @@ def test_the_quick_start_agrees_with_quadrature(execute: Callable[..., Executed]
     error = shown.number(r"log evidence -?[\d.]+ ±")
     assert 0 < error < 0.5
     assert abs(shown.number("\nlog evidence") - evidence) < 4 * max(error, 0.05)
-    assert len(shown.figures) == 3
+    assert len(shown.figures) == 2
 
 
 # -- the algorithms --------------------------------------------------------------------------
