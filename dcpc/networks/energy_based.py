@@ -88,16 +88,26 @@ class RestrictedHopfield(EnergyNetwork):
         for node in self.nodes[1:]:
             node.init(x.new_zeros(len(x), *(size or 1 for size in node.shape)))
 
-    def energies(self) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def drive(self) -> Tensor:
+        """`W_0 u_0 + b_0`, `(batch, d_1)`, as a constant."""
+        return self.connections[0](self.nodes[0].value)
+
+    def energies(self, drive: Tensor | None = None) -> dict[str, Tensor]:
+        """The energy of every state and of every connection, `(batch,)`."""
         parts = {
             f"states.{i}": 0.5 * node.value.square().sum(1) for i, node in enumerate(self.nodes)
         }
         active = [self.nodes[0].value, *(self.phi(node.value) for node in self.nodes[1:])]
         for i, connection in enumerate(self.connections):
-            parts[f"connections.{i}"] = -(active[i + 1] * connection(active[i])).sum(1)
+            field, drive = drive, None
+            if field is None:
+                field = connection(active[i])
+            parts[f"connections.{i}"] = -(active[i + 1] * field).sum(1)
         return parts
 
     def stage_weights(self, stage: int) -> list[nn.Parameter]:
+        """The connection to state 1 to n, with its bias."""
         return list(self.connections[stage - 1].parameters())
 
 

@@ -11,6 +11,7 @@ import functools
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +44,20 @@ class EnergyNetwork(nn.Module, ABC):
         return len(self.nodes) - 1
 
     @abstractmethod
-    def energies(self) -> Mapping[str, Tensor]:
-        """The energy by its parts, each `(batch,)`; the parts are named after layers or nodes."""
+    def drive(self) -> Tensor:
+        """What stage 1 makes of the input's value, `(batch, ...)`, as a constant.
+
+        A clamped input drives the network by the same amount at every step of the other values,
+        and the first weights are often the largest.
+        """
+
+    @abstractmethod
+    def energies(self, drive: Tensor | None = None) -> Mapping[str, Tensor]:
+        """The energy by its parts, each `(batch,)`; the parts are named after layers or nodes.
+
+        Args:
+            drive: Taken for what stage 1 makes of the input, where it is known.
+        """
 
     @abstractmethod
     def init(self, x: Tensor) -> None:
@@ -58,9 +71,9 @@ class EnergyNetwork(nn.Module, ABC):
         """The energy at the present values, `(batch,)`; with the nudge's cost if there is one."""
         return sum_parts(self.all_energies())
 
-    def all_energies(self) -> Mapping[str, Tensor]:
+    def all_energies(self, drive: Tensor | None = None) -> Mapping[str, Tensor]:
         """The parts of the energy, and `cost` while the output is nudged."""
-        parts = dict(self.energies())
+        parts = dict(self.energies(drive))
         if self._nudge is not None:
             cost, target, strength = self._nudge
             parts["cost"] = strength * cost(self.nodes[-1].value, target)
@@ -95,6 +108,24 @@ class EnergyNetwork(nn.Module, ABC):
         return [parameter for parameter in unique.values() if parameter.requires_grad]
 
 
+class Stage(NamedTuple):
+    """What stands between two nodes, and the second of them.
+
+    Attributes:
+        name: Of the node, within the network.
+        layers: From the value before to the prediction.
+        node: Whose value is predicted.
+    """
+
+    name: str
+    layers: list[nn.Module]
+    node: Node
+
+    def predict(self, value: Tensor) -> Tensor:
+        """The prediction of the node, from the value of the node before."""
+        return functools.reduce(lambda hidden, layer: layer(hidden), self.layers, value)
+
+
 class PredictiveCodingNetwork(EnergyNetwork):
     """A feed-forward network with nodes between its layers.
 
@@ -122,47 +153,59 @@ class PredictiveCodingNetwork(EnergyNetwork):
         self.layers = nn.ModuleList(modules)
 
     @property
+    def stages(self) -> list[Stage]:
+        """Stages 1 to L."""
+        stages: list[Stage] = []
+        layers: list[nn.Module] = []
+        for name, module in self.layers.named_children():
+            if isinstance(module, Node):
+                stages.append(Stage(f"layers.{name}", layers, module))
+                layers = []
+            else:
+                layers.append(module)
+        return stages
+
+    @property
     def nodes(self) -> list[Node]:
         """From the input to the output."""
-        return [self.input, *(module for module in self.layers if isinstance(module, Node))]
+        return [self.input, *(stage.node for stage in self.stages)]
 
     def forward(self, x: Tensor) -> Tensor:
         """The feed-forward prediction of the output, `(batch, *shape)`; ignores all values."""
-        for module in self.layers:
-            x = x if isinstance(module, Node) else module(x)
+        for stage in self.stages:
+            x = stage.predict(x)
         return x
 
     @torch.no_grad()
     def init(self, x: Tensor) -> None:
         """Clamps the input, and sets every node to its prediction, from the input to the output."""
         self.input.clamp(x)
-        hidden = self.input.value
-        for module in self.layers:
-            if isinstance(module, Node):
-                module.init(hidden)
-                hidden = module.value
-            else:
-                hidden = module(hidden)
+        before: Node = self.input
+        for stage in self.stages:
+            stage.node.init(stage.predict(before.value))
+            before = stage.node
 
-    def energies(self) -> dict[str, Tensor]:
-        hidden = self.input.value
+    @torch.no_grad()
+    def drive(self) -> Tensor:
+        """What stage 1 makes of the input's value, `(batch, ...)`, as a constant."""
+        return self.stages[0].predict(self.input.value)
+
+    def energies(self, drive: Tensor | None = None) -> dict[str, Tensor]:
+        """The energy of every node, `(batch,)`."""
+        before: Node = self.input
         parts = {}
-        for name, module in self.layers.named_children():
-            if isinstance(module, Node):
-                parts[f"layers.{name}"] = module.energy(module.value, hidden)
-                hidden = module.value
-            else:
-                hidden = module(hidden)
+        for stage in self.stages:
+            prediction, drive = drive, None
+            if prediction is None:
+                prediction = stage.predict(before.value)
+            parts[stage.name] = stage.node.energy(stage.node.value, prediction)
+            before = stage.node
         return parts
 
     def stage_weights(self, stage: int) -> list[nn.Parameter]:
-        found = 0
-        weights: list[nn.Parameter] = []
-        for module in self.layers:
-            if found == stage - 1:
-                weights += partition(module).weights.values()
-            found += isinstance(module, Node)
-        return weights
+        """The weights of stage 1 to L, those of its node among them."""
+        _, layers, node = self.stages[stage - 1]
+        return [weight for part in (*layers, node) for weight in partition(part).weights.values()]
 
 
 def sum_parts(parts: Mapping[str, Tensor]) -> Tensor:

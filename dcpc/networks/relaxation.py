@@ -93,10 +93,11 @@ def relax(
     if values and num_steps:
         steps = optimizer(values)
         everything = Phase(values=range(len(network.nodes)))
+        drive = constant_drive(network, everything)
         for step in range(num_steps):
             is_watched = tolerance > 0.0 or step == num_steps - 1
             before = [value.detach().clone() for value in values] if is_watched else []
-            energies.append(move(network, everything, step, steps))
+            energies.append(move(network, everything, step, steps, drive=drive))
             if is_watched:
                 change = largest_change(before, values)
                 if change <= tolerance:
@@ -110,6 +111,7 @@ def move(
     step: int,
     value_optimizer: Optimizer | None = None,
     weight_optimizer: Optimizer | None = None,
+    drive: Tensor | None = None,
 ) -> Tensor:
     """One phase: an evaluation of the energy, and a step of what is to move.
 
@@ -121,6 +123,7 @@ def move(
         step: Number of the step, for the error message.
         value_optimizer: Of the values; needed if some move.
         weight_optimizer: Of the weights; needed if some move.
+        drive: What stage 1 makes of the input, where that is known and is not to move.
 
     Returns:
         The mean energy before the step, without a shape.
@@ -130,7 +133,7 @@ def move(
     """
     values = [node.value for node in network.free_nodes(phase.values)]
     weights = network.weights(phase.weights)
-    parts = network.all_energies()
+    parts = network.all_energies(drive)
     energy = sum_parts(parts)
     mean = energy.detach().mean()
     if not math.isfinite(mean):
@@ -148,6 +151,11 @@ def move(
             for parameter in moved:
                 parameter.grad = None
     return mean
+
+
+def constant_drive(network: EnergyNetwork, phase: Phase) -> Tensor | None:
+    """What stage 1 makes of the input, if a phase leaves that as it is."""
+    return None if phase.weights or network.free_nodes([0]) else network.drive()
 
 
 def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

@@ -22,8 +22,16 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from dcpc.errors import OptionError
-from dcpc.networks.network import Cost, EnergyNetwork
-from dcpc.networks.relaxation import OptimizerFactory, Phase, Relaxation, move, relax, sgd
+from dcpc.networks.network import Cost, EnergyNetwork, PredictiveCodingNetwork
+from dcpc.networks.relaxation import (
+    OptimizerFactory,
+    Phase,
+    Relaxation,
+    constant_drive,
+    move,
+    relax,
+    sgd,
+)
 
 __all__ = [
     "COSTS",
@@ -89,7 +97,26 @@ class LearningRule(ABC):
         """The output `(batch, ...)` for data of the input."""
 
 
-class ScheduledLearning(LearningRule):
+class FeedForwardRule(LearningRule):
+    """Base class: the prediction is a forward pass.
+
+    Raises:
+        OptionError: The network has no forward pass.
+    """
+
+    def predict(self, network: EnergyNetwork, x: Tensor) -> Tensor:
+        return self._feed_forward(network)(x)
+
+    def _feed_forward(self, network: EnergyNetwork) -> PredictiveCodingNetwork:
+        if not isinstance(network, PredictiveCodingNetwork):
+            raise OptionError(
+                f"{type(self).__name__} learns a feed-forward network, a PredictiveCodingNetwork, "
+                f"got {type(network).__name__}; train that by EquilibriumPropagation"
+            )
+        return network
+
+
+class ScheduledLearning(FeedForwardRule):
     """Base class: input and output are clamped, then values and weights move in phases."""
 
     value_optimizer: OptimizerFactory
@@ -100,20 +127,18 @@ class ScheduledLearning(LearningRule):
 
     def learn(self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer) -> Learned:
         try:
-            network.init(x)
+            self._feed_forward(network).init(x)
             network.nodes[-1].clamp(y)
             values = [node.value for node in network.free_nodes()]
             value_optimizer = self.value_optimizer(values) if values else None
-            energy = [
-                move(network, phase, step, value_optimizer, optimizer)
-                for step, phase in enumerate(self.phases(network.num_stages))
-            ]
+            energy, drive = [], None
+            for step, phase in enumerate(self.phases(network.num_stages)):
+                if drive is None or phase.weights:
+                    drive = constant_drive(network, phase)
+                energy.append(move(network, phase, step, value_optimizer, optimizer, drive))
         finally:
             network.reset()
         return Learned(torch.stack(energy))
-
-    def predict(self, network: EnergyNetwork, x: Tensor) -> Tensor:
-        return network(x)
 
 
 @dataclass(frozen=True)
@@ -201,19 +226,16 @@ class ZeroDivergenceLearning(ScheduledLearning):
 
 
 @dataclass(frozen=True)
-class Backpropagation(LearningRule):
+class Backpropagation(FeedForwardRule):
     """The gradient of the output's energy after a forward pass: what the others approximate."""
 
     def learn(self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer) -> Learned:
-        loss = network.nodes[-1].energy(y, network(x)).mean()
+        loss = network.nodes[-1].energy(y, self.predict(network, x)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return Learned(loss.detach().unsqueeze(0))
-
-    def predict(self, network: EnergyNetwork, x: Tensor) -> Tensor:
-        return network(x)
 
 
 @dataclass(frozen=True)

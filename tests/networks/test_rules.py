@@ -141,6 +141,38 @@ def test_incremental_learning_with_weights_at_the_end_is_inference_learning() ->
     assert relative_error(early, late) > 0.01
 
 
+def test_incremental_learning_is_the_written_loop() -> None:
+    network, (x, y) = chain(), data()
+    weights = [parameter.detach().clone().requires_grad_() for parameter in network.weights()]
+    network.init(x)
+    values = [node.value.detach().clone().requires_grad_() for node in network.nodes[1:-1]]
+    network.reset()
+
+    def energy() -> Tensor:
+        first, second = values
+        predictions = (
+            nn.functional.linear(x, *weights[:2]).tanh(),
+            nn.functional.linear(first, *weights[2:4]).tanh(),
+            nn.functional.linear(second, *weights[4:]),
+        )
+        pairs = zip((first, second, y), predictions, strict=True)
+        return sum(0.5 * (value - prediction).square().sum() for value, prediction in pairs)
+
+    def descend(moved: list[Tensor], rate: float) -> None:
+        gradients = torch.autograd.grad(energy(), moved)
+        for tensor, gradient in zip(moved, gradients, strict=True):
+            tensor.data -= rate * gradient
+
+    for step in range(6):
+        descend(values, 0.1)
+        if step in (1, 3, 5):
+            descend(weights, 0.3 / len(x))
+    rule = IncrementalInferenceLearning(num_steps=6, first=1, every=2)
+    rule.learn(network, x, y, torch.optim.SGD(network.weights(), lr=0.3))
+    for found, expected in zip(network.weights(), weights, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize(
     ("rule", "network"),
     [
@@ -350,3 +382,14 @@ def test_predictions_of_the_hopfield_network_are_at_rest() -> None:
 def test_impossible_rules_and_networks_are_refused(make: object, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         make()
+
+
+@pytest.mark.parametrize("rule", [Backpropagation(), InferenceLearning(), ZeroDivergenceLearning()])
+def test_a_network_without_a_forward_pass_is_refused(rule: LearningRule) -> None:
+    network, (x, y) = RestrictedHopfield(SIZES).double(), data()
+    optimizer = torch.optim.SGD(network.weights(), lr=1.0)
+    message = f"{type(rule).__name__} learns a feed-forward network, .*got RestrictedHopfield"
+    with pytest.raises(OptionError, match=message):
+        rule.learn(network, x, y, optimizer)
+    with pytest.raises(OptionError, match=message):
+        rule.predict(network, x)
