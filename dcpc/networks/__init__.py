@@ -1,6 +1,6 @@
 """Classical predictive coding: an energy of values and weights, and rules of what moves when.
 
-nodes         values and the energies of their prediction errors
+nodes         values and the energies of their prediction errors; gaussian_nodes: Gaussian ones
 network       a feed-forward network with nodes; the interface of all networks
 energy_based  the networks of equilibrium propagation
 relaxation    values and weights move down the energy, phase by phase
@@ -12,19 +12,21 @@ bridge        a network as a Pyro model
 
 from dcpc.networks.bridge import PyroNetwork
 from dcpc.networks.energy_based import ConditionalGaussian, RestrictedHopfield
+from dcpc.networks.gaussian_nodes import (
+    FactorizedGaussianNode,
+    MultivariateGaussianNode,
+    ScaledGaussianNode,
+    SquaredErrorNode,
+)
 from dcpc.networks.gradients import PCGradients, pc_gradients
 from dcpc.networks.network import EnergyNetwork, PredictiveCodingNetwork
 from dcpc.networks.nodes import (
     BiasNode,
     CrossEntropyNode,
-    FactorizedGaussianNode,
     FixedNode,
     FloatingNode,
     FunctionNode,
-    MultivariateGaussianNode,
     Node,
-    ScaledGaussianNode,
-    SquaredErrorNode,
 )
 from dcpc.networks.parameters import (
     eparameters,

@@ -10,8 +10,9 @@ import pyro
 from torch import Tensor, nn
 
 from dcpc.errors import OptionError
+from dcpc.networks.gaussian_nodes import GaussianNode
 from dcpc.networks.network import PredictiveCodingNetwork
-from dcpc.networks.nodes import CrossEntropyNode, GaussianNode
+from dcpc.networks.nodes import CrossEntropyNode
 
 __all__ = ["PyroNetwork"]
 

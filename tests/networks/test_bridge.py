@@ -8,6 +8,7 @@ from dataclasses import replace
 import pyro
 import pytest
 import torch
+from oracles import condition_gaussian
 from torch import Tensor, nn
 
 from dcpc import DCPC
@@ -72,6 +73,29 @@ def test_the_energy_is_minus_the_log_density() -> None:
         ours.nodes[i].init(trace.nodes[f"z{i}"]["value"])
     constant = 0.5 * (5 + 3 + 2) * math.log(2 * math.pi)
     torch.testing.assert_close(ours.energy(), -log_joint - constant)
+
+
+def test_preset_dcpc_samples_the_posterior_of_a_linear_network() -> None:
+    torch.manual_seed(0)
+    hidden = MultivariateGaussianNode(3)
+    nn.init.normal_(hidden.raw_scale, std=0.5)
+    above, below = nn.Linear(4, 3), nn.Linear(3, 2)
+    linear = PredictiveCodingNetwork(above, hidden, below, SquaredErrorNode(2)).double()
+    x, y = (rows[:3] for rows in data())
+    engine = DCPC(PyroNetwork(linear), num_particles=256)
+    posterior = engine.run(x, y, num_sweeps=60, keep_every=2, seed=0, progress=False)
+    with torch.no_grad():
+        covariance, means = hidden.scale_tril @ hidden.scale_tril.T, above(x)
+        for row, (mean, target) in enumerate(zip(means, y - below.bias, strict=True)):
+            mean, covariance_left, log_evidence = condition_gaussian(
+                mean, covariance, below.weight, torch.ones(2, dtype=torch.double), target
+            )
+            found = posterior.history["z1"][:, :, row].reshape(-1, 3)
+            deviations = covariance_left.diagonal().sqrt()
+            assert float(((found.mean(0) - mean) / deviations).abs().max()) < 0.08
+            assert float((found.std(0) / deviations - 1.0).abs().max()) < 0.08
+            error = float(posterior.log_evidence[row]) - log_evidence
+            assert abs(error) < 5.0 * float(posterior.log_evidence_se[row]) + 0.02
 
 
 def test_nodes_that_are_no_random_variables_are_refused() -> None:
