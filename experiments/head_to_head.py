@@ -256,7 +256,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--path", default="ylecun/mnist", help="MNIST: a hub name or a folder")
     parser.add_argument("--minutes", type=float, default=3.0, help="of training, per run")
     parser.add_argument(
-        "--million_gradients", type=float, default=5.0, help="gradient evaluations, per run"
+        "--million_gradients", type=float, default=3.0, help="gradient evaluations, per run"
     )
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
