@@ -1,7 +1,7 @@
 """Breaks the package on purpose, one line at a time, and demands that the fast suite notices.
 
     python tests/mutations.py            all faults
-    python tests/mutations.py drift      those whose description contains "drift"
+    python tests/mutations.py drift      those whose description or file contains "drift"
     python tests/mutations.py --list     what there is
 
 Each fault is applied to a copy of the repository, in which the engine's tests run until the
@@ -39,6 +39,8 @@ TESTS = [
     "tests/training/test_callbacks.py",
     "tests/training/test_amortised.py",
     "tests/training/test_warm_start.py",
+    "tests/networks",
+    "tests/training/test_classifier.py",
     "tests/evaluation",
     "tests/experiments",
 ]
@@ -71,7 +73,7 @@ DATA = "dcpc/training/data.py"
 HUB = "dcpc/training/hub.py"
 PIXELS = "dcpc/training/pixels.py"
 CALLBACKS = "dcpc/training/callbacks.py"
-GENERATIVE = "dcpc/training/generative.py"
+MEASURED = "dcpc/training/measured.py"
 AMORTISED = "dcpc/training/amortised.py"
 MODULE = "dcpc/training/module.py"
 KERNELS = "dcpc/kernels.py"
@@ -83,6 +85,12 @@ NEIGHBOURS = "dcpc/evaluation/neighbours.py"
 FROZEN = "dcpc/evaluation/frozen.py"
 INTENSITIES = "dcpc/evaluation/intensities.py"
 HEAD = "experiments/head_to_head.py"
+NETWORK = "dcpc/networks/network.py"
+NODES = "dcpc/networks/nodes.py"
+GAUSSIAN_NODES = "dcpc/networks/gaussian_nodes.py"
+RELAXATION = "dcpc/networks/relaxation.py"
+RULES = "dcpc/networks/rules.py"
+GRADIENTS = "dcpc/networks/gradients.py"
 
 FAULTS = [
     Fault("the drift points down the density", LANGEVIN,
@@ -233,9 +241,9 @@ FAULTS = [
           "self.inference.algorithm.preset.warm_starts_every_visit", "False"),
     Fault("the autoencoder's loss is that of the whole batch", AMORTISED,
           "self.guide, x) / len(x)", "self.guide, x)"),
-    Fault("the learning rate ends at a half", GENERATIVE,
+    Fault("the learning rate ends at a half", MEASURED,
           "done.append(self._num_steps / total)", "done.append(0.5 * self._num_steps / total)"),
-    Fault("every step draws the same numbers", GENERATIVE,
+    Fault("every step draws the same numbers", MEASURED,
           "derived_seed(self._seed, *key)", "derived_seed(self._seed)"),
     Fault("the solve by blocks forgets the blocks above", KERNELS,
           "solved[:, above], scale_tril[block, above].mT, alpha=-1",
@@ -250,8 +258,7 @@ FAULTS = [
           "            if node.op == \"get_attr\":\n",
           "            if node.op == \"nothing\":\n"),
     Fault("bounds average log-weights", BOUNDS,
-          "        return Bounds(log_weights.mean(0), _log_mean_exp(log_weights))",
-          "        return Bounds(log_weights.mean(0), log_weights.mean(0))"),
+          "LogWeights(log_weights).log_mean())", "log_weights.mean(0))"),
     Fault("bounds leave the guide's density out", BOUNDS,
           "chunks.append(division.log_joint(state.latents, (x,)) - state.log_joint)",
           "chunks.append(division.log_joint(state.latents, (x,)))"),
@@ -302,6 +309,54 @@ FAULTS = [
     Fault("the table by gradients shows what was learned by time",
           "experiments/head_to_head_report.py",
           'run["spent"][budget] for run', 'run["spent"]["seconds"] for run'),
+    Fault("a warm guide goes on learning from single particles", MODULE,
+          "return not self.warm_up_epochs or", "return True or"),
+    Fault("errors do not pull at the value before", NETWORK,
+          "prediction = stage.predict(before.value)",
+          "prediction = stage.predict(before.value.detach())"),
+    Fault("the input's drive outlives a step of the weights", RULES,
+          "if drive is None or phase.weights:", "if drive is None:"),
+    Fault("the input's drive is constant though the input moves", RELAXATION,
+          "phase.weights or network.free_nodes([0])", "phase.weights"),
+    Fault("weights descend the sum over the samples", RELAXATION,
+          "None if gradient is None else gradient / len(energy)", "gradient"),
+    Fault("values descend the mean over the samples", RELAXATION,
+          "torch.autograd.grad(energy.sum(), [", "torch.autograd.grad(energy.mean(), ["),
+    Fault("a clamped value moves", NODES,
+          "not (self.is_clamped or self.is_frozen)", "not self.is_frozen"),
+    Fault("a frozen value moves", NODES,
+          "not (self.is_clamped or self.is_frozen)", "not self.is_clamped"),
+    Fault("values are saved with the weights", NODES,
+          'destination.pop(f"{prefix}value", None)', "pass"),
+    Fault("a shared variance is counted once for all units", GAUSSIAN_NODES,
+          "0.5 * self.logvar.expand(value.shape[1:]).sum()", "0.5 * self.logvar.sum()"),
+    Fault("the precision-weighted error is whitened once", GAUSSIAN_NODES,
+          "self.whiten_transposed(self.whiten(value - prediction))",
+          "self.whiten(value - prediction)"),
+    Fault("Z-IL with the inference's own step size", RULES,
+          "UNIT_STEP = sgd(1.0)", "UNIT_STEP = sgd(0.5)"),
+    Fault("incremental learning counts from its first step", RULES,
+          "(step - self.first) % self.every == 0", "step % self.every == 0"),
+    Fault("a nudged gradient contains the cost", RULES,
+          "                network.release()\n", ""),
+    Fault("a second nudge starts where the first one ended", RULES,
+          "node.init(value)", "pass"),
+    Fault("symmetric nudging divides by beta", RULES,
+          "2.0 * self.beta if self.symmetric", "self.beta if self.symmetric"),
+    Fault("the nudge has unit strength", NETWORK,
+          'parts["cost"] = strength * cost', 'parts["cost"] = cost'),
+    Fault("strict beliefs ignore init", GRADIENTS,
+          "beliefs[1:-1] = _initial_beliefs(init, activations)",
+          "_initial_beliefs(init, activations)"),
+    Fault("strict errors are an update old", GRADIENTS,
+          "        errors = _errors(passes, beliefs, loss_fn, y)\n    beliefs",
+          "        pass\n    beliefs"),
+    Fault("dropout is drawn anew at every evaluation", GRADIENTS,
+          "_set_random_state(self._noise, leaf)", "pass"),
+    Fault("batch statistics are counted at every evaluation", GRADIENTS,
+          "buffer.clone() for name, buffer", "buffer for name, buffer"),
+    Fault("a shared layer keeps its last gradient", GRADIENTS,
+          "gradients.get(parameter, 0) + gradient", "gradient"),
 ]  # fmt: skip
 
 
@@ -348,7 +403,7 @@ def main() -> None:
     parser.add_argument("select", nargs="?", default="")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
-    chosen = [fault for fault in FAULTS if options.select in fault.what]
+    chosen = [fault for fault in FAULTS if options.select in f"{fault.what} {fault.path}"]
     if options.list:
         print("\n".join(fault.what for fault in chosen))
         return

@@ -274,6 +274,8 @@ def test_networks_learn_and_compare_with_backpropagation(execute: Callable[..., 
         assert rows[name] == [1.0, 1.0, 1.0], name
     assert rows["fixed_prediction"][2] == 1.0
     assert min(min(row) for row in rows.values()) > 0.5
+    trained = dict(re.findall(r"^(\S.*?) +(\d+\.\d)$", shown.text, flags=re.MULTILINE))
+    assert all(float(trained[name]) > 85.0 for name in rows), trained
     assert len(shown.figures) == 3
 
 

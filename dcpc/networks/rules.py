@@ -255,7 +255,8 @@ class EquilibriumPropagation(LearningRule):
         free_steps: Steps to the free equilibrium; none where the first values are at it, as those
             of `ConditionalGaussian` are.
         nudged_steps: Steps from there to a nudged one.
-        value_optimizer: Makes the values' optimiser; plain descent of step size `dt / tau`.
+        value_optimizer: Makes the values' optimiser; plain descent of step size `dt / tau`. For the
+            Gaussian it is stable below `1 / (1 + |W|^2)`, of the largest singular value of any `W`.
         tolerance: Stops relaxing after a step that changed no value by more than this.
 
     Raises:
