@@ -176,6 +176,20 @@ def test_the_precision_follows_the_weights(dtype: torch.dtype) -> None:
     assert {node.value.dtype for node in network.nodes} == {dtype}
 
 
+@pytest.mark.gpu
+def test_a_gpu_relaxes_to_the_same_values() -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        network, (x, y) = deep().to(device), data()
+        network.init(x.to(device))
+        network.nodes[-1].clamp(y.to(device))
+        relax(network, 8, sgd(0.1))
+        assert {node.value.device.type for node in network.nodes} == {device}
+        found.append([value.cpu() for value in values(network)])
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-10, atol=1e-12)
+
+
 def test_divergence_names_the_layer_and_the_step() -> None:
     network, (x, y) = deep(), data()
     network.init(x)
