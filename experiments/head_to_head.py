@@ -63,7 +63,7 @@ class SharedSetting:
         seconds: Of training.
         gradients: Gradient evaluations of training.
         num_training: Images to train on.
-        num_measured: Held-out images to measure.
+        num_measured: Images to measure: so many held out, and so many trained on.
         num_temperatures: Of the measurement.
         num_particles: Of the measurement.
         num_threads: Of torch.
@@ -167,7 +167,9 @@ def train_and_measure(algorithm: str, seed: int, setting: SharedSetting) -> Run:
     data.setup("fit")
     data.setup("test")
     assert data.held_out_set is not None
+    assert data.training_set is not None
     x = data.held_out_set.first(setting.num_measured)[0]
+    seen = data.training_set.first(setting.num_measured)[0]
     sizes: dict[Budget, float] = {"seconds": setting.seconds, "gradients": setting.gradients}
     num_latents = len(module.held_out_inference.division(x).latents)
     budgets = Budgets(sizes, partial(gradients_per_datum, num_latents))
@@ -185,18 +187,25 @@ def train_and_measure(algorithm: str, seed: int, setting: SharedSetting) -> Run:
         )
         trainer.fit(module, datamodule=data)
 
-    def measured(snapshot: Snapshot, num_images: int, num_temperatures: int) -> dict[str, float]:
+    def measured(snapshot: Snapshot, images: Tensor, num_temperatures: int) -> dict[str, float]:
         module.model.load_state_dict(snapshot.parameters)
         inference = held_out_inference(module.model, setting.num_particles)
         # The same seed for every model, so that they differ by their parameters.
-        result = evaluate(inference, x[:num_images], num_temperatures, seed=0)
-        return {**snapshot.spent, **summarise([result])}
+        return summarise([evaluate(inference, images, num_temperatures, seed=0)])
 
-    curve = [measured(point, CURVE_IMAGES, CURVE_TEMPERATURES) for point in budgets.curve]
+    curve = [
+        {**point.spent, **measured(point, x[:CURVE_IMAGES], CURVE_TEMPERATURES)}
+        for point in budgets.curve
+    ]
     spent = {}
     for budget, snapshot in budgets.kept.items():
-        spent[budget] = measured(snapshot, len(x), setting.num_temperatures)
-        spent[budget]["prior_sample_nll"] = -float(prior_sample_estimate(module.model, x).mean())
+        of_seen = measured(snapshot, seen, setting.num_temperatures)
+        spent[budget] = {
+            **snapshot.spent,
+            **measured(snapshot, x, setting.num_temperatures),
+            "training_evidence_nll": of_seen["evidence_nll"],
+            "prior_sample_nll": -float(prior_sample_estimate(module.model, x).mean()),
+        }
     about = {"algorithm": algorithm, "seed": seed, "setting": setting.shared()}
     return {**about, "curve": curve, "spent": spent}
 
@@ -261,7 +270,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--num_training", type=int, default=10_000, help="images to train on")
-    parser.add_argument("--num_measured", type=int, default=100, help="held-out images")
+    parser.add_argument("--num_measured", type=int, default=64, help="images to measure")
     parser.add_argument("--num_temperatures", type=int, default=200, help="of the measurement")
     parser.add_argument("--num_particles", type=int, default=4, help="of the measurement")
     parser.add_argument("--num_threads", type=int, default=2)

@@ -190,6 +190,7 @@ def head_to_head_run(algorithm: str, seed: int, nll: float) -> dict[str, object]
             "seconds": 30.0,
             "gradients": 300,
             "evidence_nll": nll + worse,
+            "training_evidence_nll": nll,
             "reconstruction_cross_entropy": nll / 2,
             "reconstruction_mse": 0.01,
         }
