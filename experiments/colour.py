@@ -9,7 +9,8 @@ their reconstructions, samples of the prior, samples of the pseudo-posterior.
 
 The pseudo-posterior is a Gaussian mixture of the training images' latents: of their particles, or
 of the encoder's samples where there are no particles. Frechet distances are in the features of a
-classifier that is trained here, and in Inception's where its weights are present.
+classifier that is trained here, and in Inception's where its weights are present, from
+`--num_samples` generated images: with few of them, the distance depends on which.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from dcpc.evaluation import (
     decode,
     evaluate,
     frechet_feature_distance,
-    prior_samples,
     summarise,
 )
 from dcpc.evaluation.batches import BATCH_SIZE
@@ -61,8 +61,8 @@ class Measured:
 
     Attributes:
         summary: Of held-out images, by `dcpc.evaluation.summarise`.
-        prior: Samples of the prior, `(N, *shape)`.
-        pseudo: Samples of the pseudo-posterior, `(N, *shape)`.
+        prior: Generated from samples of the prior, `(N, *shape)`.
+        pseudo: Generated from samples of the pseudo-posterior, `(N, *shape)`.
         picture: Rows of images.
     """
 
@@ -102,9 +102,10 @@ def measure(algorithm: str, checkpoint: Path, options: argparse.Namespace) -> Me
     )
     latents = training_latents(module, data, checkpoint)
     mixture = PseudoPosterior.fit(SITE, latents, num_components=options.num_components, seed=SEED)
-    template = torch.zeros_like(held_out)  # only its shape matters
-    prior = prior_samples(module.model, template, SEED).means
-    pseudo = decode(module.model, mixture.sample(len(template), SEED), template, SEED).means
+    prior, pseudo = (
+        generate(module, held_out.shape[1:], options.num_samples, sampled)
+        for sampled in ({}, mixture.sample(options.num_samples, SEED))
+    )
     rows = (seen, evaluation.reconstructions, prior, pseudo)
     return Measured(
         summary=summarise([evaluation]),
@@ -112,6 +113,19 @@ def measure(algorithm: str, checkpoint: Path, options: argparse.Namespace) -> Me
         pseudo=pseudo,
         picture=torch.cat([row[:COLUMNS] for row in rows]),
     )
+
+
+def generate(
+    module: GenerativeModule, shape: Sequence[int], count: int, latents: Mapping[str, Tensor]
+) -> Tensor:
+    """Means of images, `(count, *shape)`, of given latents `(count, d)`, or else of the prior's."""
+    means = []
+    for number, start in enumerate(range(0, count, BATCH_SIZE)):
+        stop = min(start + BATCH_SIZE, count)
+        part = {name: values[start:stop] for name, values in latents.items()}
+        template = torch.zeros(stop - start, *shape)
+        means.append(decode(module.model, part, template, SEED + number).means)
+    return torch.cat(means)
 
 
 def training_latents(module: GenerativeModule, data: ImageData, checkpoint: Path) -> Tensor:
@@ -143,9 +157,7 @@ def format_table(
         figures = [f"{nll:.0f} ± {error:.0f}", f"{result.summary['reconstruction_mse']:.4f}"]
         frechet = distances(result.pseudo) + distances(result.prior)
         rows.append([f"`{algorithm}`", *figures, *frechet])
-    rows.append(
-        ["training images", "", "", *distances(training[: len(held_out)]), *[""] * len(networks)]
-    )
+    rows.append(["training images", "", "", *distances(training), *[""] * len(networks)])
     return markdown(["", "evidence NLL", "reconstruction MSE", *names], rows)
 
 
@@ -186,6 +198,7 @@ def _config(algorithm: str, options: argparse.Namespace) -> list[str]:
         f"--data.path={options.path}",
         f"--seed_everything={SEED}",
         f"--num_threads={options.num_threads}",
+        "--data.num_held_out=null",
     ]
 
 
@@ -212,6 +225,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=20.0, help="of training, per algorithm")
     parser.add_argument("--num_measured", type=int, default=50, help="held-out images to infer")
     parser.add_argument("--num_temperatures", type=int, default=100, help="to infer them")
+    parser.add_argument(
+        "--num_samples", type=int, default=10_000, help="to generate for the Frechet distances"
+    )
     parser.add_argument("--num_components", type=int, default=10, help="of the pseudo-posterior")
     parser.add_argument("--num_threads", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path("runs/colour"), help="where runs go")

@@ -55,6 +55,7 @@ def test_from_pictures_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "num_measured": 2,
         "num_temperatures": 2,
         "num_components": 2,
+        "num_samples": 70,
         "num_threads": 1,
         "runs": tmp_path / "runs",
         "results": tmp_path / "results",
