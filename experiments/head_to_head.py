@@ -272,7 +272,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_training", type=int, default=10_000, help="images to train on")
     parser.add_argument("--num_measured", type=int, default=64, help="images to measure")
     parser.add_argument("--num_temperatures", type=int, default=200, help="of the measurement")
-    parser.add_argument("--num_particles", type=int, default=4, help="of the measurement")
+    parser.add_argument("--num_particles", type=int, default=2, help="of the measurement")
     parser.add_argument("--num_threads", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(arguments)

@@ -28,7 +28,7 @@ SETTING = head_to_head.SharedSetting(
     num_training=10_000,
     num_measured=64,
     num_temperatures=200,
-    num_particles=4,
+    num_particles=2,
     num_threads=2,
 )
 OPTIONS = ["--path", "nowhere", "--algorithms", "dcpc", "pgd", "--seeds", "0", "1"]
