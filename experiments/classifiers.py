@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import nn
 
 from dcpc.networks import CrossEntropyNode, PredictiveCodingNetwork, SquaredErrorNode
-from dcpc.networks.energy_based import activation_named
+from dcpc.networks.energy_based import activation_named, require_sizes
 
 
 class Perceptron(PredictiveCodingNetwork):
@@ -17,9 +17,13 @@ class Perceptron(PredictiveCodingNetwork):
     Args:
         sizes: Of the input, the hidden layers, and the output: one unit per class.
         activation: Name of the nonlinearity, one of `dcpc.networks.energy_based.ACTIVATIONS`.
+
+    Raises:
+        OptionError: Fewer than two sizes, one below 1, or an unknown activation.
     """
 
     def __init__(self, sizes: Sequence[int], activation: str = "leaky_relu") -> None:
+        require_sizes(sizes)
         modules: list[nn.Module] = []
         phi = activation_named(activation)
         for above, below in pairwise(sizes[:-1]):

@@ -21,7 +21,7 @@ from dcpc.networks.gaussian_nodes import (
 from dcpc.networks.gradients import PCGradients, pc_gradients
 from dcpc.networks.network import EnergyNetwork, PredictiveCodingNetwork
 from dcpc.networks.nodes import (
-    BiasNode,
+    Bias,
     CrossEntropyNode,
     FixedNode,
     FloatingNode,
@@ -50,7 +50,7 @@ from dcpc.networks.weights import WeightsError, load_weights, save_weights
 
 __all__ = [
     "Backpropagation",
-    "BiasNode",
+    "Bias",
     "ConditionalGaussian",
     "CrossEntropyNode",
     "EnergyNetwork",

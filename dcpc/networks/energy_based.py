@@ -42,7 +42,7 @@ class ConditionalGaussian(PredictiveCodingNetwork):
     """
 
     def __init__(self, sizes: Sequence[int], activation: str = "sigmoid") -> None:
-        _require_sizes(sizes)
+        require_sizes(sizes)
         phi = activation_named(activation)
         modules: list[nn.Module] = []
         for above, below in itertools.pairwise(sizes):
@@ -69,7 +69,7 @@ class RestrictedHopfield(EnergyNetwork):
 
     def __init__(self, sizes: Sequence[int], activation: str = "sigmoid") -> None:
         super().__init__()
-        _require_sizes(sizes)
+        require_sizes(sizes)
         self.phi = activation_named(activation)()
         self.states = nn.ModuleList(FloatingNode(size) for size in sizes)
         self.connections = nn.ModuleList(
@@ -127,6 +127,11 @@ def activation_named(name: str) -> type[nn.Module]:
     return ACTIVATIONS[name]
 
 
-def _require_sizes(sizes: Sequence[int]) -> None:
+def require_sizes(sizes: Sequence[int]) -> None:
+    """Checks the sizes of a network's layers.
+
+    Raises:
+        OptionError: Fewer than two, or one that is no positive integer.
+    """
     if len(sizes) < 2 or any(not isinstance(size, int) or size < 1 for size in sizes):
         raise OptionError(f"sizes must hold at least two positive integers, got {list(sizes)}")

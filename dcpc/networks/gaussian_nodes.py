@@ -13,6 +13,7 @@ a theoretical and experimental review" (2021), section 2.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 
 import pyro.distributions as dist
@@ -100,17 +101,22 @@ class FactorizedGaussianNode(GaussianNode):
         variance: Of all units, at first.
 
     Raises:
-        OptionError: No positive variance.
+        OptionError: No shape, or no positive variance.
     """
 
     def __init__(self, *shape: int | None, variance: float = 1.0) -> None:
         super().__init__(*shape)
-        if not variance > 0.0:
-            raise OptionError(f"variance must be positive, got {variance}")
+        if not 0.0 < variance < math.inf:
+            raise OptionError(f"variance must be positive and finite, got {variance}")
         sizes = self._logvar_shape()
         self.logvar = nn.Parameter(torch.tensor(variance).log().expand(sizes).clone())
 
     def _logvar_shape(self) -> list[int]:
+        if not self.shape:
+            raise OptionError(
+                "a FactorizedGaussianNode has a variance per unit, so it needs the shape of a "
+                "sample's value; give FactorizedGaussianNode(size), or take a ScaledGaussianNode"
+            )
         return [size or 1 for size in self.shape]
 
     def whiten(self, residual: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Tschantz & Buckley, "Predictive coding approximates backprop along arbitrary com
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dcpc.errors import DataError, OptionError
+from dcpc.networks.relaxation import RelaxationError
 
 __all__ = ["Mode", "PCGradients", "pc_gradients"]
 
@@ -80,6 +82,7 @@ def pc_gradients(
     Raises:
         OptionError: Not a Sequential or an empty one, an unknown mode, or a number out of range.
         DataError: A loss that is not one number, targets or `init` of the wrong shape.
+        RelaxationError: Beliefs diverged.
     """
     _check(model, mode, step_size, num_steps)
     if init is not None and mode != "strict":
@@ -103,7 +106,9 @@ Gradients = dict[nn.Parameter, Tensor]
 def _exact(
     model: nn.Sequential, loss_fn: Loss, x: Tensor, y: Tensor
 ) -> tuple[PCGradients, Gradients]:
-    activations = [x]
+    # A leaf, so that layers in front of all weights have errors, too.
+    leaf = x.detach().requires_grad_(x.is_floating_point())
+    activations = [leaf]
     for module in model:
         activations.append(module(_own(module, activations[-1])))
     loss = _loss(loss_fn, activations[-1], y)
@@ -144,13 +149,14 @@ def _relaxed(
         beliefs[1:-1] = _initial_beliefs(init, activations)
         passes = _passes(layers, beliefs)
     errors = _errors(passes, beliefs, loss_fn, y)
-    for _ in range(num_steps - 1):
+    for step in range(1, num_steps):
         for depth in range(1, len(layers)):
             pull = passes[depth].pull(errors[depth])
             beliefs[depth] = beliefs[depth] + step_size * (errors[depth - 1] - pull)
         if mode == "strict":
             passes = _passes(layers, beliefs)
         errors = _errors(passes, beliefs, loss_fn, y)
+        _require_finite(errors, step)
     beliefs[-1] = passes[-1].output.detach() - errors[-1]
 
     gradients: Gradients = {}
@@ -184,6 +190,15 @@ class _Pass(NamedTuple):
             self.output, parameters, error, retain_graph=True, allow_unused=True
         )
         return {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
+
+
+def _require_finite(errors: Sequence[Tensor], step: int) -> None:
+    bad = [depth for depth, error in enumerate(errors) if not math.isfinite(error.sum())]
+    if bad:
+        raise RelaxationError(
+            f"the error of layer {bad[-1]} is NaN or infinite at step {step}; lower step_size, or "
+            "look for NaN in the data and the weights"
+        )
 
 
 def _passes(layers: Sequence[_Layer], beliefs: Sequence[Tensor]) -> list[_Pass]:
@@ -243,6 +258,8 @@ def _set_random_state(state: tuple[Tensor, Tensor | None], like: Tensor) -> None
 
 
 def _loss(loss_fn: Loss, output: Tensor, y: Tensor) -> Tensor:
+    if not isinstance(y, Tensor):
+        raise DataError(f"the targets must be a tensor, got {type(y).__name__}")
     if y.is_floating_point() and y.shape != output.shape:
         raise DataError(
             f"the targets have shape {tuple(y.shape)}, but the model's output has "

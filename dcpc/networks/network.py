@@ -132,13 +132,16 @@ class PredictiveCodingNetwork(EnergyNetwork):
         F = sum_l e_l(z_l, u_l),   u_l = f_l(z_{l-1}),   z_0 = x
 
     `f_l` are the layers between two nodes. Called on data, it is the plain feed-forward network.
+    Layers are evaluated at every step of a relaxation: those that are random, or that mix the
+    samples of a batch, as dropout and batch normalisation do, make a moving target of the energy.
 
     Args:
-        *modules: Layers and nodes, in order; the last one is a node.
-        input_node: Node 0; by default a `FloatingNode`.
+        *modules: Layers and nodes, in order; the last one is a node. A layer may occur twice.
+        input_node: Node 0, of no energy; by default a `FloatingNode`.
 
     Raises:
-        OptionError: There is no node, or a layer behind the last one.
+        OptionError: There is no node, a layer behind the last one, a node that occurs twice, or an
+            input that has an energy.
     """
 
     def __init__(self, *modules: nn.Module, input_node: Node | None = None) -> None:
@@ -149,7 +152,18 @@ class PredictiveCodingNetwork(EnergyNetwork):
                 f"a network must end with a node, whose value is the output, got {what}; append "
                 "SquaredErrorNode(size) or CrossEntropyNode(size)"
             )
-        self.input = FloatingNode() if input_node is None else input_node
+        nodes = [module for module in modules if isinstance(module, Node)]
+        if len({*map(id, nodes)}) < len(nodes):
+            raise OptionError(
+                "a node occurs twice, but has one value; make one node per place, and let layers "
+                "occur twice to share weights"
+            )
+        if input_node is not None and not isinstance(input_node, FloatingNode):
+            raise OptionError(
+                f"the input has no prediction, and so no energy: input_node must be a FloatingNode "
+                f"or a FixedNode, got {type(input_node).__name__}"
+            )
+        self.input: Node = FloatingNode() if input_node is None else input_node
         self.layers = nn.ModuleList(modules)
 
     @property
@@ -157,9 +171,9 @@ class PredictiveCodingNetwork(EnergyNetwork):
         """Stages 1 to L."""
         stages: list[Stage] = []
         layers: list[nn.Module] = []
-        for name, module in self.layers.named_children():
+        for index, module in enumerate(self.layers):
             if isinstance(module, Node):
-                stages.append(Stage(f"layers.{name}", layers, module))
+                stages.append(Stage(f"layers.{index}", layers, module))
                 layers = []
             else:
                 layers.append(module)

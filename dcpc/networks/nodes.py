@@ -11,7 +11,7 @@ before them, and a value `z`, which relaxation moves. Its energy per sample:
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +24,7 @@ from dcpc.errors import DataError, OptionError
 from dcpc.networks.parameters import eparameters, mparameters
 
 __all__ = [
-    "BiasNode",
+    "Bias",
     "CrossEntropyNode",
     "FixedNode",
     "FloatingNode",
@@ -34,7 +34,7 @@ __all__ = [
 
 
 @eparameters("value")
-class Node(nn.Module):
+class Node(nn.Module, ABC):
     """A value per sample and its energy.
 
     The value is no part of `state_dict()`: it belongs to a batch, and any batch size will do.
@@ -70,10 +70,6 @@ class Node(nn.Module):
     def energy(self, value: Tensor, prediction: Tensor) -> Tensor:
         """Energy per sample, `(batch,)`, of a value `(batch, *shape)` given its prediction."""
 
-    def forward(self, prediction: Tensor) -> Tensor:
-        """What the next layer gets: the value, or the prediction while there is none."""
-        return self.value if self.has_value else prediction
-
     @property
     def has_value(self) -> bool:
         """Whether the value is set."""
@@ -91,7 +87,12 @@ class Node(nn.Module):
         Raises:
             DataError: It is not of shape `(batch, *shape)`.
         """
-        self._check(value)
+        self.check(value)
+        if self.value.requires_grad and not value.is_floating_point():
+            raise DataError(
+                f"a value that relaxation may move must be floating-point, got {value.dtype}; for "
+                "an input of integers give the network input_node=FixedNode()"
+            )
         if not self.is_clamped:
             # The parameter stays the same one: an optimiser may hold it.
             self.value.data = value.detach().clone()
@@ -116,7 +117,12 @@ class Node(nn.Module):
         self.value.data = self.value.data.new_empty(0)
         self.value.grad = None
 
-    def _check(self, value: Tensor) -> None:
+    def check(self, value: Tensor) -> None:
+        """Refuses what cannot be a value of this node.
+
+        Raises:
+            DataError: It is not of shape `(batch, *shape)`.
+        """
         sizes = tuple(value.shape[1:])
         fits = not self.shape or (
             len(sizes) == len(self.shape)
@@ -163,8 +169,8 @@ class FixedNode(FloatingNode):
 
 
 @mparameters("bias")
-class BiasNode(nn.Module):
-    """A learned vector in the place of an input, for networks that only have outputs.
+class Bias(nn.Module):
+    """A layer in the place of an input, for networks that only have outputs: a learned vector.
 
     Args:
         *shape: Of the vector.

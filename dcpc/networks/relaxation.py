@@ -102,9 +102,11 @@ def relax(
                 change = largest_change(before, values)
                 if change <= tolerance:
                     break
-    return Relaxation(len(energies), change, torch.stack(energies) if energies else torch.empty(0))
+    none = network.nodes[0].value.new_empty(0)
+    return Relaxation(len(energies), change, torch.stack(energies) if energies else none)
 
 
+@torch.enable_grad()
 def move(
     network: EnergyNetwork,
     phase: Phase,

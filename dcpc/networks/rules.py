@@ -12,6 +12,7 @@ values and some weights on its gradient.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,12 +22,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from dcpc.errors import OptionError
+from dcpc.errors import DataError, OptionError
 from dcpc.networks.network import Cost, EnergyNetwork, PredictiveCodingNetwork
+from dcpc.networks.nodes import CrossEntropyNode
 from dcpc.networks.relaxation import (
     OptimizerFactory,
     Phase,
     Relaxation,
+    RelaxationError,
     constant_drive,
     move,
     relax,
@@ -77,7 +80,6 @@ class Learned:
 class LearningRule(ABC):
     """How a network learns from a batch, and how it predicts."""
 
-    @abstractmethod
     def learn(self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer) -> Learned:
         """Steps the weights on a batch, and leaves the network without values.
 
@@ -85,12 +87,34 @@ class LearningRule(ABC):
             network: The network.
             x: Data of the input, `(batch, ...)`.
             y: Data of the output, `(batch, ...)`; one-hot labels, to classify.
-            optimizer: Of the weights.
+            optimizer: Of the weights. Gradients that they have already are forgotten.
 
         Raises:
             RelaxationError: The energy became NaN or infinite.
-            DataError: Data of the wrong shape.
+            DataError: Data of the wrong shape or type.
+            OptionError: A network that the rule cannot train.
         """
+        self.check(network)
+        _check_target(network, x, y)
+        optimizer.zero_grad()
+        return self._learn(network, x, y, optimizer)
+
+    def check(self, network: EnergyNetwork) -> None:
+        """Refuses a network that the rule cannot train.
+
+        Raises:
+            OptionError: It is one.
+        """
+        if not isinstance(network, EnergyNetwork):
+            raise OptionError(
+                f"{type(self).__name__} trains an EnergyNetwork, got {type(network).__name__}; put "
+                "nodes between its layers: PredictiveCodingNetwork(layer, node, layer, node)"
+            )
+
+    @abstractmethod
+    def _learn(
+        self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer
+    ) -> Learned: ...
 
     @abstractmethod
     def predict(self, network: EnergyNetwork, x: Tensor) -> Tensor:
@@ -98,22 +122,19 @@ class LearningRule(ABC):
 
 
 class FeedForwardRule(LearningRule):
-    """Base class: the prediction is a forward pass.
-
-    Raises:
-        OptionError: The network has no forward pass.
-    """
+    """Base class: the prediction is a forward pass."""
 
     def predict(self, network: EnergyNetwork, x: Tensor) -> Tensor:
-        return self._feed_forward(network)(x)
+        self.check(network)
+        return network(x)
 
-    def _feed_forward(self, network: EnergyNetwork) -> PredictiveCodingNetwork:
+    def check(self, network: EnergyNetwork) -> None:
+        super().check(network)
         if not isinstance(network, PredictiveCodingNetwork):
             raise OptionError(
-                f"{type(self).__name__} learns a feed-forward network, a PredictiveCodingNetwork, "
+                f"{type(self).__name__} trains a feed-forward network, a PredictiveCodingNetwork, "
                 f"got {type(network).__name__}; train that by EquilibriumPropagation"
             )
-        return network
 
 
 class ScheduledLearning(FeedForwardRule):
@@ -125,9 +146,9 @@ class ScheduledLearning(FeedForwardRule):
     def phases(self, num_stages: int) -> Iterator[Phase]:
         """What moves when, in a network of L stages."""
 
-    def learn(self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer) -> Learned:
+    def _learn(self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer) -> Learned:
         try:
-            self._feed_forward(network).init(x)
+            network.init(x)
             network.nodes[-1].clamp(y)
             values = [node.value for node in network.free_nodes()]
             value_optimizer = self.value_optimizer(values) if values else None
@@ -229,9 +250,14 @@ class ZeroDivergenceLearning(ScheduledLearning):
 class Backpropagation(FeedForwardRule):
     """The gradient of the output's energy after a forward pass: what the others approximate."""
 
-    def learn(self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer) -> Learned:
-        loss = network.nodes[-1].energy(y, self.predict(network, x)).mean()
-        optimizer.zero_grad()
+    def _learn(self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer) -> Learned:
+        loss = network.nodes[-1].energy(y, network(x)).mean()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise RelaxationError(
+                f"the loss is {value}; lower the learning rate, or look for NaN in the data and "
+                "the weights"
+            )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -250,13 +276,15 @@ class EquilibriumPropagation(LearningRule):
 
     Args:
         cost: Of the output, one of `COSTS`.
-        beta: Strength of the nudge.
+        beta: Strength of the nudge; the cost must not be linear in the output, as the energy of a
+            `CrossEntropyNode` is: there is no equilibrium then.
         symmetric: Whether to nudge both ways, which cancels the bias of order beta.
         free_steps: Steps to the free equilibrium; none where the first values are at it, as those
             of `ConditionalGaussian` are.
         nudged_steps: Steps from there to a nudged one.
-        value_optimizer: Makes the values' optimiser; plain descent of step size `dt / tau`. For the
-            Gaussian it is stable below `1 / (1 + |W|^2)`, of the largest singular value of any `W`.
+        value_optimizer: Makes the values' optimiser; plain descent of step size `dt / tau`. With
+            `|W|` the largest singular value of all weights, and slopes of the nonlinearity up to
+            one, the Gaussian is stable below `2 / (2 (1 + |W|)^2 + beta)`.
         tolerance: Stops relaxing after a step that changed no value by more than this.
 
     Raises:
@@ -276,10 +304,21 @@ class EquilibriumPropagation(LearningRule):
         _require("nudged_steps", self.nudged_steps, at_least=1)
         if self.cost not in COSTS:
             raise OptionError(f"cost must be one of {sorted(COSTS)}, got {self.cost!r}")
-        if self.beta == 0.0:
-            raise OptionError("beta must not be 0: the nudge would do nothing")
+        if self.beta == 0.0 or not math.isfinite(self.beta):
+            raise OptionError(
+                f"beta must be finite and not 0, or the nudge does nothing, got {self.beta}"
+            )
 
-    def learn(self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer) -> Learned:
+    def check(self, network: EnergyNetwork) -> None:
+        super().check(network)
+        if isinstance(network.nodes[-1], CrossEntropyNode):
+            raise OptionError(
+                "the energy of a CrossEntropyNode is linear in its value, so that a free output "
+                "has no equilibrium; end the network with a SquaredErrorNode, and give the rule "
+                "cost='cross_entropy'"
+            )
+
+    def _learn(self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer) -> Learned:
         weights = network.weights()
         relaxations = self.gradients(network, x, y)
         optimizer.step()
@@ -292,7 +331,12 @@ class EquilibriumPropagation(LearningRule):
 
         Returns:
             The free relaxation and the nudged ones.
+
+        Raises:
+            RelaxationError, DataError, OptionError: As `learn`.
         """
+        self.check(network)
+        _check_target(network, x, y)
         try:
             network.init(x)
             relaxations = [self._relax(network, self.free_steps)]
@@ -317,6 +361,7 @@ class EquilibriumPropagation(LearningRule):
         return relax(network, num_steps, self.value_optimizer, self.tolerance)
 
     def predict(self, network: EnergyNetwork, x: Tensor) -> Tensor:
+        self.check(network)
         try:
             network.init(x)
             self._relax(network, self.free_steps)
@@ -333,6 +378,17 @@ def _weight_gradients(network: EnergyNetwork) -> Sequence[Tensor]:
         torch.zeros_like(parameter) if gradient is None else gradient
         for parameter, gradient in zip(weights, gradients, strict=True)
     ]
+
+
+def _check_target(network: EnergyNetwork, x: Tensor, y: Tensor) -> None:
+    if not y.is_floating_point():
+        raise DataError(
+            f"targets must be floating-point values of the output, got {y.dtype}; of class labels, "
+            "make F.one_hot(labels, num_classes).float()"
+        )
+    if len(y) != len(x):
+        raise DataError(f"there are {len(y)} targets, but {len(x)} data of the input")
+    network.nodes[-1].check(y)
 
 
 def _require(name: str, value: int, at_least: int) -> None:

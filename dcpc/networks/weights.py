@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dcpc.errors import DCPCError
 from dcpc.tensor_files import describe_misfit, read_tensors
@@ -28,6 +29,8 @@ def save_weights(network: nn.Module, path: str | Path) -> None:
 def load_weights(network: nn.Module, path: str | Path) -> None:
     """Restores what `save_weights` wrote, bit for bit; changes nothing if it does not fit.
 
+    A checkpoint of `dcpc fit` will do as well: then the weights are those of its network.
+
     Raises:
         WeightsError: There is no such file, it is broken, or its names or shapes are others.
     """
@@ -35,9 +38,19 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
         saved = read_tensors(path)
     except FileNotFoundError as error:
         raise WeightsError(str(error)) from error
-    if not saved:
+    if saved and "state_dict" in saved:
+        saved = _of_network(saved["state_dict"])
+    if not saved or not all(isinstance(value, Tensor) for value in saved.values()):
         raise WeightsError(f"'{path}' holds no weights, or is truncated")
     misfit = describe_misfit(saved, network)
     if misfit is not None:
         raise WeightsError(f"'{path}' holds the weights of another network: {misfit}")
     network.load_state_dict(saved)
+
+
+def _of_network(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A classifier's state without the name of its network."""
+    prefix = "network."
+    return {
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+    }

@@ -35,7 +35,7 @@ class ClassifierModule(MeasuredModule):
             null keeps it.
 
     Raises:
-        OptionError: A number out of range.
+        OptionError: A number out of range, or a network that the rule cannot train.
     """
 
     headline = "accuracy"
@@ -51,6 +51,7 @@ class ClassifierModule(MeasuredModule):
     ) -> None:
         super().__init__(learning_rate, learning_rate_schedule)
         require("num_classes", num_classes, at_least=2)
+        rule.check(network)
         self.network = network
         self.rule = rule
         self.num_classes = num_classes
@@ -71,13 +72,23 @@ class ClassifierModule(MeasuredModule):
                 self.network, self._input(x), self._targets(labels), optimizer
             )
         self._num_steps += 1
-        self.log("train/energy", learned.energy[-1], prog_bar=True, batch_size=len(x))
-        self.log("train/energy_before_inference", learned.energy[0], batch_size=len(x))
+        energies = {"energy_before_inference": learned.energy[0], "energy": learned.energy[-1]}
+        if learned.relaxations:
+            nudged = learned.relaxations[1].energy  # with the cost
+            energies = {"nudged_energy_before_inference": nudged[0], "nudged_energy": nudged[-1]}
+        for name, energy in energies.items():
+            shown = not name.endswith("before_inference")
+            self.log(f"train/{name}", energy, prog_bar=shown, batch_size=len(x))
 
     def predict(self, x: Tensor) -> Tensor:
-        """The network's outputs `(B, num_classes)` for data `(B, *shape)`."""
-        with gradients_allowed():
-            return self.rule.predict(self.network, self._input(x.clone())).detach()
+        """The network's outputs `(B, num_classes)` for data `(B, *shape)`, in evaluation mode."""
+        was_training = self.network.training
+        self.network.eval()
+        try:
+            with gradients_allowed():
+                return self.rule.predict(self.network, self._input(x.clone())).detach()
+        finally:
+            self.network.train(was_training)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """The network's outputs, and the class that is largest there."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dcpc.errors import DataError, OptionError
-from dcpc.networks import pc_gradients
+from dcpc.networks import RelaxationError, pc_gradients
 
 LOSS = nn.MSELoss()
 
@@ -52,6 +52,12 @@ def test_exact_gradients_are_backpropagations() -> None:
     truth = backpropagated(model, x, y)
     found = pc_gradients(model, LOSS, x, y)
     assert relative_error(gradients(model), truth) == 0.0
+    hidden = [x]
+    for layer in model:
+        hidden.append(layer(hidden[-1]))
+    slopes = torch.autograd.grad(LOSS(hidden[-1], y), hidden[1:])
+    for error, slope in zip(found.errors, slopes, strict=True):
+        torch.testing.assert_close(error, slope)
     for activation, belief, error in zip(
         found.activations[1:], found.beliefs[1:], found.errors, strict=True
     ):
@@ -86,6 +92,33 @@ def test_fixed_prediction_of_a_convolutional_network() -> None:
     assert relative_error(gradients(model), truth) < 1e-15
 
 
+def test_layers_in_front_of_all_weights_have_errors_too() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(2, 2, 2, dtype=torch.double), torch.randn(2, 3, dtype=torch.double)
+    first = model[0](x).requires_grad_()
+    (slope,) = torch.autograd.grad(LOSS(model[1:](first), y), first)
+    torch.testing.assert_close(pc_gradients(model, LOSS, x, y).errors[0], slope)
+    assert not x.requires_grad
+    model.requires_grad_(False)
+    torch.testing.assert_close(pc_gradients(model, LOSS, x, y).errors[0], slope)
+
+
+def test_a_step_of_fixed_prediction_is_the_written_one() -> None:
+    model, (x, y) = mlp(), data()
+    one, other = (
+        pc_gradients(model, LOSS, x, y, "fixed_prediction", step_size=0.2, num_steps=n)
+        for n in (3, 4)
+    )
+    for depth in range(1, 4):
+        torch.testing.assert_close(
+            one.errors[depth - 1], one.activations[depth] - one.beliefs[depth]
+        )
+        before = one.activations[depth].clone().requires_grad_()
+        (pull,) = torch.autograd.grad(model[depth](before), before, one.errors[depth])
+        moved = one.beliefs[depth] + 0.2 * (one.errors[depth - 1] - pull)
+        torch.testing.assert_close(other.beliefs[depth], moved)
+
+
 def test_fixed_prediction_converges_with_small_steps() -> None:
     model, (x, y) = mlp(), data()
     truth = backpropagated(model, x, y)
@@ -94,7 +127,7 @@ def test_fixed_prediction_converges_with_small_steps() -> None:
         pc_gradients(model, LOSS, x, y, "fixed_prediction", num_steps=num_steps)
         errors.append(relative_error(gradients(model), truth))
     assert 1e-3 < errors[0] < 0.3
-    assert errors[1] < 1e-6
+    assert errors[1] < 1e-7
     assert errors[2] < 1e-13
 
 
@@ -250,6 +283,26 @@ def test_awkward_layers_have_the_right_gradients(mode: str, options: dict, what:
         assert linear.weight.grad is None
 
 
+@pytest.mark.parametrize("what", ["shared", "frozen", "inplace"])
+def test_strict_gradients_of_awkward_layers_are_those_of_the_energy(what: str) -> None:
+    torch.manual_seed(0)
+    linear, phi = nn.Linear(5, 5), nn.ReLU(inplace=what == "inplace")
+    between = linear if what == "shared" else nn.Linear(5, 5)
+    linear.requires_grad_(what != "frozen")
+    model, (x, y) = nn.Sequential(linear, phi, between, phi, nn.Linear(5, 5)).double(), data()
+    found = pc_gradients(model, LOSS, x, y, "strict", num_steps=7)
+    phi.inplace = False
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    slopes = torch.autograd.grad(energy(model, list(found.beliefs[1:-1]), x, y), parameters)
+    assert relative_error(gradients(model), list(slopes)) < 1e-14
+
+
+def test_beliefs_that_diverge_name_the_layer_and_the_step() -> None:
+    model, (x, y) = mlp(), data()
+    with pytest.raises(RelaxationError, match=r"error of layer \d is NaN or infinite at step \d+"):
+        pc_gradients(model, LOSS, x, y, "strict", step_size=1e3, num_steps=300)
+
+
 def test_a_wholly_frozen_front_is_no_obstacle() -> None:
     model, (x, y) = mlp(), data()
     for parameter in model[0].parameters():
@@ -272,6 +325,12 @@ def test_a_wholly_frozen_front_is_no_obstacle() -> None:
         ({"mode": "strict", "step_size": -0.1}, OptionError, r"step_size .* got -0\.1"),
         ({"mode": "strict", "num_steps": 0}, OptionError, "num_steps must be at least 1 .* got 0"),
         ({"mode": "strict", "init": [torch.zeros(6, 5)]}, DataError, r"init must hold .* got \["),
+        (
+            {"mode": "strict", "init": [torch.zeros(6, 4)] * 3},
+            DataError,
+            r"of shapes \[\(6, 5\).*, got \[\(6, 4\)",
+        ),
+        ({"y": None}, DataError, "targets must be a tensor, got NoneType"),
         ({"init": [torch.zeros(6, 5)] * 3}, OptionError, "init is for mode='strict' only"),
     ],
 )

@@ -12,7 +12,7 @@ from torch.distributions import Categorical, MultivariateNormal
 
 from dcpc.errors import DataError, OptionError
 from dcpc.networks import (
-    BiasNode,
+    Bias,
     CrossEntropyNode,
     FactorizedGaussianNode,
     FixedNode,
@@ -120,7 +120,7 @@ def test_nodes_without_energy_and_with_the_users_own() -> None:
 
 
 def test_a_bias_stands_in_for_an_input_of_any_batch() -> None:
-    bias = BiasNode(3)
+    bias = Bias(3)
     with torch.no_grad():
         bias.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
     assert bias(torch.zeros(2, 7)).tolist() == [[1.0, 2.0, 3.0]] * 2
@@ -161,13 +161,6 @@ def test_clamped_values_resist_initialisation_until_they_are_released() -> None:
     assert not node.is_free
 
 
-def test_a_node_passes_on_its_value_or_else_the_prediction() -> None:
-    node, prediction = SquaredErrorNode(2), torch.ones(3, 2)
-    assert node(prediction) is prediction
-    node.init(torch.zeros(3, 2))
-    assert torch.equal(node(prediction), torch.zeros(3, 2))
-
-
 def test_a_fixed_node_is_a_buffer_and_never_free() -> None:
     node = FixedNode(2)
     node.init(torch.ones(3, 2))
@@ -201,5 +194,7 @@ def test_a_value_of_another_shape_is_refused(value: Tensor) -> None:
 def test_impossible_nodes_are_refused() -> None:
     with pytest.raises(OptionError, match=r"positive integers or None, got \(0,\)"):
         SquaredErrorNode(0)
-    with pytest.raises(OptionError, match=r"variance must be positive, got 0\.0"):
+    with pytest.raises(OptionError, match=r"variance must be positive and finite, got 0\.0"):
         FactorizedGaussianNode(2, variance=0.0)
+    with pytest.raises(OptionError, match="needs the shape of a sample's value"):
+        FactorizedGaussianNode()

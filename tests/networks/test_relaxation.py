@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from dcpc.errors import DataError, OptionError
 from dcpc.networks import (
-    BiasNode,
+    Bias,
     FactorizedGaussianNode,
+    FixedNode,
     FunctionNode,
     InferenceLearning,
     PredictiveCodingNetwork,
@@ -81,7 +82,7 @@ def test_news_of_the_label_travel_one_node_per_step(num_steps: int, expected: li
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_nothing_of_a_batch_is_left_for_the_next(optimizer: object) -> None:
-    network = PredictiveCodingNetwork(BiasNode(2), SquaredErrorNode(2)).double()
+    network = PredictiveCodingNetwork(Bias(2), SquaredErrorNode(2)).double()
     with torch.no_grad():
         network.layers[0].bias.fill_(1.0)
     found = []
@@ -143,7 +144,7 @@ def test_a_linear_network_relaxes_to_the_energy_in_closed_form() -> None:
 
 def test_the_change_and_the_number_of_steps_are_true() -> None:
     # z <- z - 0.5 z halves the value: steps change it by 4, 2, 1, 0.5.
-    network = PredictiveCodingNetwork(BiasNode(1), SquaredErrorNode(1)).double()
+    network = PredictiveCodingNetwork(Bias(1), SquaredErrorNode(1)).double()
 
     def relaxed(num_steps: int, tolerance: float = 0.0) -> tuple[int, float]:
         network.init(torch.zeros(1, 1, dtype=torch.double))
@@ -226,6 +227,37 @@ def test_a_failing_step_leaves_no_values_behind() -> None:
 def test_a_network_without_an_output_is_refused(modules: list, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         PredictiveCodingNetwork(*modules)
+
+
+def test_layers_may_occur_twice() -> None:
+    torch.manual_seed(0)
+    linear, phi, (x, _) = nn.Linear(3, 3).double(), nn.Tanh(), data()
+    network = PredictiveCodingNetwork(
+        linear, phi, SquaredErrorNode(3), linear, phi, SquaredErrorNode(3)
+    )
+    expected = linear(linear(x).tanh()).tanh()
+    torch.testing.assert_close(network(x), expected)
+    network.init(x)
+    torch.testing.assert_close(network.nodes[-1].value, expected)
+    assert [id(p) for p in network.weights()] == [id(linear.weight), id(linear.bias)]
+
+
+def test_impossible_nodes_of_a_network_are_refused() -> None:
+    node = SquaredErrorNode(3)
+    with pytest.raises(OptionError, match="a node occurs twice"):
+        PredictiveCodingNetwork(nn.Linear(3, 3), node, nn.Linear(3, 3), node)
+    with pytest.raises(OptionError, match=r"input_node must be .*, got SquaredErrorNode"):
+        PredictiveCodingNetwork(nn.Linear(3, 3), node, input_node=SquaredErrorNode(3))
+
+
+def test_integers_are_inputs_of_a_fixed_node_only() -> None:
+    words = torch.tensor([0, 2, 1])
+    modules = nn.Embedding(3, 4), SquaredErrorNode(4)
+    network = PredictiveCodingNetwork(*modules, input_node=FixedNode())
+    network.init(words)
+    assert torch.equal(network.nodes[-1].value, modules[0].weight[words])
+    with pytest.raises(DataError, match=r"floating-point, got torch\.int64.*FixedNode"):
+        PredictiveCodingNetwork(*modules).init(words)
 
 
 def test_impossible_relaxations_and_targets_are_refused() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dcpc.errors import OptionError
+from dcpc.errors import DataError, OptionError
 from dcpc.networks import (
     Backpropagation,
     ConditionalGaussian,
@@ -29,6 +31,7 @@ from dcpc.networks import (
     sgd,
 )
 from dcpc.networks.energy_based import ACTIVATIONS
+from experiments.classifiers import Perceptron
 
 SIZES = [6, 5, 4, 3]
 
@@ -372,7 +375,9 @@ def test_predictions_of_the_hopfield_network_are_at_rest() -> None:
         (lambda: IncrementalInferenceLearning(4, 4), "first must be below num_steps, .*first=4"),
         (lambda: IncrementalInferenceLearning(4, 0, 0), "every must be at least 1, got 0"),
         (lambda: EquilibriumPropagation("nothing"), r"cost must be one of .*, got 'nothing'"),
-        (lambda: EquilibriumPropagation(beta=0.0), "beta must not be 0"),
+        (lambda: EquilibriumPropagation(beta=0.0), "beta must be finite and not 0"),
+        (lambda: EquilibriumPropagation(beta=float("nan")), "beta must be finite .* got nan"),
+        (lambda: Perceptron([3]), r"at least two positive integers, got \[3\]"),
         (lambda: EquilibriumPropagation(nudged_steps=0), "nudged_steps must be at least 1"),
         (lambda: ConditionalGaussian([3]), r"at least two positive integers, got \[3\]"),
         (lambda: RestrictedHopfield([3, 0]), r"at least two positive integers, got \[3, 0\]"),
@@ -384,11 +389,121 @@ def test_impossible_rules_and_networks_are_refused(make: object, message: str) -
         make()
 
 
+RULES = [
+    Backpropagation(),
+    InferenceLearning(),
+    IncrementalInferenceLearning(),
+    ZeroDivergenceLearning(),
+    EquilibriumPropagation("squared_error"),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (torch.zeros(1, 3), "1 targets, but 7 data"),
+        (torch.zeros(7, 1), r"shape \(batch, 3\), got \(7, 1\)"),
+        (torch.zeros(7, dtype=torch.long), r"got torch\.int64; of class labels, make F\.one_hot"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused(rule: LearningRule, y: Tensor, message: str) -> None:
+    network, (x, _) = chain(), data()
+    optimizer = torch.optim.SGD(network.weights(), lr=1.0)
+    with pytest.raises(DataError, match=message):
+        rule.learn(network, x, y.double() if y.is_floating_point() else y, optimizer)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_gradients_and_momentum_of_before_are_forgotten(rule: LearningRule) -> None:
+    if isinstance(rule, (InferenceLearning, IncrementalInferenceLearning)):
+        rule = dataclasses.replace(rule, value_optimizer=partial(torch.optim.Adam, lr=0.1))
+    network, (x, y) = chain(), data()
+    fresh = learned(rule, network, x, y)
+    still = torch.optim.SGD(network.weights(), lr=0.0)
+    rule.learn(network, x.flip(0)[:4], y[:4], still)
+    for weight in network.weights():
+        weight.grad = torch.ones_like(weight)
+    rule.learn(network, x[:3], y[:3], still)
+    optimizer, before = torch.optim.SGD(network.weights(), lr=1.0), copy.deepcopy(network)
+    for weight in network.weights():
+        weight.grad = torch.ones_like(weight)
+    rule.learn(network, x, y, optimizer)
+    for old, new, change in zip(before.weights(), network.weights(), fresh, strict=True):
+        torch.testing.assert_close(old - new, change)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_only_energy_networks_are_trained(rule: LearningRule) -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(6, 3)).double(), data()
+    with pytest.raises(OptionError, match="trains an EnergyNetwork, got Sequential; put nodes"):
+        rule.learn(model, x, y, torch.optim.SGD(model.parameters(), lr=1.0))
+
+
+def test_backpropagation_stops_at_a_loss_that_is_no_number() -> None:
+    network, (x, y) = chain(), data()
+    x[0, 0] = torch.nan
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(RelaxationError, match="the loss is nan"):
+        Backpropagation().learn(network, x, y, torch.optim.SGD(network.weights(), lr=1.0))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_an_output_without_an_equilibrium_is_refused() -> None:
+    network, (x, y), rule = chain(CrossEntropyNode), data(), EquilibriumPropagation()
+    optimizer = torch.optim.SGD(network.weights(), lr=1.0)
+    for call in (
+        lambda: rule.learn(network, x, y, optimizer),
+        lambda: rule.gradients(network, x, y),
+        lambda: rule.predict(network, x),
+    ):
+        with pytest.raises(OptionError, match="CrossEntropyNode is linear in its value"):
+            call()
+
+
+def test_a_diverging_nudge_leaves_nothing_behind() -> None:
+    network, (x, y) = gaussian(), data()
+    rule = EquilibriumPropagation(free_steps=0, nudged_steps=5000, value_optimizer=sgd(5.0))
+    with pytest.raises(RelaxationError, match="NaN or infinite at step"):
+        rule.gradients(network, x, y)
+    assert not any(node.has_value or node.is_clamped for node in network.nodes)
+    network.init(x)
+    assert set(network.all_energies()) == set(network.energies()), "the nudge is gone"
+
+
+def test_predictions_need_no_gradients_to_be_allowed() -> None:
+    network, (x, _) = RestrictedHopfield(SIZES).double(), data()
+    rule = EquilibriumPropagation("squared_error", free_steps=20)
+    with torch.no_grad():
+        found = rule.predict(network, x)
+    assert torch.equal(found, rule.predict(network, x))
+
+
+def test_a_relaxation_of_no_steps_is_of_the_networks_type() -> None:
+    network, (x, y) = gaussian(), data()
+    free, _ = EquilibriumPropagation(free_steps=0).gradients(network, x, y)
+    assert free.energy.shape == (0,)
+    assert free.energy.dtype == torch.double
+
+
+@pytest.mark.gpu
+def test_a_gpu_learns_the_same_weights() -> None:
+    for build in (gaussian, lambda: RestrictedHopfield(SIZES).double()):
+        network, (x, y) = build(), data()
+        rule = EquilibriumPropagation("squared_error", free_steps=5, nudged_steps=5)
+        for steps in (0, 5):
+            rule = dataclasses.replace(rule, free_steps=steps)
+            expected = contrasted(network, x, y, rule)
+            found = contrasted(copy.deepcopy(network).cuda(), x.cuda(), y.cuda(), rule)
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one.cpu(), other, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("rule", [Backpropagation(), InferenceLearning(), ZeroDivergenceLearning()])
 def test_a_network_without_a_forward_pass_is_refused(rule: LearningRule) -> None:
     network, (x, y) = RestrictedHopfield(SIZES).double(), data()
     optimizer = torch.optim.SGD(network.weights(), lr=1.0)
-    message = f"{type(rule).__name__} learns a feed-forward network, .*got RestrictedHopfield"
+    message = f"{type(rule).__name__} trains a feed-forward network, .*got RestrictedHopfield"
     with pytest.raises(OptionError, match=message):
         rule.learn(network, x, y, optimizer)
     with pytest.raises(OptionError, match=message):

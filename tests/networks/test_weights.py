@@ -50,6 +50,24 @@ def test_weights_of_another_architecture_are_refused_and_change_nothing(tmp_path
         assert torch.equal(value, before[name]), name
 
 
+def test_a_checkpoint_of_training_holds_the_weights_of_its_network(tmp_path: Path) -> None:
+    one, other = network(), network()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1.0)
+    state = {f"network.{name}": value for name, value in other.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "last.ckpt")
+    load_weights(one, tmp_path / "last.ckpt")
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    torch.save({"epoch": 3, "state_dict": {"model.scale": torch.ones(())}}, tmp_path / "other.ckpt")
+    with pytest.raises(WeightsError, match="holds no weights"):
+        load_weights(one, tmp_path / "other.ckpt")
+    torch.save({"epoch": 3}, tmp_path / "numbers.pt")
+    with pytest.raises(WeightsError, match="holds no weights"):
+        load_weights(one, tmp_path / "numbers.pt")
+
+
 def test_files_without_weights_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="there is no file"):
         load_weights(network(), tmp_path / "none.pt")

@@ -9,18 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib import image
+from pytorch_lightning import Trainer
 from sklearn.datasets import make_moons
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from dcpc.errors import DataError, OptionError
-from dcpc.networks import Backpropagation, CrossEntropyNode, PredictiveCodingNetwork
+from dcpc.networks import (
+    Backpropagation,
+    ConditionalGaussian,
+    CrossEntropyNode,
+    EquilibriumPropagation,
+    PredictiveCodingNetwork,
+)
 from dcpc.training import ClassifierModule, DigitsData, MoonsData
 from dcpc.training.cli import main
 from dcpc.training.decision_boundary import draw_decision_boundary
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "networks" / "two-moons.json")
 NUM_BATCHES = 32  # 1024 points, 32 at a time
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 
 
 def command(subcommand: str, folder: Path, *options: str) -> None:
@@ -159,9 +167,33 @@ def test_a_label_beyond_the_classes_is_named() -> None:
         module._targets(torch.tensor([0, 3]))
 
 
+def test_predictions_are_made_in_evaluation_mode() -> None:
+    dropped = PredictiveCodingNetwork(nn.Dropout(0.5), *separator().layers)
+    module = ClassifierModule(dropped, Backpropagation(), num_classes=2)
+    x = torch.randn(20, 2)
+    torch.testing.assert_close(module.predict(x), separator()(x))
+    assert dropped.training
+
+
+def test_equilibrium_propagation_logs_the_nudged_energy(tmp_path: Path) -> None:
+    network = ConditionalGaussian([2, 8, 2], "tanh")
+    rule = EquilibriumPropagation(free_steps=0, nudged_steps=5)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, default_root_dir=tmp_path, **QUIET
+    )
+    trainer.fit(ClassifierModule(network, rule, num_classes=2), datamodule=MoonsData(batch_size=32))
+    logged = trainer.logged_metrics
+    assert 0 < logged["train/nudged_energy"] < logged["train/nudged_energy_before_inference"]
+    assert "train/energy" not in logged
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda: ClassifierModule(separator(), EquilibriumPropagation()),
+            "CrossEntropyNode is linear",
+        ),
         (lambda: MoonsData(num_training=0), r"data\.num_training must be at least 1, got 0"),
         (lambda: MoonsData(noise=-0.1), r"data\.noise must be at least 0, got -0\.1"),
         (lambda: MoonsData(held_out_seed=42), r"are both 42.*give two"),
