@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dcpc.algorithms import PRESETS, lookup
 from dcpc.conquer import Langevin
+from dcpc.divide.handlers import quiet
 from dcpc.errors import ModelError, OptionError
 from dcpc.inference import DCPC
 from dcpc.sweep import Adaptation, SweepInfo, SweepState
@@ -32,11 +35,13 @@ class ParticleModule(GenerativeModule):
     scratch, by annealing, and never enter the store.
 
     With a guide, an encoder, particles start from its samples instead of the prior's: at a
-    datum's first visit, or with algorithm `lpc` at every visit. The guide learns from the swept
-    particles, by descending `- sum_k W_k log q(z_k | x)`. Particles learn slowly as long as they
-    are far from their posteriors, at each of which they arrive on their own, while an encoder
-    learns for all data at once: `warm_up_epochs` lets model and guide begin as a variational
-    autoencoder. The guide then stays as it is, unless particles start from it at every visit.
+    datum's first visit, or at every visit. The guide learns from the swept particles, by descending
+    `- sum_k W_k log q(z_k | x)`. Particles learn slowly as long as they are far from their
+    posteriors, at each of which they arrive on their own, while an encoder learns for all data at
+    once: `warm_up_epochs` lets model and guide begin as a variational autoencoder. The guide then
+    stays as it is, or, where particles start from it at every visit, goes on to ascend its bound,
+    while the model learns from the particles: Hoffman, "Learning deep latent Gaussian models with
+    Markov chain Monte Carlo" (2017).
 
     A run resumed from a checkpoint continues exactly: beside the seed it holds, as plain tensors,
     the particles and what the proposals have learned.
@@ -52,6 +57,8 @@ class ParticleModule(GenerativeModule):
         first_visit_sweeps: Further sweeps where a batch holds data that have no particles yet.
         warm_up_epochs: Epochs at the start in which model and guide descend minus the evidence
             lower bound, as with `AmortisedModule`, and there are no particles yet.
+        restart: Whether particles start from the guide at every visit, instead of where the last
+            visit left them; null for what the algorithm does: `lpc` restarts.
         step_size: Step size of the sweeps; null adapts it where the algorithm can.
         leapfrog_steps: Langevin steps before the noise is drawn anew, each at the price of a
             gradient; several mix faster than as many sweeps.
@@ -80,6 +87,7 @@ class ParticleModule(GenerativeModule):
         sweeps_per_step: int = 1,
         first_visit_sweeps: int = 0,
         warm_up_epochs: int = 0,
+        restart: bool | None = None,
         step_size: float | None = None,
         leapfrog_steps: int = 1,
         blocks: list[list[str]] | None = None,
@@ -106,6 +114,11 @@ class ParticleModule(GenerativeModule):
                 f"model.warm_up_epochs={warm_up_epochs} needs a guide to warm up with: give "
                 "model.guide, an encoder that draws the model's latents, or leave the epochs at 0"
             )
+        if restart and guide is None:
+            raise OptionError(
+                "model.restart=True needs a guide to start particles from: give model.guide, an "
+                "encoder that draws the model's latents, or leave restart at null"
+            )
         self.guide = guide
         self.sweeps_per_step = sweeps_per_step
         self.first_visit_sweeps = first_visit_sweeps
@@ -117,6 +130,7 @@ class ParticleModule(GenerativeModule):
                 f"model.leapfrog_steps must be 1 with algorithm {algorithm!r}, which ascends the "
                 f"gradient without noise, got {leapfrog_steps}"
             )
+        self.restart = preset.warm_starts_every_visit if restart is None else restart
         self.inference = DCPC(
             model,
             guide,
@@ -190,17 +204,21 @@ class ParticleModule(GenerativeModule):
     def _warm_up(self, x: Tensor) -> Tensor:
         """Returns minus the evidence lower bound of a batch per datum, in nats."""
         with self.stream(self._num_steps):
-            loss = Trace_ELBO().differentiable_loss(self.model, self.guide, x) / len(x)
+            loss = self._negative_elbo(self.model, x)
         if not self.automatic_optimization:
             self._step_parameters(loss)
         self._num_steps += 1
         self.log("train/negative_elbo", loss, prog_bar=True, batch_size=len(x))
         return loss
 
+    def _negative_elbo(self, model: Callable[..., Any], x: Tensor) -> Tensor:
+        """Minus the evidence lower bound of a batch per datum, in nats."""
+        return Trace_ELBO().differentiable_loss(model, self.guide, x) / len(x)
+
     def _recall(self, x: Tensor, index: Tensor, axes: Mapping[str, int]) -> SweepState:
         """The stored particles; fresh ones at a first visit, or where the encoder starts all."""
         assert self.store is not None
-        if self.guide is not None and self.inference.algorithm.preset.warm_starts_every_visit:
+        if self.guide is not None and self.restart:
             return self._draw(x)
         if self._are_tied(x):
             return gather(self.store.read(index, lambda: spread(self._draw(x), len(x)), axes))
@@ -227,21 +245,16 @@ class ParticleModule(GenerativeModule):
     def _losses(self, state: SweepState, x: Tensor) -> dict[str, Tensor]:
         """The model's loss per datum, and the guide's if it learns from the particles."""
         losses = {"loss": self.inference.loss(state, x) / len(x)}
-        if self._guide_learns:
+        if self.guide is not None and not self.warm_up_epochs:
             losses["guide_loss"] = self.inference.guide_loss(state, x) / len(x)
+        elif self.guide is not None and self.restart:
+            # Single particles are noisy teachers: what has learned by the bound goes on by it.
+            frozen = {name: value.detach() for name, value in self.model.named_parameters()}
+            with quiet():  # Pyro's warning of parameters that do not learn
+                losses["negative_elbo"] = self._negative_elbo(
+                    partial(functional_call, self.model, frozen), x
+                )
         return losses
-
-    @property
-    def _guide_learns(self) -> bool:
-        """Whether the guide learns from the particles.
-
-        After a warm-up only where they start from it at every visit. Elsewhere all of them start in
-        the epoch after it, for which the guide had better stay as it is: single particles are
-        noisy teachers, and the optimiser's steps for the bound are too long for their loss.
-        """
-        if self.guide is None:
-            return False
-        return not self.warm_up_epochs or self.inference.algorithm.preset.warm_starts_every_visit
 
     def _step_parameters(self, loss: Tensor) -> None:
         optimizer = self.optimizers()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 
@@ -77,15 +78,25 @@ def test_neither_loss_teaches_the_other_network(images: type) -> None:
         assert all(g is None for g in of_other), name
 
 
-@pytest.mark.parametrize(("algorithm", "visits"), [("dcpc", 1), ("pgd", 1), ("lpc", 3)])
-def test_particles_come_from_the_encoder_at_the_first_visit_and_of_lpc_at_every_visit(
+@pytest.mark.parametrize(
+    ("algorithm", "restart", "visits"),
+    [
+        ("dcpc", None, 1),
+        ("pgd", None, 1),
+        ("lpc", None, 3),
+        ("dcpc", True, 3),
+        ("lpc", False, 1),
+    ],
+)
+def test_particles_come_from_the_encoder_at_the_first_visit_or_at_every_visit(
     algorithm: str,
+    restart: bool | None,
     visits: int,
     images: type,
     trainer: Callable[..., Trainer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module, drawn = deep(algorithm=algorithm), []
+    module, drawn = deep(algorithm=algorithm, restart=restart), []
     init = module.inference.init
     monkeypatch.setattr(module.inference, "init", lambda x: drawn.append(len(x)) or init(x))
     trainer(max_epochs=3).fit(module, datamodule=images(batch_size=20))
@@ -118,20 +129,19 @@ def test_a_warm_up_trains_as_the_autoencoder_does_and_then_makes_particles(
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "warm_up_epochs", "learns"),
-    [("dcpc", 1, False), ("pgd", 1, False), ("lpc", 1, True), ("dcpc", 0, True)],
+    ("restart", "warm_up_epochs", "learns"),
+    [(False, 1, False), (True, 1, True), (False, 0, True)],
 )
 def test_a_warm_guide_rests_unless_particles_start_from_it_again(
-    algorithm: str,
+    restart: bool,
     warm_up_epochs: int,
     learns: bool,
     images: type,
     trainer: Callable[..., Trainer],
 ) -> None:
-    step_size = None if algorithm == "dcpc" else 0.01
     states = []
     for epochs in (1, 3):
-        module = deep(algorithm=algorithm, warm_up_epochs=warm_up_epochs, step_size=step_size)
+        module = deep(warm_up_epochs=warm_up_epochs, restart=restart)
         torch.manual_seed(11)
         trainer(max_epochs=epochs).fit(module, datamodule=images(batch_size=10))
         states.append((module.model.state_dict(), module.guide.state_dict()))
@@ -140,6 +150,33 @@ def test_a_warm_guide_rests_unless_particles_start_from_it_again(
         for earlier, later in zip(*states, strict=True)
     ]
     assert changed == [True, learns]
+
+
+def test_a_warm_guide_that_particles_start_from_ascends_its_bound_alone() -> None:
+    module, x = deep(warm_up_epochs=1, restart=True), torch.rand(6, 1, 2, 2)
+    state = module.inference.init(x)
+    torch.manual_seed(3)
+    losses = module._losses(state, x)
+    assert set(losses) == {"loss", "negative_elbo"}
+    torch.manual_seed(3)
+    bound = Trace_ELBO().differentiable_loss(module.model, module.guide, x) / len(x)
+    torch.testing.assert_close(losses["negative_elbo"], bound)
+    weights = list(module.guide.parameters())
+    for found, expected in zip(
+        torch.autograd.grad(losses["negative_elbo"], weights, retain_graph=True),
+        torch.autograd.grad(bound, weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)
+    of_model = torch.autograd.grad(
+        losses["negative_elbo"], list(module.model.parameters()), allow_unused=True
+    )
+    assert all(gradient is None for gradient in of_model)
+
+
+def test_particles_without_an_encoder_cannot_restart() -> None:
+    with pytest.raises(OptionError, match=r"model\.restart=True needs a guide"):
+        ParticleModule(DeepLatentGaussian(SIZES, SHAPE), restart=True)
 
 
 @pytest.mark.parametrize("warm_up_epochs", [0, 1, 3])
