@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = {
     "digits.pt": "digits.json",
     "mnist.pt": "mnist/dcpc.json",
-    "cifar10.pt": "cifar10/dcpc.json",
+    "cifar10.pt": "cifar10/dcpc-warm.json",
 }
 FILES = sorted((ROOT / "checkpoints").glob("*.pt"))
 
 
 def test_checkpoints_are_small_and_listed() -> None:
     sizes = [path.stat().st_size for path in FILES]
-    assert sizes
+    assert {path.name for path in FILES} == set(CONFIGS)
     assert max(sizes) < 10e6
     assert sum(sizes) < 40e6
     listed = (ROOT / "checkpoints" / "README.md").read_text()

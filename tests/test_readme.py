@@ -46,7 +46,11 @@ def steps(command: str) -> list[str]:
 
 INSTALLS = [command for command in commands() if "pip install" in command]
 BENCHMARKS = [command for command in table_commands() if "experiments.benchmarks" in command]
-EXPERIMENTS = [command for command in commands() if command.startswith("python -m experiments.")]
+EXPERIMENTS = [
+    command
+    for command in (*commands(), *table_commands())
+    if command.startswith("python -m experiments.") and command not in BENCHMARKS
+]
 SLOW_TESTS = [command for command in table_commands() if command.startswith("pytest ")]
 
 
