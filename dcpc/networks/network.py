@@ -98,8 +98,9 @@ class EnergyNetwork(nn.Module, ABC):
 
     def free_nodes(self, selection: Sequence[int] | None = None) -> list[Node]:
         """The nodes that relaxation moves, of some or of all."""
-        selection = range(len(self.nodes)) if selection is None else selection
-        return [self.nodes[index] for index in selection if self.nodes[index].is_free]
+        nodes = self.nodes
+        chosen = nodes if selection is None else [nodes[index] for index in selection]
+        return [node for node in chosen if node.is_free]
 
     def weights(self, stages: Sequence[int] | None = None) -> list[nn.Parameter]:
         """The weights that learn, of some stages or of all; shared ones once."""

@@ -14,14 +14,23 @@ from torch.optim import Optimizer
 from dcpc.errors import DCPCError, OptionError
 from dcpc.networks.network import EnergyNetwork, sum_parts
 
-__all__ = ["OptimizerFactory", "Phase", "Relaxation", "RelaxationError", "move", "relax", "sgd"]
+__all__ = [
+    "OptimizerFactory",
+    "Phase",
+    "Relaxation",
+    "RelaxationError",
+    "constant_drive",
+    "move",
+    "relax",
+    "sgd",
+]
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 """Makes an optimiser of some parameters, as `partial(torch.optim.SGD, lr=0.1)` does."""
 
 
 class RelaxationError(DCPCError):
-    """The energy became NaN or infinite; names the part of the network and the step."""
+    """An energy, an error or a loss became NaN or infinite; says where, and at which step."""
 
 
 @dataclass(frozen=True)
