@@ -92,6 +92,7 @@ def test_preset_dcpc_samples_the_posterior_of_a_linear_network() -> None:
             )
             found = posterior.history["z1"][:, :, row].reshape(-1, 3)
             deviations = covariance_left.diagonal().sqrt()
+            # Five standard errors of a mean, were half of the 256 x 30 draws independent.
             assert float(((found.mean(0) - mean) / deviations).abs().max()) < 0.08
             assert float((found.std(0) / deviations - 1.0).abs().max()) < 0.08
             error = float(posterior.log_evidence[row]) - log_evidence

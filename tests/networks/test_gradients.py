@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import binom
 from torch import Tensor, nn
 
 from dcpc.errors import DataError, OptionError
@@ -119,16 +121,25 @@ def test_a_step_of_fixed_prediction_is_the_written_one() -> None:
         torch.testing.assert_close(other.beliefs[depth], moved)
 
 
+@pytest.mark.parametrize("num_steps", [2, 5, 20])
+@pytest.mark.parametrize("step_size", [0.1, 0.5])
+def test_fixed_prediction_falls_short_by_a_known_factor(num_steps: int, step_size: float) -> None:
+    # Errors obey e_l <- (1 - eta) e_l + eta J' e_{l+1} from zero, so that k layers below the output
+    # they are P(Binomial(n - 1, eta) >= k) times those of backpropagation.
+    model, (x, y) = mlp(), data()
+    truth = backpropagated(model, x, y)
+    pc_gradients(model, LOSS, x, y, "fixed_prediction", step_size=step_size, num_steps=num_steps)
+    factors = binom.sf(np.arange(3, -1, -1) - 1, num_steps - 1, step_size).repeat(2)
+    for found, exact, factor in zip(gradients(model), truth, factors, strict=True):
+        torch.testing.assert_close(found, exact * factor)
+
+
 def test_fixed_prediction_converges_with_small_steps() -> None:
     model, (x, y) = mlp(), data()
     truth = backpropagated(model, x, y)
-    errors = []
-    for num_steps in (20, 200, 400):
+    for num_steps, bound in ((200, 1e-7), (400, 1e-13)):
         pc_gradients(model, LOSS, x, y, "fixed_prediction", num_steps=num_steps)
-        errors.append(relative_error(gradients(model), truth))
-    assert 1e-3 < errors[0] < 0.3
-    assert errors[1] < 1e-7
-    assert errors[2] < 1e-13
+        assert relative_error(gradients(model), truth) < bound
 
 
 def energy(model: nn.Sequential, beliefs: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
