@@ -137,31 +137,45 @@ class Metropolis(Correction):
 
 @dataclass(frozen=True)
 class Weight(Correction):
-    """Accepts always and multiplies the weight by `exp a`: annealed importance sampling's move.
+    """Multiplies the weight by `exp a`: annealed importance sampling's move.
 
     `a` is the ratio of the extended target `p(u') q(u | u')` to what was sampled,
     `p(u) q(u' | u)`, so that the weights stay proper (Neal 2001; Del Moral, Doucet & Jasra 2006,
-    with the reversal as backward kernel). Whole particles are resampled by the sweep. The step
-    size is adapted to a conditional ESS.
+    with the reversal as backward kernel). Whole particles are resampled by the sweep.
+
+    Proposals alone diverge where a step is too long for a datum's curvature, and few particles
+    diverge together, which their weights do not tell. A move is therefore accepted with probability
+    `min(1, exp(a + c))`, of the way back likewise `min(1, exp(c - a))`, and their ratio is part of
+    the weight: an accepted move multiplies it by `exp(clip(a, -c, c))`, a rejected one by 1. That
+    is proper for every bound c, and Metropolis at zero.
+
+    The step size is adapted to the increments' conditional ESS times the acceptance.
+
+    Attributes:
+        bound: `c`, how much a move may change a log-weight; finite.
     """
 
     target: float | None = 0.95
+    bound: float = 1.0
 
     def apply(self, proposed: ProposedMove) -> Outcome:
         after = proposed.evaluate(proposed.proposal.value)
         ratio, bad = proposed.log_ratio(after)
         group = proposed.group
-        gained = after.log_density - proposed.before.log_density
+        acceptance = (ratio + self.bound).clamp(max=0.0).exp()
+        accepted = torch.rand_like(ratio) < acceptance
+        increment = torch.where(accepted, ratio.clamp(-self.bound, self.bound), 0.0)
+        gained = torch.where(accepted, after.log_density - proposed.before.log_density, 0.0)
         spare = tuple(range(1 + group.population, ratio.dim() - 1))
-        by_unit = ratio.sum(spare) if spare else ratio
+        by_unit = increment.sum(spare) if spare else increment
         ess = torch.stack(
             [proposed.log_weight.conditional_ess(a).mean() for a in by_unit.unbind(-1)]
         )
         return Outcome(
-            value=proposed.proposal.value,
-            log_weight=group.over_population(ratio),
+            value=torch.where(accepted.unsqueeze(-1), proposed.proposal.value, proposed.value),
+            log_weight=group.over_population(increment),
             log_joint=group.over_population(gained),
-            statistic=ess / ratio.shape[0],
+            statistic=ess / ratio.shape[0] * acceptance.flatten(0, -2).mean(0),
             num_bad=bad.sum(),
         )
 
