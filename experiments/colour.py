@@ -47,7 +47,7 @@ from dcpc.training.cli import main as dcpc_command
 from dcpc.training.images import image_grid, save_png
 from experiments.tables import markdown
 
-ALGORITHMS = (*PRESETS, "dcpc-warm", "vae")
+ALGORITHMS = (*PRESETS, "dcpc-warm", "pgd-warm", "vae")
 RESULTS = Path(__file__).parent / "results"
 SITE = "z"
 INTENSITIES = (-1.0, 1.0)

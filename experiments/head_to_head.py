@@ -8,7 +8,7 @@ evaluations. The model as it was when each was spent is measured on the same hel
 same annealing. Every run leaves one file in `experiments/results/head_to_head`; runs that are there
 already are not repeated, so that an interrupted comparison continues where it stopped. Then the
 tables and the learning curves are written anew from all files. `dcpc-warm` is `dcpc` after an
-encoder's warm-up, which is part of its budgets.
+encoder's warm-up, which is part of its budgets, and so is `pgd-warm` of `pgd`.
 
 A gradient evaluation is the gradient of a log-density with respect to one latent of one particle of
 one datum: a sweep takes one per latent and leapfrog step, and one more where the move is corrected;

@@ -19,6 +19,7 @@ ALGORITHMS = (
     "dcpc-smc",
     "dcpc-paper",
     "pgd",
+    "pgd-warm",
     "lpc",
     "mcpc",
     "pc",

@@ -15,7 +15,8 @@ from experiments.head_to_head_report import ALGORITHMS
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("**/*.json"))
 DATA_SETS = ("mnist", "fashion_mnist", "emnist", "cifar10", "celeba")
-GUIDED = ("dcpc-warm", "lpc", "vae")
+WARM = ("dcpc-warm", "pgd-warm")
+GUIDED = (*WARM, "lpc", "vae")
 SHARED = (
     "learning_rate",
     "learning_rate_schedule",
@@ -67,7 +68,7 @@ def test_every_algorithm_trains_the_same_model_on_the_same_data(data_set: str) -
         assert config["data"] == configs["dcpc"]["data"]
         assert options.get("algorithm", "vae") == name.removesuffix("-warm")
         assert options.get("warm_up_epochs", 0) < config["trainer"]["max_epochs"]
-        assert ("warm_up_epochs" in options) == (name == "dcpc-warm")
+        assert ("warm_up_epochs" in options) == (name in WARM)
         assert [options[key] for key in SHARED] == [configs["dcpc"]["model"][key] for key in SHARED]
         assert config["seed_everything"] == configs["dcpc"]["seed_everything"]
         folder = {"default_root_dir": f"runs/{data_set}/{name}"}
@@ -83,7 +84,7 @@ def test_every_algorithm_fits_from_its_config(
     model = "model.init_args" if algorithm == "vae" else "model"
     sizes = ["--{}.{}.init_args.latent_sizes=[2,3]", "--{}.{}.init_args.image_shape=[1,4,4]"]
     parts = ["model", "guide"] if algorithm in GUIDED else ["model"]
-    warm_up = ["--model.warm_up_epochs=1"] if algorithm == "dcpc-warm" else []
+    warm_up = ["--model.warm_up_epochs=1"] if algorithm in WARM else []
     main(
         [
             "fit",
@@ -123,7 +124,7 @@ def test_every_colour_generator_fits_from_its_config(
         Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
     model = "model.init_args" if name == "vae" else "model"
     parts = ["model", "guide"] if name in GUIDED else ["model"]
-    warm_up = ["--model.warm_up_epochs=1"] if name == "dcpc-warm" else []
+    warm_up = ["--model.warm_up_epochs=1"] if name in WARM else []
     small = [
         f"--{model}.{part}.init_args.{size}"
         for part in parts
