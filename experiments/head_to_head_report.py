@@ -114,17 +114,23 @@ def format_paper(runs: Mapping[str, Sequence[Run]]) -> str:
 
 
 def draw_curves(runs: Mapping[str, Sequence[Run]], budget: Budget) -> Figure:
-    """Evidence NLL against what was spent of a budget, averaged over the seeds."""
+    """Evidence NLL against what was spent of a budget, averaged over the seeds.
+
+    An algorithm has the colour of the one that it warms up for, and dashes.
+    """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
+    colours: dict[str, str] = {}
     for algorithm, results in runs.items():
         points = list(zip(*(run["curve"] for run in results), strict=True))
         spent = [mean(point[budget] for point in group) for group in points]
         nll = [mean(point["evidence_nll"] for point in group) for group in points]
-        axes.plot(spent, nll, marker="o", markersize=3, label=algorithm)
+        base = algorithm.removesuffix("-warm")
+        colour = colours.setdefault(base, f"C{len(colours)}")
+        style = "-" if algorithm == base else "--"
+        axes.plot(spent, nll, style, color=colour, marker="o", markersize=3, label=algorithm)
     axes.set_xlabel("seconds of training" if budget == "seconds" else "gradient evaluations")
     axes.set_ylabel(f"evidence NLL of {CURVE_IMAGES} images, {CURVE_TEMPERATURES} temperatures")
-    axes.set_yscale("log")
     axes.legend(ncols=2)
     return figure
 

@@ -154,11 +154,10 @@ def test_whole_particles_are_resampled_where_the_ess_is_low(algorithm):
             ratio = after - before
             ratio = ratio + Normal(proposal + eta * back, scale).log_prob(z)
             ratio = ratio - Normal(z + eta * score, scale).log_prob(proposal)
-            if algorithm == "dcpc":
-                accept = torch.rand(count).log() < ratio
-                values[unit] = torch.where(accept, proposal, z)
-            else:
-                log_weight = log_weight + ratio
+            bound = {"dcpc": 0.0, "dcpc-smc": 1.0}[algorithm]
+            accept = torch.rand(count).log() < ratio + bound
+            values[unit] = torch.where(accept, proposal, z)
+            log_weight = log_weight + torch.where(accept, ratio.clamp(-bound, bound), 0.0)
             z1, z2 = values
         return z1, z2, log_weight
 

@@ -26,9 +26,9 @@ SETTING = head_to_head.SharedSetting(
     seconds=180.0,
     gradients=3e6,
     num_training=10_000,
-    num_measured=64,
-    num_temperatures=200,
-    num_particles=2,
+    num_measured=50,
+    num_temperatures=100,
+    num_particles=16,
     num_threads=2,
 )
 OPTIONS = ["--path", "nowhere", "--algorithms", "dcpc", "pgd", "--seeds", "0", "1"]
@@ -96,7 +96,7 @@ def test_finished_runs_are_not_repeated_and_make_the_tables(
     ]
     assert cells(table)[0][-2:] == ["180", "20.0 million"]
     assert table in capsys.readouterr().out
-    assert "64 held-out images" in table
+    assert "50 held-out images" in table
     by_gradients = cells((four_runs / "head_to_head_gradients.md").read_text())
     assert [row[2] for row in by_gradients] == ["113.00 ± 0.00", "117.00 ± 2.00"]
     assert by_gradients[0][-2:] == ["27", "3.0 million"]
@@ -112,10 +112,10 @@ def test_finished_runs_are_not_repeated_and_make_the_tables(
 
 
 def test_runs_of_another_setting_do_not_enter_the_table(four_runs: Path) -> None:
-    message = r"dcpc-seed0.json' is a run of another setting \(num_measured=64, now 50\)"
+    message = r"dcpc-seed0.json' is a run of another setting \(num_measured=50, now 64\)"
     with pytest.raises(SystemExit, match=message):
-        head_to_head.main([*OPTIONS, "--num_measured", "50", "--results", str(four_runs)])
-    others = ["--algorithms", "vae", "--num_measured", "50"]
+        head_to_head.main([*OPTIONS, "--num_measured", "64", "--results", str(four_runs)])
+    others = ["--algorithms", "vae", "--num_measured", "64"]
     with pytest.raises(SystemExit, match="is a run of another setting"):
         head_to_head.main([*others, "--results", str(four_runs)])
 
