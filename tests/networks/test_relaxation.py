@@ -69,6 +69,25 @@ def test_a_forward_initialised_network_rests_until_it_is_told_a_label() -> None:
     assert torch.equal(after[-1], y)
 
 
+def test_an_input_that_is_released_moves_with_the_rest() -> None:
+    network, (x, y) = deep(depth=2), data()
+    network.init(x)
+    network.nodes[0].release()
+    network.nodes[-1].clamp(y)
+    first, second = (layer for layer in network.modules() if isinstance(layer, nn.Linear))
+    above, below = values(network)[:2]
+    for _ in range(3):
+        above, below = (value.detach().requires_grad_() for value in (above, below))
+        energy = 0.5 * (below - first(above).tanh()).square().sum()
+        energy = energy + 0.5 * (y - second(below).tanh()).square().sum()
+        pulls = torch.autograd.grad(energy, (above, below))
+        above, below = (v - 0.1 * pull for v, pull in zip((above, below), pulls, strict=True))
+    relax(network, 3, sgd(0.1))
+    assert not torch.allclose(network.nodes[0].value, x)
+    torch.testing.assert_close(network.nodes[0].value.detach(), above.detach())
+    torch.testing.assert_close(network.nodes[1].value.detach(), below.detach())
+
+
 @pytest.mark.parametrize(("num_steps", "expected"), [(1, [3]), (2, [2, 3]), (3, [1, 2, 3])])
 def test_news_of_the_label_travel_one_node_per_step(num_steps: int, expected: list[int]) -> None:
     network, (x, y) = deep(), data()
