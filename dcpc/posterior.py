@@ -39,8 +39,8 @@ class Posterior:
         samples: Constrained values of the latents, `(K, *batch, *event)`: the final cloud.
         state: The state of the sampler, to go on from.
         population_axes: For every latent, the axes of its value that are population axes.
-        acceptance: By unit, mean acceptance rate (metropolis), or the conditional ESS over K times
-            that (weight).
+        acceptance: By unit, mean acceptance rate (metropolis), or that times the conditional ESS
+            over K (weight).
         step_size: Last step size by unit.
         unit_of: Name of each latent's unit.
         num_bad: Log-densities that were NaN or infinite, over all sweeps.

@@ -98,7 +98,7 @@ class SweepInfo:
 
     Attributes:
         statistic: By group name, what adaptation looks at, `(n,)`: the acceptance rate
-            (metropolis) or the conditional ESS over K times that (weight). Empty for the others.
+            (metropolis), or that times the conditional ESS over K (weight). Empty for the others.
         step_size: By group name, `(n,)`.
         ess: Effective sample size before resampling, `(*population)`.
         ancestors: `(K, *population)`, where whole particles were resampled; None if nowhere.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dcpc.conquer import Metric, Move, Proposal
 from dcpc.divide import ScoredDensity, UnitGroup
+from dcpc.errors import OptionError
 from dcpc.recombine.resampling import Resampler, take_particles
 from dcpc.recombine.weights import LogWeights, zero_density
 
@@ -152,11 +153,18 @@ class Weight(Correction):
     The step size is adapted to the increments' conditional ESS times the acceptance.
 
     Attributes:
-        bound: `c`, how much a move may change a log-weight; finite.
+        bound: `c`, how much a move may change a log-weight.
+
+    Raises:
+        OptionError: A bound that is negative or not finite.
     """
 
     target: float | None = 0.95
     bound: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.bound < math.inf:
+            raise OptionError(f"bound must be finite and at least 0, got {self.bound!r}")
 
     def apply(self, proposed: ProposedMove) -> Outcome:
         after = proposed.evaluate(proposed.proposal.value)

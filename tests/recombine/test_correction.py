@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributions import Normal
 
 from dcpc.conquer import Diagonal, Langevin
 from dcpc.divide import ScoredDensity
+from dcpc.errors import OptionError
 from dcpc.recombine import LogWeights, multinomial, systematic
 from dcpc.recombine.correction import (
     CORRECTIONS,
@@ -124,35 +126,38 @@ def test_weight_accepts_up_to_its_bound_and_weighs_the_rest(population, bound):
 @pytest.mark.parametrize("bound", [0.0, 0.2, 1.0])
 def test_bounded_weights_are_proper(bound):
     # Of draws from N(0, 1) moved by steps that are far too long, the weighted moments stay.
-    torch.manual_seed(0)
     eta, metric, count = torch.tensor([1.5]), Diagonal(torch.ones(1, 1, 1)), 400_000
 
     def normal(u: Tensor) -> ScoredDensity:
         return ScoredDensity(-0.5 * u.square().sum(-1), -u)
 
+    torch.manual_seed(0)
     value = torch.randn(count, 1, 1, 1)
     before = normal(value)
     proposal = Langevin().propose(value, before.score, eta, metric, lambda u: normal(u).score)
-    outcome = Weight(bound=bound).apply(
-        ProposedMove(
-            Group(1),
-            value,
-            before,
-            Langevin(),
-            proposal,
-            eta,
-            metric,
-            normal,
-            LogWeights(torch.zeros(count, 1)),
-            systematic,
-        )
+    move = replace(
+        proposed(seed=1),
+        value=value,
+        before=before,
+        proposal=proposal,
+        step_size=eta,
+        metric=metric,
+        evaluate=normal,
+        log_weight=LogWeights(torch.zeros(count, 1)),
     )
+    outcome = Weight(bound=bound).apply(move)
     weight, moved = outcome.log_weight.exp().flatten(), outcome.value.flatten()
     assert bool((moved != value.flatten()).any())
     assert float(outcome.log_weight.abs().max()) <= bound
     for power, moment in ((0, 1.0), (2, 1.0), (4, 3.0)):
         terms = weight * moved**power
         assert abs(float(terms.mean()) - moment) <= 5 * float(terms.std()) / math.sqrt(count) + 1e-9
+
+
+@pytest.mark.parametrize("bound", [-0.1, math.inf, math.nan])
+def test_a_bound_that_bounds_nothing_is_refused(bound):
+    with pytest.raises(OptionError, match=r"bound must be finite and at least 0, got"):
+        Weight(bound=bound)
 
 
 def test_weight_watches_the_conditional_ess_of_each_unit_and_its_acceptance():
