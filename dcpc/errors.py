@@ -27,3 +27,13 @@ class EvidenceError(DCPCError):
 
 class OptionError(DCPCError):
     """An argument of an inference class that is unknown, out of range, or does not fit another."""
+
+
+def require_at_least(name: str, value: int, minimum: int) -> None:
+    """Checks an integer argument.
+
+    Raises:
+        OptionError: It is below the minimum.
+    """
+    if value < minimum:
+        raise OptionError(f"{name} must be at least {minimum}, got {value}")

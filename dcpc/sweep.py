@@ -186,6 +186,7 @@ def sweep(
                 step_taken,
                 metric,
                 evaluate,
+                partial(_log_density, group, latents, tensors, target),
                 log_weight,
                 parts.resampler,
             )
@@ -327,6 +328,18 @@ def _evaluate(
 ) -> ScoredDensity:
     """The units' log-densities and scores at a value of theirs, given the other latents."""
     return _finite(group.evaluate(value, latents, tensors, target))
+
+
+def _log_density(
+    group: UnitGroup,
+    latents: Mapping[str, Tensor],
+    tensors: Sequence[Tensor],
+    target: Target,
+    value: Tensor,
+) -> Tensor:
+    """The units' log-densities alone."""
+    with torch.no_grad():
+        return group.log_density(value, latents, tensors, target)
 
 
 def _score_at(evaluate: Callable[[Tensor], ScoredDensity], value: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ tables and the learning curves are written anew from all files. `dcpc-warm` is `
 encoder's warm-up, which is part of its budgets, and so is `pgd-warm` of `pgd`.
 
 A gradient evaluation is the gradient of a log-density with respect to one latent of one particle of
-one datum: a sweep takes one per latent and leapfrog step, and one more where the move is corrected;
-a step of the autoencoder takes one per latent and sample, as does one of an encoder's warm-up.
-Gradients of the parameters are not counted.
+one datum: a sweep takes one per latent and leapfrog step, and one more where the correction looks
+at the way back; a step of the autoencoder takes one per latent and sample, as does one of an
+encoder's warm-up. Gradients of the parameters are not counted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from torch import Tensor
 
 from dcpc.conquer import Langevin
 from dcpc.evaluation import evaluate, held_out_inference, prior_sample_estimate, summarise
-from dcpc.recombine.correction import Uncorrected
 from dcpc.training import AmortisedModule, GenerativeModule, ImageData, ParticleModule
 from dcpc.training.cli import ConfiguredCLI, one_line_errors
 from experiments.head_to_head_report import (
@@ -155,8 +154,7 @@ def gradients_per_datum(num_latents: int, module: GenerativeModule) -> int:
     inference = module.inference
     move = inference.parts.move
     per_latent = move.leapfrog_steps if isinstance(move, Langevin) else 1
-    if not isinstance(inference.parts.correction, Uncorrected):
-        per_latent += 1
+    per_latent += inference.parts.correction.scores_proposal
     return module.sweeps_per_step * inference.num_particles * num_latents * per_latent
 
 

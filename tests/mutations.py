@@ -90,6 +90,10 @@ NODES = "dcpc/networks/nodes.py"
 GAUSSIAN_NODES = "dcpc/networks/gaussian_nodes.py"
 RELAXATION = "dcpc/networks/relaxation.py"
 RULES = "dcpc/networks/rules.py"
+EQUILIBRIUM = "dcpc/networks/equilibrium.py"
+ENERGY_BASED = "dcpc/networks/energy_based.py"
+PARAMETERS = "dcpc/networks/parameters.py"
+NETWORK_WEIGHTS = "dcpc/networks/weights.py"
 GRADIENTS = "dcpc/networks/gradients.py"
 
 FAULTS = [
@@ -347,12 +351,30 @@ FAULTS = [
           "UNIT_STEP = sgd(1.0)", "UNIT_STEP = sgd(0.5)"),
     Fault("incremental learning counts from its first step", RULES,
           "(step - self.first) % self.every == 0", "step % self.every == 0"),
-    Fault("a nudged gradient contains the cost", RULES,
-          "                network.release()\n", ""),
-    Fault("a second nudge starts where the first one ended", RULES,
+    Fault("a nudged gradient contains the cost", EQUILIBRIUM,
+          "                network.remove_nudge()\n", ""),
+    Fault("a second nudge starts where the first one ended", EQUILIBRIUM,
           "node.init(value)", "pass"),
-    Fault("symmetric nudging divides by beta", RULES,
-          "2.0 * self.beta if self.symmetric", "self.beta if self.symmetric"),
+    Fault("symmetric nudging divides by beta", EQUILIBRIUM,
+          "(nudged - other) / (self.beta - start)", "(nudged - other) / self.beta"),
+    Fault("targets broadcast against the output", RULES,
+          "if y.shape != output.shape:", "if False:"),
+    Fault("a value optimiser may mix samples", RELAXATION,
+          "if not torch.equal(*moved):", "if False:"),
+    Fault("an energy counts as finite if its entries are", RELAXATION,
+          "bad = bad or [max(means, key=lambda name: abs(means[name]))]", "pass"),
+    Fault("a change that is no number is the end of a relaxation", RELAXATION,
+          "if not math.isfinite(change):", "if False:"),
+    Fault("the Hopfield energy has no half", ENERGY_BASED,
+          "0.5 * node.value.square().sum(1)", "node.value.square().sum(1)"),
+    Fault("what one side declares is the other's by default", PARAMETERS,
+          "elif name in others:", "elif False:"),
+    Fault("weights of another network are loaded as far as they fit", NETWORK_WEIGHTS,
+          "if misfit is not None:", "if False:"),
+    Fault("an in-place layer overwrites its input", GRADIENTS,
+          "return value.clone() if overwrites else value", "return value"),
+    Fault("a variance scales the error as a standard deviation", GAUSSIAN_NODES,
+          "(-0.5 * self.logvar).exp()", "(-self.logvar).exp()"),
     Fault("the nudge has unit strength", NETWORK,
           'parts["cost"] = strength * cost', 'parts["cost"] = cost'),
     Fault("strict beliefs ignore init", GRADIENTS,

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dcpc.errors import OptionError
+from dcpc.errors import OptionError, require_at_least
 
-__all__ = ["BATCH_SIZE", "batches", "gradients_allowed", "require_positive"]
+__all__ = ["BATCH_SIZE", "batches", "gradients_allowed"]
 
 BATCH_SIZE = 250
 """Data that are measured at once: memory grows with it, and speed hardly does beyond it."""
@@ -29,18 +29,8 @@ def batches(x: Tensor, batch_size: int) -> list[Tensor]:
     Raises:
         OptionError: An impossible batch size, or no data.
     """
-    require_positive("batch_size", batch_size)
+    require_at_least("batch_size", batch_size, 1)
     if x.dim() == 0 or len(x) == 0:
         raise OptionError(f"x must hold at least one datum, got shape {tuple(x.shape)}")
     with gradients_allowed():
         return [part.clone() for part in x.split(batch_size)]
-
-
-def require_positive(name: str, value: int) -> None:
-    """Checks a count.
-
-    Raises:
-        OptionError: It is below one.
-    """
-    if value < 1:
-        raise OptionError(f"{name} must be at least 1, got {value}")

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from dcpc.divide import Division
 from dcpc.divide.model import Model
-from dcpc.errors import EvidenceError, ModelError
+from dcpc.errors import EvidenceError, ModelError, require_at_least
 from dcpc.evaluation.batches import (
     BATCH_SIZE,
     batches,
     gradients_allowed,
-    require_positive,
 )
 from dcpc.inference import DCPC
 from dcpc.recombine import LogWeights
@@ -63,7 +62,7 @@ class ImportanceSampler:
         chunk_size: int = CHUNK_SIZE,
         batch_size: int = BATCH_SIZE,
     ) -> None:
-        require_positive("chunk_size", chunk_size)
+        require_at_least("chunk_size", chunk_size, 1)
         self._inference = DCPC(model, guide, num_particles=chunk_size)
         self._batch_size = batch_size
 
@@ -85,7 +84,7 @@ class ImportanceSampler:
             EvidenceError: A prior is improper and there is no guide.
             OptionError: A number below one, or a guide that does not draw all latents.
         """
-        require_positive("num_samples", num_samples)
+        require_at_least("num_samples", num_samples, 1)
         parts = []
         for number, part in enumerate(batches(x, self._batch_size)):
             with gradients_allowed(), seeded(derived_seed(seed, number)):

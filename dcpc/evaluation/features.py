@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dcpc.errors import DataError, DCPCError
-from dcpc.evaluation.batches import BATCH_SIZE, gradients_allowed, require_positive
+from dcpc.errors import DataError, DCPCError, require_at_least
+from dcpc.evaluation.batches import BATCH_SIZE, gradients_allowed
 from dcpc.seeding import seeded
 
 __all__ = ["FeatureClassifier", "InceptionError", "InceptionFeatures"]
@@ -91,8 +91,8 @@ class FeatureClassifier(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        require_positive("num_classes", num_classes)
-        require_positive("num_features", num_features)
+        require_at_least("num_classes", num_classes, 1)
+        require_at_least("num_features", num_features, 1)
         self.image_shape = tuple(image_shape)
         self.num_classes = num_classes
         self.seed = seed
@@ -137,8 +137,8 @@ class FeatureClassifier(nn.Module):
             OptionError: A number below one.
         """
         self._check(images)
-        require_positive("num_epochs", num_epochs)
-        require_positive("batch_size", batch_size)
+        require_at_least("num_epochs", num_epochs, 1)
+        require_at_least("batch_size", batch_size, 1)
         if (
             labels.shape != (len(images),)
             or not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from dcpc.divide.model import Model, observation_means
 from dcpc.divide.program import map_particles
-from dcpc.errors import OptionError
+from dcpc.errors import OptionError, require_at_least
 from dcpc.evaluation.batches import (
     BATCH_SIZE,
     batches,
     gradients_allowed,
-    require_positive,
 )
 from dcpc.evaluation.particle_files import (
     FrozenParticlesError,
@@ -185,7 +184,7 @@ class FrozenParticles:
             FrozenParticlesError: The particles are those of another model.
             DataError: No observed site of the model is `x`.
         """
-        require_positive("batch_size", batch_size)
+        require_at_least("batch_size", batch_size, 1)
         weights = LogWeights(self.log_weight).normalized()
         parts = []
         for rows in torch.arange(len(self)).split(batch_size):

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dcpc.errors import DataError, OptionError
-from dcpc.evaluation.batches import require_positive
+from dcpc.errors import DataError, OptionError, require_at_least
 
 __all__ = ["Neighbours", "nearest_neighbours"]
 
@@ -48,7 +47,7 @@ def nearest_neighbours(
             f"samples and data must have the same intensities, got {samples.dtype} and "
             f"{data.dtype}; divide bytes by 255 where samples lie between 0 and 1"
         )
-    require_positive("chunk_size", chunk_size)
+    require_at_least("chunk_size", chunk_size, 1)
     if not 1 <= num_neighbours <= len(data):
         raise OptionError(
             f"num_neighbours must lie between 1 and the number of data, {len(data)}, got "

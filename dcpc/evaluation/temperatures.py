@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from dcpc.divide.model import Model
-from dcpc.errors import OptionError
+from dcpc.errors import OptionError, require_at_least
 from dcpc.evaluation.batches import (
     BATCH_SIZE,
     batches,
     gradients_allowed,
-    require_positive,
 )
 from dcpc.evaluation.held_out import held_out_inference
 from dcpc.inference import DCPC
@@ -130,7 +129,7 @@ def temperature_study(
             f"{list(num_temperatures)} and {list(num_particles)}"
         )
     for length in num_temperatures:
-        require_positive("every one of num_temperatures", length)
+        require_at_least("every one of num_temperatures", length, 1)
     nll = {}
     for count in num_particles:
         inference = held_out_inference(model, count, **options)

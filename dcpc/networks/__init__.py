@@ -4,7 +4,8 @@ nodes         values and the energies of their prediction errors; gaussian_nodes
 network       a feed-forward network with nodes; the interface of all networks
 energy_based  the networks of equilibrium propagation
 relaxation    values and weights move down the energy, phase by phase
-rules         inference learning, incremental, Z-IL, equilibrium propagation
+rules         inference learning, incremental, Z-IL: schedules of what moves when
+equilibrium   equilibrium propagation: two relaxations, without and with a nudge
 gradients     predictive-coding gradients of an `nn.Sequential`
 parameters    which parameters are values, and which are weights
 bridge        a network as a Pyro model
@@ -12,8 +13,10 @@ bridge        a network as a Pyro model
 
 from dcpc.networks.bridge import PyroNetwork
 from dcpc.networks.energy_based import ConditionalGaussian, RestrictedHopfield
+from dcpc.networks.equilibrium import EquilibriumPropagation
 from dcpc.networks.gaussian_nodes import (
     FactorizedGaussianNode,
+    GaussianNode,
     MultivariateGaussianNode,
     ScaledGaussianNode,
     SquaredErrorNode,
@@ -29,6 +32,7 @@ from dcpc.networks.nodes import (
     Node,
 )
 from dcpc.networks.parameters import (
+    Partition,
     eparameters,
     get_estep_params,
     get_mstep_params,
@@ -40,10 +44,11 @@ from dcpc.networks.parameters import (
 from dcpc.networks.relaxation import Relaxation, RelaxationError, relax, sgd
 from dcpc.networks.rules import (
     Backpropagation,
-    EquilibriumPropagation,
     IncrementalInferenceLearning,
     InferenceLearning,
+    Learned,
     LearningRule,
+    ScheduledLearning,
     ZeroDivergenceLearning,
 )
 from dcpc.networks.weights import WeightsError, load_weights, save_weights
@@ -59,18 +64,22 @@ __all__ = [
     "FixedNode",
     "FloatingNode",
     "FunctionNode",
+    "GaussianNode",
     "IncrementalInferenceLearning",
     "InferenceLearning",
+    "Learned",
     "LearningRule",
     "MultivariateGaussianNode",
     "Node",
     "PCGradients",
+    "Partition",
     "PredictiveCodingNetwork",
     "PyroNetwork",
     "Relaxation",
     "RelaxationError",
     "RestrictedHopfield",
     "ScaledGaussianNode",
+    "ScheduledLearning",
     "SquaredErrorNode",
     "WeightsError",
     "ZeroDivergenceLearning",

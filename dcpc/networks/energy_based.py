@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dcpc.errors import OptionError
 from dcpc.networks.network import EnergyNetwork, PredictiveCodingNetwork
-from dcpc.networks.nodes import FloatingNode, FunctionNode, Node
+from dcpc.networks.nodes import FloatingNode, FunctionNode, Node, squared_error
 
 __all__ = ["ACTIVATIONS", "ConditionalGaussian", "RestrictedHopfield", "activation_named"]
 
@@ -100,9 +100,8 @@ class RestrictedHopfield(EnergyNetwork):
         }
         active = [self.nodes[0].value, *(self.phi(node.value) for node in self.nodes[1:])]
         for i, connection in enumerate(self.connections):
-            field, drive = drive, None
-            if field is None:
-                field = connection(active[i])
+            known = drive if i == 0 else None
+            field = connection(active[i]) if known is None else known
             parts[f"connections.{i}"] = -(active[i + 1] * field).sum(1)
         return parts
 
@@ -113,7 +112,7 @@ class RestrictedHopfield(EnergyNetwork):
 
 def squared_norm(value: Tensor, prediction: Tensor) -> Tensor:
     """`|z - u|^2` per sample."""
-    return (value - prediction).square().flatten(1).sum(1)
+    return 2.0 * squared_error(value, prediction)
 
 
 def activation_named(name: str) -> type[nn.Module]:

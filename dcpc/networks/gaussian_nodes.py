@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dcpc.distributions import SharedScaleNormal
 from dcpc.errors import OptionError
-from dcpc.networks.nodes import Node
+from dcpc.networks.nodes import Node, squared_error
 from dcpc.networks.parameters import mparameters
 
 __all__ = [
@@ -77,7 +77,7 @@ class SquaredErrorNode(GaussianNode):
 
     def energy(self, value: Tensor, prediction: Tensor) -> Tensor:
         # The same without a determinant to add: inference is so short a step that it shows.
-        return 0.5 * (value - prediction).square().flatten(1).sum(1)
+        return squared_error(value, prediction)
 
     def whiten(self, residual: Tensor) -> Tensor:
         return residual

@@ -57,12 +57,17 @@ def pc_gradients(
 
     exact: `eps_l = dL / dvhat_l`, `v = vhat - eps`: backpropagation.
 
+    The error of the last layer is the gradient of the loss in all modes, `eps_L = dL / df_L`, at
+    the prediction that it has; its belief is that prediction minus the error.
+
     fixed_prediction: beliefs start at `vhat`, and move by
     `v_l += step_size (eps_l - J_{l+1}(vhat_l)' eps_{l+1})`, `eps_l = vhat_l - v_l`.
     `step_size=1` and `num_steps >= L` give backpropagation.
 
     strict: the same at the beliefs, `J_{l+1}(v_l)` and `eps_l = f_l(v_{l-1}) - v_l`: descent of
-    `L(f_L(v_{L-1}), y) + sum_l |eps_l|^2 / 2`. The gradients are taken at the beliefs.
+    `L(f_L(v_{L-1}), y) + sum_l |eps_l|^2 / 2`. The gradients are taken at the beliefs. On a loss
+    that is half the squared error, summed over the batch, this is `InferenceLearning` of
+    `num_steps - 1` steps on squared-error nodes, its weights' gradients summed likewise.
 
     Errors are evaluated `num_steps` times, and beliefs move in between, so that those returned fit
     each other; after one step, only the last layer has an error. A layer's randomness is drawn
@@ -149,6 +154,7 @@ def _relaxed(
         beliefs[1:-1] = _initial_beliefs(init, activations)
         passes = _passes(layers, beliefs)
     errors = _errors(passes, beliefs, loss_fn, y)
+    _require_finite(errors, 0)
     for step in range(1, num_steps):
         for depth in range(1, len(layers)):
             pull = passes[depth].pull(errors[depth])
@@ -196,7 +202,7 @@ def _require_finite(errors: Sequence[Tensor], step: int) -> None:
     bad = [depth for depth, error in enumerate(errors) if not math.isfinite(error.sum())]
     if bad:
         raise RelaxationError(
-            f"the error of layer {bad[-1]} is NaN or infinite at step {step}; lower step_size, or "
+            f"the error of model[{bad[-1]}] is NaN or infinite at step {step}; lower step_size, or "
             "look for NaN in the data and the weights"
         )
 

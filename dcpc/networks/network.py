@@ -80,19 +80,19 @@ class EnergyNetwork(nn.Module, ABC):
         return parts
 
     def nudge(self, cost: Cost, target: Tensor, strength: float) -> None:
-        """Adds `strength * cost(output, target)` to the energy, until `release`.
+        """Adds `strength * cost(output, target)` to the energy, until `remove_nudge`.
 
         Scellier & Bengio, "Equilibrium propagation" (2017), equation 3.
         """
         self._nudge = (cost, target, strength)
 
-    def release(self) -> None:
+    def remove_nudge(self) -> None:
         """Takes the nudge's cost out of the energy."""
         self._nudge = None
 
     def reset(self) -> None:
         """Empties all values: nothing of a batch is left."""
-        self.release()
+        self.remove_nudge()
         for node in self.nodes:
             node.reset()
 
@@ -133,8 +133,9 @@ class PredictiveCodingNetwork(EnergyNetwork):
         F = sum_l e_l(z_l, u_l),   u_l = f_l(z_{l-1}),   z_0 = x
 
     `f_l` are the layers between two nodes. Called on data, it is the plain feed-forward network.
-    Layers are evaluated at every step of a relaxation: those that are random, or that mix the
-    samples of a batch, as dropout and batch normalisation do, make a moving target of the energy.
+    Layers are evaluated at every step of a relaxation, but for those in front of node 1 where the
+    input is clamped: those that are random, or that mix the samples of a batch, as dropout and
+    batch normalisation do, make a moving target of the energy.
 
     Args:
         *modules: Layers and nodes, in order; the last one is a node. A layer may occur twice.
@@ -210,9 +211,8 @@ class PredictiveCodingNetwork(EnergyNetwork):
         before: Node = self.input
         parts = {}
         for stage in self.stages:
-            prediction, drive = drive, None
-            if prediction is None:
-                prediction = stage.predict(before.value)
+            known = drive if before is self.input else None
+            prediction = stage.predict(before.value) if known is None else known
             parts[stage.name] = stage.node.energy(stage.node.value, prediction)
             before = stage.node
         return parts

@@ -84,27 +84,23 @@ class Node(nn.Module, ABC):
     def init(self, value: Tensor) -> None:
         """Sets the value to a copy, unless it is clamped.
 
+        A value that may move has the device and the precision of the module, whatever the data's.
+
         Raises:
-            DataError: It is not of shape `(batch, *shape)`.
+            DataError: It is not of shape `(batch, *shape)`, empty, or of integers that would move.
         """
         self.check(value)
-        if self.value.requires_grad and not value.is_floating_point():
-            raise DataError(
-                f"a value that relaxation may move must be floating-point, got {value.dtype}; for "
-                "an input of integers give the network input_node=FixedNode()"
-            )
         if not self.is_clamped:
-            # The parameter stays the same one: an optimiser may hold it.
-            self.value.data = value.detach().clone()
+            self._set(value)
 
     def clamp(self, value: Tensor) -> None:
         """Sets the value and keeps it there until `release` or `reset`.
 
         Raises:
-            DataError: It is not of shape `(batch, *shape)`.
+            DataError: As `init`; the node is then left as it was.
         """
-        self.is_clamped = False
-        self.init(value)
+        self.check(value)
+        self._set(value)
         self.is_clamped = True
 
     def release(self) -> None:
@@ -121,7 +117,7 @@ class Node(nn.Module, ABC):
         """Refuses what cannot be a value of this node.
 
         Raises:
-            DataError: It is not of shape `(batch, *shape)`.
+            DataError: It is not of shape `(batch, *shape)`, empty, or of integers that would move.
         """
         sizes = tuple(value.shape[1:])
         fits = not self.shape or (
@@ -134,6 +130,18 @@ class Node(nn.Module, ABC):
                 f"{type(self).__name__} expected a value of shape (batch, {expected or '...'}), "
                 f"got {tuple(value.shape)}; check the sizes of the layers around the node"
             )
+        if value.numel() == 0:
+            raise DataError(f"a batch must hold at least one sample, got {tuple(value.shape)}")
+        if self.value.requires_grad and not value.is_floating_point():
+            raise DataError(
+                f"a value that relaxation may move must be floating-point, got {value.dtype}; for "
+                "an input of integers give the network input_node=FixedNode()"
+            )
+
+    def _set(self, value: Tensor) -> None:
+        # The parameter stays the same one: an optimiser may hold it.
+        dtype = self.value.dtype if self.value.requires_grad else value.dtype
+        self.value.data = value.detach().to(self.value.device, dtype, copy=True)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -189,7 +197,7 @@ class CrossEntropyNode(Node):
     """Energy `- z . log_softmax(u)`, of class probabilities or a one-hot label `z`."""
 
     def energy(self, value: Tensor, prediction: Tensor) -> Tensor:
-        return -(value * prediction.log_softmax(1)).flatten(1).sum(1)
+        return cross_entropy(prediction, value)
 
     def distribution(self, prediction: Tensor) -> TorchDistribution:
         """Of one-hot labels, whose log-probability is minus the energy."""
@@ -216,3 +224,13 @@ class FunctionNode(Node):
                 f"got {tuple(energy.shape)}; sum over all axes but the first"
             )
         return energy
+
+
+def cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """`- y . log_softmax(u)` per sample, `(batch,)`, of class probabilities or one-hot labels."""
+    return -(probabilities * logits.log_softmax(1)).flatten(1).sum(1)
+
+
+def squared_error(value: Tensor, prediction: Tensor) -> Tensor:
+    """`|z - u|^2 / 2` per sample, `(batch,)`."""
+    return 0.5 * (value - prediction).square().flatten(1).sum(1)

@@ -186,7 +186,8 @@ def _named(
     )
     for path, owner in modules:
         own, others = _declared(owner, side), _declared(owner, other_side)
-        for name, parameter in owner.named_parameters(recurse=False):
+        own_parameters = owner.named_parameters(recurse=False, remove_duplicate=remove_duplicate)
+        for name, parameter in own_parameters:
             if remove_duplicate and id(parameter) in seen:
                 continue
             seen.add(id(parameter))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,8 +20,10 @@ __all__ = [
     "Relaxation",
     "RelaxationError",
     "constant_drive",
+    "finite_energy",
     "move",
     "relax",
+    "require_separate_steps",
     "sgd",
 ]
 
@@ -72,10 +74,36 @@ def sgd(step_size: float) -> OptimizerFactory:
     return partial(torch.optim.SGD, lr=step_size)
 
 
+def require_separate_steps(value_optimizer: OptimizerFactory) -> None:
+    """Checks that an optimiser of values steps every sample on its own gradient.
+
+    Raises:
+        OptionError: It cannot be made, asks for more than gradients, or mixes samples.
+    """
+    moved = []
+    for other in (1.0, 100.0):
+        probe = nn.Parameter(torch.zeros(2, 3))
+        probe.grad = torch.tensor([[1.0, 2.0, 3.0], [other, -1.0, 1.0]])
+        try:
+            value_optimizer([probe]).step()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise OptionError(
+                f"value_optimizer must make an optimiser that steps on gradients alone: {error}; "
+                "take one such as torch.optim.SGD or torch.optim.Adam"
+            ) from error
+        moved.append(probe.detach()[0])
+    if not torch.equal(*moved):
+        raise OptionError(
+            "value_optimizer makes a sample's step depend on the gradients of other samples, and "
+            "values of different samples must not mix; take one that works entry by entry, such as "
+            "torch.optim.SGD or torch.optim.Adam"
+        )
+
+
 def relax(
     network: EnergyNetwork,
     num_steps: int,
-    optimizer: OptimizerFactory,
+    value_optimizer: OptimizerFactory,
     tolerance: float = 0.0,
 ) -> Relaxation:
     """Moves all free values down the energy until they rest.
@@ -86,29 +114,37 @@ def relax(
     Args:
         network: With values, as after `init`.
         num_steps: Steps at most.
-        optimizer: Of the values.
-        tolerance: Stops after a step that changed no entry by more than this.
+        value_optimizer: Makes the values' optimiser.
+        tolerance: Stops after a step that changed no entry of any sample by more than this.
 
     Raises:
-        RelaxationError: The energy is NaN or infinite.
-        OptionError: A negative number of steps or tolerance.
+        RelaxationError: The energy or a value is NaN or infinite.
+        OptionError: A negative number of steps or tolerance, or a network without values.
     """
     if num_steps < 0 or not tolerance >= 0.0:
         raise OptionError(
             f"num_steps and tolerance must be at least 0, got {num_steps} and {tolerance}"
         )
+    if not all(node.has_value for node in network.nodes):
+        raise OptionError("the network has no values to relax; give it first ones: init(x)")
     values = [node.value for node in network.free_nodes()]
     change, energies = 0.0, []
     if values and num_steps:
-        steps = optimizer(values)
+        optimizer = value_optimizer(values)
         everything = Phase(values=range(len(network.nodes)))
         drive = constant_drive(network, everything)
         for step in range(num_steps):
             is_watched = tolerance > 0.0 or step == num_steps - 1
             before = [value.detach().clone() for value in values] if is_watched else []
-            energies.append(move(network, everything, step, steps, drive=drive))
+            energies.append(move(network, everything, step, optimizer, drive=drive))
             if is_watched:
                 change = largest_change(before, values)
+                if not math.isfinite(change):
+                    finite_energy(network, f"after step {step}")
+                    raise RelaxationError(
+                        f"a value is NaN or infinite after step {step} of the relaxation, where "
+                        "the energy has no gradient; look at the energies of the nodes"
+                    )
                 if change <= tolerance:
                     break
     none = network.nodes[0].value.new_empty(0)
@@ -144,11 +180,7 @@ def move(
     """
     values = [node.value for node in network.free_nodes(phase.values)]
     weights = network.weights(phase.weights)
-    parts = network.all_energies(drive)
-    energy = sum_parts(parts)
-    mean = energy.detach().mean()
-    if not math.isfinite(mean):
-        raise _diverged(parts, step)
+    energy = finite_energy(network, f"at step {step}", drive)
     if values or weights:
         gradients = torch.autograd.grad(energy.sum(), [*values, *weights], allow_unused=True)
         for parameter, gradient in zip(values, gradients, strict=False):
@@ -161,7 +193,27 @@ def move(
             optimizer.step()
             for parameter in moved:
                 parameter.grad = None
-    return mean
+    return energy.detach().mean()
+
+
+def finite_energy(network: EnergyNetwork, when: str, drive: Tensor | None = None) -> Tensor:
+    """The energy per sample, `(batch,)`, of which the mean is a number.
+
+    Raises:
+        RelaxationError: It is NaN or infinite; names the parts that are to blame, or the largest
+            one where only their sum is too large.
+    """
+    parts = network.all_energies(drive)
+    energy = sum_parts(parts)
+    if not math.isfinite(energy.detach().mean()):
+        means = {name: float(part.detach().mean()) for name, part in parts.items()}
+        bad = [name for name, mean in means.items() if not math.isfinite(mean)]
+        bad = bad or [max(means, key=lambda name: abs(means[name]))]
+        raise RelaxationError(
+            f"the energy of {bad} is NaN or infinite {when} of the relaxation; lower the step size "
+            "of the values, or look for NaN in the data and the weights"
+        )
+    return energy
 
 
 def constant_drive(network: EnergyNetwork, phase: Phase) -> Tensor | None:
@@ -170,13 +222,6 @@ def constant_drive(network: EnergyNetwork, phase: Phase) -> Tensor | None:
 
 
 def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """The largest absolute difference of any entry."""
-    return max(float((b - a.detach()).abs().max()) for b, a in zip(before, after, strict=True))
-
-
-def _diverged(parts: Mapping[str, Tensor], step: int) -> RelaxationError:
-    bad = [name for name, energy in parts.items() if not bool(energy.detach().isfinite().all())]
-    return RelaxationError(
-        f"the energy of {bad} is NaN or infinite at step {step} of the relaxation; lower the step "
-        "size of the values, or look for NaN in the data and the weights"
-    )
+    """The largest absolute difference of any entry; NaN where one is NaN."""
+    changes = [(b - a.detach()).abs().max() for b, a in zip(before, after, strict=True)]
+    return float(torch.stack(changes).max())

@@ -4,27 +4,25 @@
     InferenceLearning             T steps of all values, then one of all weights
     IncrementalInferenceLearning  steps of all weights in between
     ZeroDivergenceLearning        node after node from the output down: equals backpropagation
-    EquilibriumPropagation        the difference of two relaxations, without and with a nudge
 
-All but the last are schedules of phases, of which each evaluates the energy once and moves some
-values and some weights on its gradient.
+All but the first are schedules of phases, of which each evaluates the energy once and moves some
+values and some weights on its gradient. `EquilibriumPropagation`, in `equilibrium`, contrasts two
+relaxations.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from dcpc.errors import DataError, OptionError
-from dcpc.networks.network import Cost, EnergyNetwork, PredictiveCodingNetwork
-from dcpc.networks.nodes import CrossEntropyNode
+from dcpc.errors import DataError, OptionError, require_at_least
+from dcpc.networks.network import EnergyNetwork, PredictiveCodingNetwork
 from dcpc.networks.relaxation import (
     OptimizerFactory,
     Phase,
@@ -32,36 +30,23 @@ from dcpc.networks.relaxation import (
     RelaxationError,
     constant_drive,
     move,
-    relax,
+    require_separate_steps,
     sgd,
 )
 
 __all__ = [
-    "COSTS",
     "Backpropagation",
-    "EquilibriumPropagation",
     "IncrementalInferenceLearning",
     "InferenceLearning",
     "Learned",
     "LearningRule",
+    "ScheduledLearning",
     "ZeroDivergenceLearning",
 ]
 
 
-def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    """`- y . log_softmax(u)` per sample, of class probabilities or a one-hot label `y`."""
-    return F.cross_entropy(output, target, reduction="none")
-
-
-def squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """`|u - y|^2 / 2` per sample."""
-    return 0.5 * (output - target).square().flatten(1).sum(1)
-
-
 GRADIENT_DESCENT = sgd(0.1)
 UNIT_STEP = sgd(1.0)
-
-COSTS: dict[str, Cost] = {"cross_entropy": cross_entropy, "squared_error": squared_error}
 
 
 @dataclass(frozen=True)
@@ -80,6 +65,7 @@ class Learned:
 class LearningRule(ABC):
     """How a network learns from a batch, and how it predicts."""
 
+    @torch.enable_grad()
     def learn(self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer) -> Learned:
         """Steps the weights on a batch, and leaves the network without values.
 
@@ -95,7 +81,7 @@ class LearningRule(ABC):
             OptionError: A network that the rule cannot train.
         """
         self.check(network)
-        _check_target(network, x, y)
+        check_target(network, x, y)
         optimizer.zero_grad()
         return self._learn(network, x, y, optimizer)
 
@@ -118,7 +104,7 @@ class LearningRule(ABC):
 
     @abstractmethod
     def predict(self, network: EnergyNetwork, x: Tensor) -> Tensor:
-        """The output `(batch, ...)` for data of the input."""
+        """The output `(batch, ...)` for data of the input, as a constant."""
 
 
 class FeedForwardRule(LearningRule):
@@ -126,7 +112,8 @@ class FeedForwardRule(LearningRule):
 
     def predict(self, network: EnergyNetwork, x: Tensor) -> Tensor:
         self.check(network)
-        return network(x)
+        with torch.no_grad():
+            return network(x)
 
     def check(self, network: EnergyNetwork) -> None:
         super().check(network)
@@ -142,6 +129,9 @@ class ScheduledLearning(FeedForwardRule):
 
     value_optimizer: OptimizerFactory
 
+    def __post_init__(self) -> None:
+        require_separate_steps(self.value_optimizer)
+
     @abstractmethod
     def phases(self, num_stages: int) -> Iterator[Phase]:
         """What moves when, in a network of L stages."""
@@ -149,6 +139,7 @@ class ScheduledLearning(FeedForwardRule):
     def _learn(self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer) -> Learned:
         try:
             network.init(x)
+            require_same_shape(y, network.nodes[-1].value)
             network.nodes[-1].clamp(y)
             values = [node.value for node in network.free_nodes()]
             value_optimizer = self.value_optimizer(values) if values else None
@@ -171,17 +162,18 @@ class InferenceLearning(ScheduledLearning):
 
     Args:
         num_steps: T, steps of the values per batch.
-        value_optimizer: Makes their optimiser, anew for every batch.
+        value_optimizer: Makes their optimiser, anew for every batch; one that works entry by entry.
 
     Raises:
-        OptionError: A negative number of steps.
+        OptionError: A negative number of steps, or an optimiser that mixes samples.
     """
 
     num_steps: int = 20
     value_optimizer: OptimizerFactory = GRADIENT_DESCENT
 
     def __post_init__(self) -> None:
-        _require("num_steps", self.num_steps, at_least=0)
+        super().__post_init__()
+        require_at_least("num_steps", self.num_steps, 0)
 
     def phases(self, num_stages: int) -> Iterator[Phase]:
         for _ in range(self.num_steps):
@@ -201,10 +193,11 @@ class IncrementalInferenceLearning(ScheduledLearning):
         num_steps: T, steps of the values per batch.
         first: T0, the step after which the weights move first.
         every: Ti, steps from one move of the weights to the next.
-        value_optimizer: Makes the values' optimiser, anew for every batch.
+        value_optimizer: Makes their optimiser, anew for every batch; one that works entry by entry.
 
     Raises:
-        OptionError: A number out of range, so that the weights would never move.
+        OptionError: A number out of range, so that the weights would never move, or an optimiser
+            that mixes samples.
     """
 
     num_steps: int = 20
@@ -213,9 +206,10 @@ class IncrementalInferenceLearning(ScheduledLearning):
     value_optimizer: OptimizerFactory = GRADIENT_DESCENT
 
     def __post_init__(self) -> None:
-        _require("num_steps", self.num_steps, at_least=1)
-        _require("first", self.first, at_least=0)
-        _require("every", self.every, at_least=1)
+        super().__post_init__()
+        require_at_least("num_steps", self.num_steps, 1)
+        require_at_least("first", self.first, 0)
+        require_at_least("every", self.every, 1)
         if self.first >= self.num_steps:
             raise OptionError(
                 f"first must be below num_steps, or the weights never move, got "
@@ -236,7 +230,8 @@ class ZeroDivergenceLearning(ScheduledLearning):
     At step `t = 0, ..., L - 1`, stage `L - t` learns and node `L - t - 1` moves, by a step of size
     one, onto the gradient that backpropagation has there. Song et al., "Can the brain do
     backpropagation? Exact implementation of backpropagation in predictive coding networks",
-    NeurIPS 2020. Equal to backpropagation where hidden nodes have squared-error energies.
+    NeurIPS 2020. Equal to backpropagation where hidden nodes have squared-error energies and every
+    stage has weights of its own: shared ones would have moved before the next stage learns.
     """
 
     value_optimizer: OptimizerFactory = field(default=UNIT_STEP, init=False)
@@ -251,7 +246,9 @@ class Backpropagation(FeedForwardRule):
     """The gradient of the output's energy after a forward pass: what the others approximate."""
 
     def _learn(self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer) -> Learned:
-        loss = network.nodes[-1].energy(y, network(x)).mean()
+        output = network(x)
+        require_same_shape(y, output)
+        loss = network.nodes[-1].energy(y.to(output), output).mean()
         value = float(loss.detach())
         if not math.isfinite(value):
             raise RelaxationError(
@@ -264,123 +261,12 @@ class Backpropagation(FeedForwardRule):
         return Learned(loss.detach().unsqueeze(0))
 
 
-@dataclass(frozen=True)
-class EquilibriumPropagation(LearningRule):
-    """Contrasts the energy's gradient at two equilibria, of which one is nudged to the target.
-
-        [dE/dw at beta - dE/dw at 0] / beta
-        [dE/dw at beta - dE/dw at -beta] / 2 beta, symmetric
-
-    It tends to the gradient of the cost at the free equilibrium as beta does to zero. Scellier &
-    Bengio, "Equilibrium propagation" (2017), theorem 1; symmetric: Laborieux et al. (2021).
-
-    Args:
-        cost: Of the output, one of `COSTS`.
-        beta: Strength of the nudge; the cost must not be linear in the output, as the energy of a
-            `CrossEntropyNode` is: there is no equilibrium then.
-        symmetric: Whether to nudge both ways, which cancels the bias of order beta.
-        free_steps: Steps to the free equilibrium; none where the first values are at it, as those
-            of `ConditionalGaussian` are.
-        nudged_steps: Steps from there to a nudged one.
-        value_optimizer: Makes the values' optimiser; plain descent of step size `dt / tau`. With
-            `|W|` the largest singular value of all weights, and slopes of the nonlinearity up to
-            one, the Gaussian is stable below `2 / (2 (1 + |W|)^2 + beta)`.
-        tolerance: Stops relaxing after a step that changed no value by more than this.
+def check_target(network: EnergyNetwork, x: Tensor, y: Tensor) -> None:
+    """Refuses what cannot be the output's data.
 
     Raises:
-        OptionError: An unknown cost, no strength, or a number out of range.
+        DataError: Targets of integers, of another number than the inputs, or of the wrong shape.
     """
-
-    cost: str = "cross_entropy"
-    beta: float = 1.0
-    symmetric: bool = False
-    free_steps: int = 20
-    nudged_steps: int = 20
-    value_optimizer: OptimizerFactory = GRADIENT_DESCENT
-    tolerance: float = 0.0
-
-    def __post_init__(self) -> None:
-        _require("free_steps", self.free_steps, at_least=0)
-        _require("nudged_steps", self.nudged_steps, at_least=1)
-        if self.cost not in COSTS:
-            raise OptionError(f"cost must be one of {sorted(COSTS)}, got {self.cost!r}")
-        if self.beta == 0.0 or not math.isfinite(self.beta):
-            raise OptionError(
-                f"beta must be finite and not 0, or the nudge does nothing, got {self.beta}"
-            )
-
-    def check(self, network: EnergyNetwork) -> None:
-        super().check(network)
-        if isinstance(network.nodes[-1], CrossEntropyNode):
-            raise OptionError(
-                "the energy of a CrossEntropyNode is linear in its value, so that a free output "
-                "has no equilibrium; end the network with a SquaredErrorNode, and give the rule "
-                "cost='cross_entropy'"
-            )
-
-    def _learn(self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer) -> Learned:
-        weights = network.weights()
-        relaxations = self.gradients(network, x, y)
-        optimizer.step()
-        for parameter in weights:
-            parameter.grad = None
-        return Learned(torch.cat([r.energy for r in relaxations]), relaxations)
-
-    def gradients(self, network: EnergyNetwork, x: Tensor, y: Tensor) -> tuple[Relaxation, ...]:
-        """Sets the weights' `.grad`, and leaves the network without values.
-
-        Returns:
-            The free relaxation and the nudged ones.
-
-        Raises:
-            RelaxationError, DataError, OptionError: As `learn`.
-        """
-        self.check(network)
-        _check_target(network, x, y)
-        try:
-            network.init(x)
-            relaxations = [self._relax(network, self.free_steps)]
-            free = [(node, node.value.detach().clone()) for node in network.free_nodes()]
-            slopes = [] if self.symmetric else [_weight_gradients(network)]
-            for strength in (self.beta, -self.beta)[: 1 + self.symmetric]:
-                for node, value in free:
-                    node.init(value)
-                network.nudge(COSTS[self.cost], y, strength)
-                relaxations.append(self._relax(network, self.nudged_steps))
-                network.release()
-                slopes.append(_weight_gradients(network))
-        finally:
-            network.reset()
-        first, second = (slopes[1], slopes[0]) if self.symmetric else (slopes[0], slopes[1])
-        distance = 2.0 * self.beta if self.symmetric else self.beta
-        for parameter, low, high in zip(network.weights(), first, second, strict=True):
-            parameter.grad = (high - low) / distance
-        return tuple(relaxations)
-
-    def _relax(self, network: EnergyNetwork, num_steps: int) -> Relaxation:
-        return relax(network, num_steps, self.value_optimizer, self.tolerance)
-
-    def predict(self, network: EnergyNetwork, x: Tensor) -> Tensor:
-        self.check(network)
-        try:
-            network.init(x)
-            self._relax(network, self.free_steps)
-            return network.nodes[-1].value.detach().clone()
-        finally:
-            network.reset()
-
-
-def _weight_gradients(network: EnergyNetwork) -> Sequence[Tensor]:
-    """Gradients of the mean energy, without the nudge's cost, in all weights."""
-    weights = network.weights()
-    gradients = torch.autograd.grad(network.energy().mean(), weights, allow_unused=True)
-    return [
-        torch.zeros_like(parameter) if gradient is None else gradient
-        for parameter, gradient in zip(weights, gradients, strict=True)
-    ]
-
-
-def _check_target(network: EnergyNetwork, x: Tensor, y: Tensor) -> None:
     if not y.is_floating_point():
         raise DataError(
             f"targets must be floating-point values of the output, got {y.dtype}; of class labels, "
@@ -391,6 +277,14 @@ def _check_target(network: EnergyNetwork, x: Tensor, y: Tensor) -> None:
     network.nodes[-1].check(y)
 
 
-def _require(name: str, value: int, at_least: int) -> None:
-    if value < at_least:
-        raise OptionError(f"{name} must be at least {at_least}, got {value}")
+def require_same_shape(y: Tensor, output: Tensor) -> None:
+    """Refuses targets that would broadcast against the output.
+
+    Raises:
+        DataError: They are of another shape.
+    """
+    if y.shape != output.shape:
+        raise DataError(
+            f"the targets have shape {tuple(y.shape)}, but the network's output has "
+            f"{tuple(output.shape)}"
+        )

@@ -33,6 +33,7 @@ class ProposedMove:
         move: The kind of move; with step size `(n,)` and metric.
         proposal: The proposed values.
         evaluate: Log-density and score at given values.
+        log_density_at: The log-density alone, which costs less.
         log_weight: The particles' weights before the move.
         resampler: Scheme to resample with.
     """
@@ -45,6 +46,7 @@ class ProposedMove:
     step_size: Tensor
     metric: Metric
     evaluate: Callable[[Tensor], ScoredDensity]
+    log_density_at: Callable[[Tensor], Tensor]
     log_weight: LogWeights
     resampler: Resampler
 
@@ -92,10 +94,12 @@ class Correction(ABC):
         target: Value of the statistic that the step size is adapted to; None for no adaptation.
         is_exact: Whether the posterior is left invariant, or weighted properly; then particles
             carry their log-joint, and the target may change between sweeps.
+        scores_proposal: Whether it takes the score at the proposed values, for the way back.
     """
 
     target: float | None = None
     is_exact: ClassVar[bool] = True
+    scores_proposal: ClassVar[bool] = True
 
     @abstractmethod
     def apply(self, proposed: ProposedMove) -> Outcome:
@@ -202,11 +206,11 @@ class Resample(Correction):
     """
 
     is_exact: ClassVar[bool] = False
+    scores_proposal: ClassVar[bool] = False
 
     def apply(self, proposed: ProposedMove) -> Outcome:
         group = proposed.group
-        after = proposed.evaluate(proposed.proposal.value)
-        density, bad = zero_density(after.log_density)
+        density, bad = zero_density(proposed.log_density_at(proposed.proposal.value))
         local = density - proposed.proposal.log_forward
         spare = tuple(range(1 + group.population, local.dim() - 1))
         if spare:
@@ -236,6 +240,7 @@ class Uncorrected(Correction):
     """Keeps every proposal: unadjusted Langevin dynamics, or gradient ascent without noise."""
 
     is_exact: ClassVar[bool] = False
+    scores_proposal: ClassVar[bool] = False
 
     def apply(self, proposed: ProposedMove) -> Outcome:
         return Outcome(

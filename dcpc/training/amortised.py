@@ -6,10 +6,11 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
+from dcpc.errors import require_at_least
 from dcpc.evaluation import Bounds, ImportanceSampler
 from dcpc.training.data import Batch
 from dcpc.training.generative import GenerativeModule
-from dcpc.training.measured import Schedule, require
+from dcpc.training.measured import Schedule
 
 __all__ = ["AmortisedModule"]
 
@@ -61,8 +62,8 @@ class AmortisedModule(GenerativeModule):
             num_temperatures,
             test_temperatures,
         )
-        require("num_samples", num_samples, at_least=1)
-        require("bound_samples", bound_samples, at_least=1)
+        require_at_least("model.num_samples", num_samples, 1)
+        require_at_least("model.bound_samples", bound_samples, 1)
         self.guide = guide
         self.bound_samples = bound_samples
         self.objective = Trace_ELBO(num_particles=num_samples)

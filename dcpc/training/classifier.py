@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcpc.errors import DataError
+from dcpc.errors import DataError, require_at_least
 from dcpc.evaluation.batches import gradients_allowed
 from dcpc.networks import EnergyNetwork, LearningRule
 from dcpc.training.data import Batch
-from dcpc.training.measured import MeasuredModule, Schedule, require
+from dcpc.training.measured import MeasuredModule, Schedule
 
 __all__ = ["ClassifierModule"]
 
@@ -50,7 +50,7 @@ class ClassifierModule(MeasuredModule):
         learning_rate_schedule: Schedule | None = None,
     ) -> None:
         super().__init__(learning_rate, learning_rate_schedule)
-        require("num_classes", num_classes, at_least=2)
+        require_at_least("model.num_classes", num_classes, 2)
         rule.check(network)
         self.network = network
         self.rule = rule

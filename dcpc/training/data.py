@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dcpc.errors import DataError, OptionError
+from dcpc.errors import DataError, OptionError, require_at_least
 from dcpc.evaluation.intensities import IntensityRange
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "LabelledSet",
     "TensorSet",
     "check_images",
-    "require_count",
 ]
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -122,8 +121,8 @@ class LabelledData(LightningDataModule):
 
     def __init__(self, batch_size: int, evaluation_batch_size: int, seed: int) -> None:
         super().__init__()
-        require_count("batch_size", batch_size)
-        require_count("evaluation_batch_size", evaluation_batch_size)
+        require_at_least("data.batch_size", batch_size, 1)
+        require_at_least("data.evaluation_batch_size", evaluation_batch_size, 1)
         self.batch_size = batch_size
         self.evaluation_batch_size = evaluation_batch_size
         self.seed = seed
@@ -176,7 +175,7 @@ class ImageData(LabelledData):
     ) -> None:
         super().__init__(batch_size, evaluation_batch_size, seed)
         if num_held_out is not None:
-            require_count("num_held_out", num_held_out)
+            require_at_least("data.num_held_out", num_held_out, 1)
         self.num_held_out = num_held_out
 
     @abstractmethod
@@ -291,16 +290,6 @@ class ArrayData(ImageData):
             return np.load(path, allow_pickle=False)
         except (OSError, ValueError) as error:
             raise DataError(f"data.folder: '{path}' is no NumPy array: {error}") from error
-
-
-def require_count(name: str, value: int) -> None:
-    """Checks a number of data.
-
-    Raises:
-        OptionError: It is below one.
-    """
-    if value < 1:
-        raise OptionError(f"data.{name} must be at least 1, got {value}")
 
 
 def check_images(images: Tensor, source: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from dcpc.errors import require_at_least
 from dcpc.evaluation import (
     Evaluation,
     evaluate,
@@ -16,7 +17,7 @@ from dcpc.evaluation import (
     summarise,
 )
 from dcpc.training.data import Batch
-from dcpc.training.measured import MeasuredModule, Schedule, require
+from dcpc.training.measured import MeasuredModule, Schedule
 
 __all__ = ["GenerativeModule"]
 
@@ -59,9 +60,9 @@ class GenerativeModule(MeasuredModule):
         test_temperatures: int = 400,
     ) -> None:
         super().__init__(learning_rate, learning_rate_schedule)
-        require("evaluation_particles", evaluation_particles, at_least=2)
-        require("num_temperatures", num_temperatures, at_least=1)
-        require("test_temperatures", test_temperatures, at_least=1)
+        require_at_least("model.evaluation_particles", evaluation_particles, 2)
+        require_at_least("model.num_temperatures", num_temperatures, 1)
+        require_at_least("model.test_temperatures", test_temperatures, 1)
         self.model = model
         self.num_temperatures = num_temperatures
         self.test_temperatures = test_temperatures

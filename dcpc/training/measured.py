@@ -158,9 +158,3 @@ class MeasuredModule(LightningModule):
         """Random numbers that depend on the seed and the key only; leaves the global ones be."""
         assert self._seed is not None
         return seeded(derived_seed(self._seed, *key))
-
-
-def require(name: str, value: int, at_least: int) -> None:
-    """Checks an integer argument of a module."""
-    if value < at_least:
-        raise OptionError(f"model.{name} must be at least {at_least}, got {value}")

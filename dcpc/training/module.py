@@ -16,12 +16,12 @@ from torch.func import functional_call
 from dcpc.algorithms import PRESETS, lookup
 from dcpc.conquer import Langevin
 from dcpc.divide.handlers import quiet
-from dcpc.errors import ModelError, OptionError
+from dcpc.errors import ModelError, OptionError, require_at_least
 from dcpc.inference import DCPC
 from dcpc.sweep import Adaptation, SweepInfo, SweepState
 from dcpc.training.data import Batch
 from dcpc.training.generative import GenerativeModule
-from dcpc.training.measured import STATE_KEY, Schedule, require
+from dcpc.training.measured import STATE_KEY, Schedule
 from dcpc.training.particles import ParticleStore, datum_axes, gather, spread
 
 __all__ = ["ParticleModule"]
@@ -106,9 +106,9 @@ class ParticleModule(GenerativeModule):
             num_temperatures,
             test_temperatures,
         )
-        require("sweeps_per_step", sweeps_per_step, at_least=1)
-        require("first_visit_sweeps", first_visit_sweeps, at_least=0)
-        require("warm_up_epochs", warm_up_epochs, at_least=0)
+        require_at_least("model.sweeps_per_step", sweeps_per_step, 1)
+        require_at_least("model.first_visit_sweeps", first_visit_sweeps, 0)
+        require_at_least("model.warm_up_epochs", warm_up_epochs, 0)
         if warm_up_epochs and guide is None:
             raise OptionError(
                 f"model.warm_up_epochs={warm_up_epochs} needs a guide to warm up with: give "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from sklearn.datasets import make_moons
 
-from dcpc.errors import OptionError
-from dcpc.training.data import LabelledData, TensorSet, require_count
+from dcpc.errors import OptionError, require_at_least
+from dcpc.training.data import LabelledData, TensorSet
 
 __all__ = ["MoonsData"]
 
@@ -40,8 +40,8 @@ class MoonsData(LabelledData):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, evaluation_batch_size, seed)
-        require_count("num_training", num_training)
-        require_count("num_held_out", num_held_out)
+        require_at_least("data.num_training", num_training, 1)
+        require_at_least("data.num_held_out", num_held_out, 1)
         if not noise >= 0.0:
             raise OptionError(f"data.noise must be at least 0, got {noise}")
         if training_seed == held_out_seed:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dcpc.divide import UnitGroup
 from dcpc.training import AmortisedModule, ParticleModule
 from experiments import head_to_head
 from experiments.deep_latent_gaussian import DeepLatentGaussian
@@ -151,25 +152,47 @@ def test_every_budget_keeps_the_model_as_it_was_when_it_was_spent(
 @pytest.mark.parametrize(
     ("algorithm", "num_particles", "leapfrog_steps", "expected"),
     [
-        ("dcpc", 4, 1, 3 * 4 * 2 * 2),
-        ("dcpc", 4, 3, 3 * 4 * 4 * 2),
-        ("pgd", 4, 1, 3 * 4 * 2),
-        ("mcpc", 1, 1, 3 * 2),
-        ("mcpc", 1, 3, 3 * 3 * 2),
+        ("dcpc", 4, 1, 3 * 4 * 2),
+        ("dcpc", 4, 3, 3 * 4 * 4),
+        ("dcpc-smc", 4, 1, 3 * 4 * 2),
+        ("dcpc-paper", 4, 1, 3 * 4),
+        ("pgd", 4, 1, 3 * 4),
+        ("mcpc", 1, 1, 3),
+        ("mcpc", 1, 3, 3 * 3),
+        ("ipc", 1, 1, 3),
     ],
 )
 def test_gradients_of_a_step(
-    algorithm: str, num_particles: int, leapfrog_steps: int, expected: int
+    monkeypatch: pytest.MonkeyPatch,
+    algorithm: str,
+    num_particles: int,
+    leapfrog_steps: int,
+    expected: int,
 ) -> None:
-    # Latents x particles x evaluations per move x sweeps.
+    # Latents x particles x evaluations per move, of each of two sweeps.
+    options = {} if leapfrog_steps == 1 else {"leapfrog_steps": leapfrog_steps}
     module = ParticleModule(
         DeepLatentGaussian([2, 3, 4], [1, 2, 2]),
         algorithm=algorithm,
         num_particles=num_particles,
         sweeps_per_step=2,
-        leapfrog_steps=leapfrog_steps,
+        **options,
     )
-    assert head_to_head.gradients_per_datum(3, module) == expected
+    assert head_to_head.gradients_per_datum(3, module) == 2 * expected
+    x = torch.rand(5, 1, 2, 2)
+    state = module.inference.init(x)
+    taken = []
+    evaluate = UnitGroup.evaluate
+
+    def counting(group: UnitGroup, value: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        # One number for all latents of a block: a joint gradient is that of each of them.
+        members = sum(len(unit.sites) for unit in group.units)
+        taken.append(value.shape[0] * members)
+        return evaluate(group, value, *rest, **options)
+
+    monkeypatch.setattr(UnitGroup, "evaluate", counting)
+    module.inference.sweep(state, x)
+    assert sum(taken) == expected
 
 
 def test_gradients_of_a_step_of_the_autoencoder() -> None:

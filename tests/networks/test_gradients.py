@@ -11,7 +11,14 @@ from scipy.stats import binom
 from torch import Tensor, nn
 
 from dcpc.errors import DataError, OptionError
-from dcpc.networks import RelaxationError, pc_gradients
+from dcpc.networks import (
+    InferenceLearning,
+    PredictiveCodingNetwork,
+    RelaxationError,
+    SquaredErrorNode,
+    pc_gradients,
+    sgd,
+)
 
 LOSS = nn.MSELoss()
 
@@ -310,8 +317,38 @@ def test_strict_gradients_of_awkward_layers_are_those_of_the_energy(what: str) -
 
 def test_beliefs_that_diverge_name_the_layer_and_the_step() -> None:
     model, (x, y) = mlp(), data()
-    with pytest.raises(RelaxationError, match=r"error of layer \d is NaN or infinite at step \d+"):
+    with pytest.raises(
+        RelaxationError, match=r"error of model\[\d\] is NaN or infinite at step \d+"
+    ):
         pc_gradients(model, LOSS, x, y, "strict", step_size=1e3, num_steps=300)
+
+
+@pytest.mark.parametrize("mode", ["fixed_prediction", "strict"])
+def test_data_that_are_no_numbers_are_noticed_at_the_first_step(mode: str) -> None:
+    model, (x, y) = mlp(), data()
+    x[0, 0] = torch.nan
+    with pytest.raises(RelaxationError, match=r"error of model\[3\] is NaN .* at step 0;"):
+        pc_gradients(model, LOSS, x, y, mode, num_steps=1)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+def test_strict_gradients_are_those_of_inference_learning(num_steps: int) -> None:
+    model, (x, y) = mlp(), data()
+    pc_gradients(model, lambda u, z: 0.5 * (u - z).square().sum(), x, y, "strict", 0.1, num_steps)
+    strict, of_rule = gradients(model), []
+
+    class Recorder(torch.optim.SGD):
+        def step(self) -> None:
+            of_rule.extend(w.grad.clone() for w in network.weights())
+
+    network = PredictiveCodingNetwork(
+        *(part for layer in model for part in (layer, SquaredErrorNode(5)))
+    ).double()
+    rule = InferenceLearning(num_steps - 1, sgd(0.1))
+    rule.learn(network, x, y, Recorder(network.weights(), lr=0.0))
+    for one, other in zip(strict, of_rule, strict=True):
+        torch.testing.assert_close(one, len(x) * other, rtol=1e-12, atol=1e-15)
 
 
 def test_a_wholly_frozen_front_is_no_obstacle() -> None:

@@ -161,6 +161,17 @@ def test_clamped_values_resist_initialisation_until_they_are_released() -> None:
     assert not node.is_free
 
 
+@pytest.mark.parametrize("value", [torch.zeros(3, 4), torch.zeros(0, 2), torch.zeros(3, 2).int()])
+def test_a_refused_value_leaves_the_node_as_it_was(value: Tensor) -> None:
+    node, first = SquaredErrorNode(2), torch.rand(3, 2)
+    node.clamp(first)
+    for refused in (node.clamp, node.init):
+        with pytest.raises(DataError):
+            refused(value)
+    assert node.is_clamped
+    assert torch.equal(node.value, first)
+
+
 def test_a_fixed_node_is_a_buffer_and_never_free() -> None:
     node = FixedNode(2)
     node.init(torch.ones(3, 2))

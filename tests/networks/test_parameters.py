@@ -116,6 +116,13 @@ def test_a_module_that_occurs_twice_is_given_twice_only_on_request() -> None:
     assert named(again) == named(modules.named_parameters(remove_duplicate=False))
 
 
+def test_a_parameter_of_two_names_is_given_twice_only_on_request() -> None:
+    module = Plain()
+    module.b = module.a
+    assert named(get_named_mstep_params(module)) == ["a", "c"]
+    assert named(get_named_mstep_params(module, remove_duplicate=False)) == ["a", "b", "c"]
+
+
 def test_partition_is_disjoint_and_exhaustive() -> None:
     modules = nn.Sequential(nn.Linear(2, 3), FactorizedGaussianNode(3), Values(), MoreValues())
     values, weights = partition(modules)

@@ -224,6 +224,43 @@ def test_divergence_names_the_layer_and_the_step() -> None:
         rule.learn(network, x, y, optimizer)
 
 
+def test_an_energy_whose_sum_is_too_large_names_its_largest_part() -> None:
+    # Errors double at every step, energies grow fourfold: the sum of a hundred of them overflows
+    # while every single one is finite.
+    network, y = PredictiveCodingNetwork(nn.Linear(3, 3), SquaredErrorNode(3)), torch.ones(100, 3)
+    network.init(torch.zeros(100, 3))
+    network.nodes[-1].init(y)
+    with pytest.raises(RelaxationError, match=r"energy of \['layers\.1'\] .* at step \d+ of"):
+        relax(network, 1000, sgd(3.0))
+    assert bool(network.energy().isfinite().all())
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-6])
+def test_a_value_that_is_no_number_has_not_converged(tolerance: float) -> None:
+    # Zero energy at the first values, with a slope of 0 / 0 there.
+    distance = FunctionNode(lambda value, prediction: (value - prediction).norm(dim=1).sqrt(), 3)
+    network, (x, _) = PredictiveCodingNetwork(nn.Linear(3, 3), distance).double(), data()
+    network.init(x)
+    with pytest.raises(RelaxationError, match=r"energy of \['layers\.1'\] .* after step 0 of"):
+        relax(network, 1, sgd(0.1), tolerance)
+
+
+def test_only_a_network_with_values_relaxes() -> None:
+    with pytest.raises(OptionError, match=r"no values to relax; give it first ones: init\(x\)"):
+        relax(deep(), 1, sgd(0.1))
+
+
+def test_the_precision_of_the_values_is_that_of_the_weights() -> None:
+    network, (x, y) = deep(), data()
+    network.init(x.float())
+    network.nodes[-1].clamp(y.float())
+    assert {node.value.dtype for node in network.nodes} == {torch.double}
+    found = values(network)
+    network.init(x.float().double())
+    for one, other in zip(found, values(network), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_failing_step_leaves_no_values_behind() -> None:
     def fails(value: Tensor, prediction: Tensor) -> Tensor:
         raise RuntimeError("on purpose")
@@ -253,7 +290,7 @@ def test_layers_may_occur_twice() -> None:
     linear, phi, (x, _) = nn.Linear(3, 3).double(), nn.Tanh(), data()
     network = PredictiveCodingNetwork(
         linear, phi, SquaredErrorNode(3), linear, phi, SquaredErrorNode(3)
-    )
+    ).double()
     expected = linear(linear(x).tanh()).tanh()
     torch.testing.assert_close(network(x), expected)
     network.init(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -379,6 +379,7 @@ def test_predictions_of_the_hopfield_network_are_at_rest() -> None:
         (lambda: EquilibriumPropagation(beta=float("nan")), "beta must be finite .* got nan"),
         (lambda: Perceptron([3]), r"at least two positive integers, got \[3\]"),
         (lambda: EquilibriumPropagation(nudged_steps=0), "nudged_steps must be at least 1"),
+        (lambda: EquilibriumPropagation(tolerance=-1.0), "tolerance must be at least 0, got -1"),
         (lambda: ConditionalGaussian([3]), r"at least two positive integers, got \[3\]"),
         (lambda: RestrictedHopfield([3, 0]), r"at least two positive integers, got \[3, 0\]"),
         (lambda: RestrictedHopfield([3, 2], "gelu"), "activation must be one of .*, got 'gelu'"),
@@ -412,6 +413,63 @@ def test_targets_that_do_not_fit_are_refused(rule: LearningRule, y: Tensor, mess
     optimizer = torch.optim.SGD(network.weights(), lr=1.0)
     with pytest.raises(DataError, match=message):
         rule.learn(network, x, y.double() if y.is_floating_point() else y, optimizer)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_targets_never_broadcast(rule: LearningRule) -> None:
+    torch.manual_seed(0)
+    network, (x, y) = PredictiveCodingNetwork(nn.Linear(6, 3), SquaredErrorNode()).double(), data()
+    before, optimizer = copy.deepcopy(network), torch.optim.SGD(network.weights(), lr=1.0)
+    with pytest.raises(DataError, match=r"shape \(7, 1\), but the network's output has \(7, 3\)"):
+        rule.learn(network, x, y[:, :1], optimizer)
+    assert not any(node.has_value for node in network.nodes)
+    for old, new in zip(before.weights(), network.weights(), strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_weights_learn_where_gradients_are_not_allowed(rule: LearningRule) -> None:
+    network, (x, y) = chain(), data()
+    expected = learned(rule, network, x, y)
+    with torch.no_grad():
+        found = learned(rule, network, x, y)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert not rule.predict(network, x).requires_grad
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: InferenceLearning(value_optimizer=optimizer),
+        lambda optimizer: IncrementalInferenceLearning(value_optimizer=optimizer),
+        lambda optimizer: EquilibriumPropagation(value_optimizer=optimizer),
+    ],
+)
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (torch.optim.LBFGS, "must make an optimiser that steps on gradients alone: .*closure"),
+        (partial(torch.optim.SGD, lr=-0.1), "steps on gradients alone: Invalid learning rate"),
+        (torch.optim.Adafactor, "depend on the gradients of other samples"),
+        (torch.optim.Muon, "depend on the gradients of other samples"),
+    ],
+)
+def test_optimisers_that_cannot_step_values_are_refused(
+    make: Callable[[object], LearningRule], optimizer: object, message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        make(optimizer)
+
+
+def test_an_energy_that_overflows_in_the_last_step_moves_no_weight() -> None:
+    network, (x, y) = ConditionalGaussian(SIZES), data()
+    before, optimizer = copy.deepcopy(network), torch.optim.SGD(network.weights(), lr=1.0)
+    rule = EquilibriumPropagation(free_steps=0, nudged_steps=1, value_optimizer=sgd(1e25))
+    with pytest.raises(RelaxationError, match=r"energy of \['layers\.\d'.* at the end of the"):
+        rule.learn(network, x, y, optimizer)
+    for old, new in zip(before.weights(), network.weights(), strict=True):
+        assert torch.equal(old, new)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)

@@ -66,6 +66,7 @@ def proposed(population: int = 1, resampler=systematic, seed: int = 0, spoil=Non
         eta,
         metric,
         after,
+        lambda u: after(u).log_density,
         LogWeights(torch.randn(K, *cells)),
         resampler,
     )
