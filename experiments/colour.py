@@ -2,8 +2,9 @@
 
     python -m experiments.colour --path uoft-cs/cifar10 --minutes 20
 
-Trains `configs/cifar10/<algorithm>.json` for so many minutes each, as `dcpc fit` does, into
-`runs/colour`; what is there already is not trained again. Then it measures all of them
+Trains `configs/cifar10/<algorithm>.json` on 9,000 images for so many minutes each, as `dcpc fit`
+does, into `runs/colour`; what is there already is not trained again. The configs ending in `-warm`
+begin as autoencoders, for a number of epochs that suits these sizes. Then it measures all of them
 on the same held-out images, and writes a table and, for each algorithm, a picture: held-out images,
 their reconstructions, samples of the prior, samples of the pseudo-posterior.
 
@@ -16,6 +17,7 @@ classifier that is trained here, and in Inception's where its weights are presen
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,7 @@ from experiments.tables import markdown
 ALGORITHMS = (*PRESETS, "dcpc-warm", "pgd-warm", "vae")
 RESULTS = Path(__file__).parent / "results"
 SITE = "z"
+ABOUT = "comparison.json"
 INTENSITIES = (-1.0, 1.0)
 COLUMNS = 10
 SEED = 0
@@ -75,7 +78,13 @@ class Measured:
 def train(algorithm: str, options: argparse.Namespace) -> Path:
     """The checkpoint of a training that takes the given time, without any validation."""
     folder = options.runs / f"{algorithm}-{options.minutes:g}-minutes"
-    if not (folder / "last.ckpt").exists():
+    config = json.loads(Path(_config_file(algorithm)).read_text())
+    about = {"config": config, "options": _overrides(options)}
+    if (folder / "last.ckpt").exists():
+        _require_same(folder / ABOUT, about)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
         minutes, seconds = divmod(round(60 * options.minutes), 60)
         dcpc_command(
             [
@@ -167,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _, data = _build(options.algorithms[0], options)
     held_out = _held_out(data)
     assert data.training_set is not None
-    training, labels, _ = data.training_set.first(len(data.training_set))
+    training, labels, _ = data.training_set.first(min(len(data.training_set), options.num_samples))
     measured = {a: measure(a, checkpoint, options) for a, checkpoint in checkpoints.items()}
     options.results.mkdir(parents=True, exist_ok=True)
     for algorithm, result in measured.items():
@@ -192,14 +201,30 @@ def _networks(training: Tensor, labels: Tensor) -> dict[str, FeatureClassifier |
     return networks
 
 
-def _config(algorithm: str, options: argparse.Namespace) -> list[str]:
+def _config_file(algorithm: str) -> str:
+    return f"configs/cifar10/{algorithm}.json"
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
     return [
-        f"--config=configs/cifar10/{algorithm}.json",
         f"--data.path={options.path}",
+        f"--data.num_training={options.num_training}",
         f"--seed_everything={SEED}",
         f"--num_threads={options.num_threads}",
         "--data.num_held_out=null",
     ]
+
+
+def _config(algorithm: str, options: argparse.Namespace) -> list[str]:
+    return [f"--config={_config_file(algorithm)}", *_overrides(options)]
+
+
+def _require_same(file: Path, about: Mapping[str, Any]) -> None:
+    if not file.exists() or json.loads(file.read_text()) != about:
+        raise SystemExit(
+            f"'{file.parent}' is a run of another config or of other options, which does not "
+            "compare; delete it to train it again, or give another --runs"
+        )
 
 
 def _build(algorithm: str, options: argparse.Namespace) -> tuple[GenerativeModule, ImageData]:
@@ -222,6 +247,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--algorithms", nargs="+", choices=ALGORITHMS, default=("dcpc", "dcpc-warm", "pgd", "vae")
     )
+    parser.add_argument("--num_training", type=int, default=9_000, help="images to train on")
     parser.add_argument("--minutes", type=float, default=20.0, help="of training, per algorithm")
     parser.add_argument("--num_measured", type=int, default=50, help="held-out images to infer")
     parser.add_argument("--num_temperatures", type=int, default=100, help="to infer them")

@@ -12,7 +12,7 @@ from dcpc.training.cli import ConfiguredCLI
 ROOT = Path(__file__).parents[1]
 CONFIGS = {
     "digits.pt": "digits.json",
-    "mnist.pt": "mnist/dcpc.json",
+    "mnist.pt": "mnist/headline.json",
     "cifar10.pt": "cifar10/dcpc-warm.json",
 }
 FILES = sorted((ROOT / "checkpoints").glob("*.pt"))

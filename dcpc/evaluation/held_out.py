@@ -28,10 +28,23 @@ LABELS = {
     "reconstruction_mse": "reconstruction MSE",
     "ess_percent": "ESS %",
 }
-BOUND_LABELS = {
-    "elbo": "ELBO",
-    "importance_weighted_bound": "importance-weighted bound",
+OPTIONAL = {
+    "elbo": ("ELBO", "nats per datum, of the encoder: a lower bound of log p(x), in expectation"),
+    "importance_weighted_bound": (
+        "importance-weighted bound",
+        "nats per datum, of the encoder: a lower bound of log p(x), in expectation",
+    ),
+    "prior_sample_estimate": (
+        "prior-sample estimate",
+        "nats per datum, of samples of the prior: a lower bound of log p(x), far below it",
+    ),
+    "completion_cross_entropy": (
+        "completion cross-entropy",
+        "nats per datum, of the upper half of an image given its lower half",
+    ),
+    "completion_mse": ("completion MSE", "per pixel, of the same"),
 }
+"""What a table has besides, where it was measured: labels and explanations."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +143,7 @@ def summarise(evaluations: Sequence[Evaluation]) -> dict[str, float]:
 
 
 def format_table(summary: Mapping[str, float], num_particles: int, num_temperatures: int) -> str:
-    """The table that `dcpc test` prints; with an encoder's bounds where there are any."""
+    """The table that `dcpc test` prints; with `OPTIONAL` rows where they were measured."""
     nll, error = summary["evidence_nll"], summary["evidence_nll_se"]
     rows = [
         ("evidence_nll", f"{nll:.2f} ± {error:.2f}", "nats per datum ± standard error"),
@@ -147,15 +160,11 @@ def format_table(summary: Mapping[str, float], num_particles: int, num_temperatu
         ("ess_percent", f"{summary['ess_percent']:.0f}", "of the particles, after annealing"),
     ]
     rows += [
-        (
-            name,
-            f"{summary[name]:.2f}",
-            "nats per datum, of the encoder: a lower bound of log p(x), in expectation",
-        )
-        for name in BOUND_LABELS
+        (name, f"{summary[name]:.{4 if name.endswith('mse') else 2}f}", what)
+        for name, (_, what) in OPTIONAL.items()
         if name in summary
     ]
-    labels = {**LABELS, **BOUND_LABELS}
+    labels = LABELS | {name: label for name, (label, _) in OPTIONAL.items()}
     heading = (
         f"{summary['num_data']:.0f} held-out data, {num_particles} particles annealed over "
         f"{num_temperatures} temperatures"

@@ -138,10 +138,15 @@ def load_parameters(model: nn.Module, parameters: Mapping[str, Tensor], path: st
 
 def _of_checkpoint(content: Mapping[str, Any], path: str | Path) -> SavedParticles:
     particles = (content.get("dcpc") or {}).get("particles")
-    if "state_dict" not in content or not particles or not bool(particles["visited"].any()):
+    if "state_dict" not in content or not particles:
         raise FrozenParticlesError(
             f"'{path}' holds no particles: it is neither a checkpoint of dcpc fit of an algorithm "
             "that keeps particles, nor a file of FrozenParticles.save"
+        )
+    if not bool(particles["visited"].any()):
+        raise FrozenParticlesError(
+            f"'{path}' holds no particles yet: the run had not swept any when it was saved; train "
+            "for longer, or lower model.warm_up_epochs"
         )
     whole = SavedParticles(
         parameters={

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from dcpc.errors import require_at_least
-from dcpc.evaluation import Bounds, ImportanceSampler
 from dcpc.training.data import Batch
 from dcpc.training.generative import GenerativeModule
 from dcpc.training.measured import Schedule
@@ -37,6 +35,8 @@ class AmortisedModule(GenerativeModule):
         num_temperatures: Length of the annealing ladder on held-out data while training.
         test_temperatures: Its length for `test` and `predict`. A short ladder overstates the
             evidence NLL, by Jensen's inequality; lengthen it until the figure stands still.
+        test_completion: Whether `test` also completes the upper half of images from the lower one,
+            which takes as long again.
 
     Raises:
         OptionError: A number out of range.
@@ -53,22 +53,21 @@ class AmortisedModule(GenerativeModule):
         evaluation_particles: int = 16,
         num_temperatures: int = 100,
         test_temperatures: int = 400,
+        test_completion: bool = False,
     ) -> None:
         super().__init__(
             model,
+            guide,
+            bound_samples,
             learning_rate,
             learning_rate_schedule,
             evaluation_particles,
             num_temperatures,
             test_temperatures,
+            test_completion,
         )
         require_at_least("model.num_samples", num_samples, 1)
-        require_at_least("model.bound_samples", bound_samples, 1)
-        self.guide = guide
-        self.bound_samples = bound_samples
         self.objective = Trace_ELBO(num_particles=num_samples)
-        self._sampler = ImportanceSampler(model, guide)
-        self._bounds: list[Bounds] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns minus the evidence lower bound per datum, in nats."""
@@ -78,18 +77,3 @@ class AmortisedModule(GenerativeModule):
         self._num_steps += 1
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
         return loss
-
-    def start_measurements(self) -> None:
-        super().start_measurements()
-        self._bounds = []
-
-    def measure(self, batch: Batch, batch_idx: int, is_test: bool) -> None:
-        super().measure(batch, batch_idx, is_test)
-        self._bounds.append(self._sampler.bounds(batch[0], self.bound_samples, seed=batch_idx))
-
-    def measurements(self) -> dict[str, float]:
-        elbo, importance_weighted = (torch.cat(parts) for parts in zip(*self._bounds, strict=True))
-        return super().measurements() | {
-            "elbo": float(elbo.mean()),
-            "importance_weighted_bound": float(importance_weighted.mean()),
-        }

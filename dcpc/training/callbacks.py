@@ -187,10 +187,12 @@ class RunReport(Callback):
         self.after = measured
         self.is_outdated = False
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _link_latest(trainer)  # at every epoch, so that an interrupted run can be resumed
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if checkpoint:
-            link = _link_latest(Path(checkpoint), Path(trainer.default_root_dir))
+        link = _link_latest(trainer)
+        if link is not None:
             print(f"checkpoint: {link} (now {os.readlink(link)})")
 
     def compare(self) -> None:
@@ -219,8 +221,12 @@ def _histograms(module: ParticleModule, info: SweepInfo, index: Tensor) -> dict[
     return {tag: values for tag, values in finite.items() if values.numel()}
 
 
-def _link_latest(checkpoint: Path, folder: Path) -> Path:
-    """Makes `folder/last.ckpt` point to the newest run's checkpoint."""
+def _link_latest(trainer: Trainer) -> Path | None:
+    """Makes `last.ckpt` in the run's folder point to its checkpoint, if there is one yet."""
+    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if not checkpoint:
+        return None
+    folder = Path(trainer.default_root_dir)
     link = folder / "last.ckpt"
     if link.exists() and link.samefile(checkpoint):
         return link

@@ -63,6 +63,7 @@ class ParticleModule(GenerativeModule):
         leapfrog_steps: Langevin steps before the noise is drawn anew, each at the price of a
             gradient; several mix faster than as many sweeps.
         blocks: Lists of latents to move jointly, as one unit each; null for one unit per latent.
+        bound_samples: Samples of the guide per held-out datum of the importance-weighted bound.
         learning_rate: Of Adam; `--optimizer` replaces it altogether.
         learning_rate_schedule: `cosine` lowers the rate to zero over the run, by
             `trainer.max_epochs`, `trainer.max_steps` or `trainer.max_time`, whichever is nearest;
@@ -71,6 +72,8 @@ class ParticleModule(GenerativeModule):
         num_temperatures: Length of the annealing ladder on held-out data while training.
         test_temperatures: Its length for `test` and `predict`. A short ladder overstates the
             evidence NLL, by Jensen's inequality; lengthen it until the figure stands still.
+        test_completion: Whether `test` also completes the upper half of images from the lower one,
+            which takes as long again.
         store_folder: Where the particles' memory-mapped files live during the run; null for the
             run's own folder.
 
@@ -91,20 +94,25 @@ class ParticleModule(GenerativeModule):
         step_size: float | None = None,
         leapfrog_steps: int = 1,
         blocks: list[list[str]] | None = None,
+        bound_samples: int = 100,
         learning_rate: float = 1e-3,
         learning_rate_schedule: Schedule | None = None,
         evaluation_particles: int = 16,
         num_temperatures: int = 100,
         test_temperatures: int = 400,
+        test_completion: bool = False,
         store_folder: str | None = None,
     ) -> None:
         super().__init__(
             model,
+            guide,
+            bound_samples,
             learning_rate,
             learning_rate_schedule,
             evaluation_particles,
             num_temperatures,
             test_temperatures,
+            test_completion,
         )
         require_at_least("model.sweeps_per_step", sweeps_per_step, 1)
         require_at_least("model.first_visit_sweeps", first_visit_sweeps, 0)
@@ -119,7 +127,6 @@ class ParticleModule(GenerativeModule):
                 "model.restart=True needs a guide to start particles from: give model.guide, an "
                 "encoder that draws the model's latents, or leave restart at null"
             )
-        self.guide = guide
         self.sweeps_per_step = sweeps_per_step
         self.first_visit_sweeps = first_visit_sweeps
         self.warm_up_epochs = warm_up_epochs

@@ -190,8 +190,12 @@ def test_files_that_hold_no_particles_are_named(frozen: FrozenParticles, tmp_pat
         FrozenParticles.from_checkpoint(path, model)
     for content in (torch.zeros(2), {"state_dict": {}}, {"state_dict": {}, "dcpc": {}}):
         torch.save(content, path)
-        with pytest.raises(FrozenParticlesError, match="holds no particles"):
+        with pytest.raises(FrozenParticlesError, match="holds no particles: it is neither"):
             FrozenParticles.from_checkpoint(path, model)
+    particles = {"visited": torch.zeros(3, dtype=torch.bool), "log_weight": torch.zeros(0)}
+    torch.save({"state_dict": {}, "dcpc": {"particles": particles}}, path)
+    with pytest.raises(FrozenParticlesError, match=r"yet.*lower model\.warm_up_epochs"):
+        FrozenParticles.from_checkpoint(path, model)
 
 
 def test_particles_of_another_model_are_refused(frozen: FrozenParticles, tmp_path: Path) -> None:

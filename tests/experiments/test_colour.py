@@ -52,6 +52,7 @@ def test_from_pictures_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     options = {
         "path": tmp_path / "images",
         "minutes": 0.05,
+        "num_training": 50,
         "num_measured": 2,
         "num_temperatures": 2,
         "num_components": 2,
@@ -73,3 +74,5 @@ def test_from_pictures_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     before = (tmp_path / "runs" / "pgd-0.05-minutes" / "last.ckpt").stat().st_mtime_ns
     colour.main([*arguments, "--algorithms", "pgd"])
     assert (tmp_path / "runs" / "pgd-0.05-minutes" / "last.ckpt").stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match=r"another config or of other options.*delete it to train"):
+        colour.main([*arguments, "--algorithms", "pgd", "--num_training", "40"])

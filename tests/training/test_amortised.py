@@ -12,7 +12,7 @@ from pytorch_lightning import Trainer
 from torch import Tensor, nn
 
 from dcpc.errors import OptionError
-from dcpc.training import AmortisedModule, ImageData
+from dcpc.training import AmortisedModule, ImageData, ParticleModule
 
 
 def evidence(x: Tensor) -> Tensor:
@@ -71,6 +71,38 @@ def test_measures_bounds_of_the_encoder_beside_the_evidence_of_the_model(
     assert figures["elbo"] < figures["importance_weighted_bound"] < exact + 0.02
     assert figures["importance_weighted_bound"] == pytest.approx(exact, abs=0.1)
     assert -figures["evidence_nll"] == pytest.approx(exact, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", [AmortisedModule, ParticleModule])
+def test_dcpc_test_adds_estimates_that_have_closed_forms_here(
+    kind: type[AmortisedModule] | type[ParticleModule],
+    shifted_gaussian: Callable[..., nn.Module],
+    linear_encoder: Callable[..., nn.Module],
+) -> None:
+    exact = linear_encoder(slope=0.5, scale=math.sqrt(0.5))
+    ladders = {"num_temperatures": 2, "test_temperatures": 20}
+    made = kind(shifted_gaussian(), exact, evaluation_particles=64, test_completion=True, **ladders)
+    data = batch(400)
+    made.start_measurements()
+    made.measure(data, 0, is_test=False)
+    assert not {"prior_sample_estimate", "completion_mse"} & made.measurements().keys()
+    made.start_measurements()
+    for start in (0, 200):
+        made.measure(tuple(part[start : start + 200] for part in data), 0, is_test=True)
+    figures, truth = made.measurements(), float(evidence(data[0]).mean())
+    # The guide is the posterior: its weights are all the evidence.
+    assert figures["elbo"] == pytest.approx(truth, abs=1e-4)
+    assert figures["importance_weighted_bound"] == pytest.approx(truth, abs=1e-4)
+    # A weight of the prior has a relative spread of about one; there are 5,000 per image.
+    assert figures["prior_sample_estimate"] == pytest.approx(truth, abs=0.01)
+    # The lower half says nothing of the upper one, of which 64 samples of the prior are averaged.
+    above = data[0][:, :, 0]
+    assert figures["completion_mse"] == pytest.approx(
+        float(above.square().mean()) + 1 / 64, abs=0.02
+    )
+    table = made.table(is_test=True)
+    for label in ("ELBO", "prior-sample estimate", "completion MSE"):
+        assert label in table
 
 
 def test_training_finds_the_mean_of_the_data_and_the_posterior(

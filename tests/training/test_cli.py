@@ -4,12 +4,14 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from matplotlib import image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dcpc.training import ParticleModule
 from dcpc.training.cli import ConfiguredCLI, main
 
 MODEL = "experiments.deep_latent_gaussian.DeepLatentGaussian"
@@ -192,6 +194,29 @@ def test_resuming_through_the_command_reaches_the_uninterrupted_run(
     particles = whole["dcpc"]["particles"]
     for name, value in particles["latents"].items():
         assert torch.equal(value, resumed["dcpc"]["particles"]["latents"][name]), name
+
+
+def test_an_interrupted_run_is_resumed_where_it_was(
+    run: Path, command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    step = ParticleModule.training_step
+
+    def interrupted(module: ParticleModule, batch: Any, batch_idx: int) -> Any:
+        if module.current_epoch == 1 and batch_idx == 1:
+            raise RuntimeError("on purpose")
+        return step(module, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ParticleModule, "training_step", interrupted)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            command("fit", folder)
+    command("fit", folder, f"--ckpt_path={tmp_path / 'last.ckpt'}")
+    resumed = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    whole = torch.load(run / "last.ckpt", weights_only=True)
+    assert resumed["global_step"] == whole["global_step"]
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
 
 
 def test_an_optimizer_and_a_schedule_can_be_given(command: Callable, tmp_path: Path) -> None:
