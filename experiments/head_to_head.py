@@ -62,7 +62,7 @@ class SharedSetting:
         seconds: Of training.
         gradients: Gradient evaluations of training.
         num_training: Images to train on.
-        num_measured: Images to measure: so many held out, and so many trained on.
+        num_measured: Held-out images to measure.
         num_temperatures: Of the measurement.
         num_particles: Of the measurement.
         num_threads: Of torch.
@@ -165,9 +165,7 @@ def train_and_measure(algorithm: str, seed: int, setting: SharedSetting) -> Run:
     data.setup("fit")
     data.setup("test")
     assert data.held_out_set is not None
-    assert data.training_set is not None
     x = data.held_out_set.first(setting.num_measured)[0]
-    seen = data.training_set.first(setting.num_measured)[0]
     sizes: dict[Budget, float] = {"seconds": setting.seconds, "gradients": setting.gradients}
     num_latents = len(module.held_out_inference.division(x).latents)
     budgets = Budgets(sizes, partial(gradients_per_datum, num_latents))
@@ -197,15 +195,25 @@ def train_and_measure(algorithm: str, seed: int, setting: SharedSetting) -> Run:
     ]
     spent = {}
     for budget, snapshot in budgets.kept.items():
-        of_seen = measured(snapshot, seen, setting.num_temperatures)
         spent[budget] = {
             **snapshot.spent,
             **measured(snapshot, x, setting.num_temperatures),
-            "training_evidence_nll": of_seen["evidence_nll"],
             "prior_sample_nll": -float(prior_sample_estimate(module.model, x).mean()),
         }
     about = {"algorithm": algorithm, "seed": seed, "setting": setting.shared()}
-    return {**about, "curve": curve, "spent": spent}
+    return {**about, "curve": curve, "spent": spent, **last_sweep(module, x)}
+
+
+def last_sweep(module: GenerativeModule, x: Tensor) -> dict[str, dict[str, float]]:
+    """Step sizes and acceptance by unit, where the module sweeps and has them."""
+    info = module.last_sweep if isinstance(module, ParticleModule) else None
+    if info is None:
+        return {}
+    division = module.inference.division(x)
+    return {
+        "step_size": division.by_unit(info.step_size),
+        "acceptance": division.by_unit(info.statistic),
+    }
 
 
 def build(algorithm: str, seed: int, setting: SharedSetting) -> tuple[GenerativeModule, ImageData]:

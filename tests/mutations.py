@@ -302,7 +302,13 @@ FAULTS = [
           "evaluations = {name: _take(e, ancestors) for name, e in evaluations.items()}", "pass"),
     Fault("the log-joint without the factors that move later", "dcpc/divide/division.py",
           "log_joint = log_joint + self.over_population(rest)", "pass"),
-    Fault("a Metropolis sweep counts one gradient", HEAD, "per_latent += 1", "per_latent += 0"),
+    Fault("a Metropolis sweep counts one gradient", HEAD,
+          "per_latent += inference.parts.correction.scores_proposal", "per_latent += 0"),
+    Fault("the paper's correction counts a score that it does not take", CORRECTION,
+          'reproduce the paper.\n    """\n\n    is_exact: ClassVar[bool] = False\n'
+          "    scores_proposal: ClassVar[bool] = False",
+          'reproduce the paper.\n    """\n\n    is_exact: ClassVar[bool] = False\n'
+          "    scores_proposal: ClassVar[bool] = True"),
     Fault("several leapfrog steps have one length", LANGEVIN,
           "factor = 1.0 + JITTER", "factor = 1.0 + 0.0"),
     Fault("bad scores are zero at one end of a move only", "dcpc/sweep.py",

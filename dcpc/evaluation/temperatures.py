@@ -45,8 +45,8 @@ class Estimate(NamedTuple):
 class TemperatureStudy:
     """Evidence NLL of the same data at several settings.
 
-    The log of an unbiased estimate is too low on average (Jensen): the NLL of any ladder is too high,
-    in practice by less the longer it is, and it stands still once it can be trusted.
+    The log of an unbiased estimate is too low on average (Jensen): the NLL of any ladder is too
+    high, in practice by less the longer it is, and it stands still once it can be trusted.
 
     Attributes:
         evidence_nll: Minus the annealed `log p(x)` in nats, `(N,)`, by setting.

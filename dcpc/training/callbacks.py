@@ -28,6 +28,7 @@ __all__ = [
     "PredictionWriter",
     "RunReport",
     "SweepMonitor",
+    "num_batches",
     "tensorboard",
 ]
 
@@ -56,8 +57,7 @@ class SweepMonitor(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        # Batches, not steps of the optimiser, of which `ipc` takes several per batch.
-        step = trainer.fit_loop.total_batch_idx
+        step = num_batches(trainer) - 1
         if not isinstance(pl_module, ParticleModule) or (step + 1) % self.every_n_steps:
             return
         info = pl_module.last_sweep
@@ -104,7 +104,7 @@ class ImageGrids(Callback):
             ("prior_samples", means),
         ):
             grid = image_grid(pictures, columns, pl_module.intensity_range)
-            writer.add_image(f"images/{name}", grid, trainer.global_step)
+            writer.add_image(f"images/{name}", grid, num_batches(trainer))
 
 
 class EvaluationTable(Callback):
@@ -199,6 +199,14 @@ class RunReport(Callback):
         """Prints the measurements before and after training, if there are both."""
         if self.before is not None and self.after is not None and self.after is not self.before:
             print(f"held-out {self.before} before training, {self.after} after")
+
+
+def num_batches(trainer: Trainer) -> int:
+    """Batches trained on: what TensorBoard calls a step.
+
+    Not the optimiser's steps, of which `ipc` and the incremental rules take several per batch.
+    """
+    return trainer.fit_loop.total_batch_idx + 1
 
 
 def tensorboard(trainer: Trainer) -> SummaryWriter | None:

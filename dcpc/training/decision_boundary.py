@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from dcpc.errors import OptionError
-from dcpc.training.callbacks import tensorboard
+from dcpc.training.callbacks import num_batches, tensorboard
 from dcpc.training.classifier import ClassifierModule
 from dcpc.training.data import LabelledData
 
@@ -37,9 +37,8 @@ class DecisionBoundary(Callback):
             canvas = FigureCanvasAgg(self._draw(trainer, pl_module))
             canvas.draw()
             picture = np.asarray(canvas.buffer_rgba())[..., :3]
-            writer.add_image(
-                "images/decision_boundary", picture, trainer.global_step, dataformats="HWC"
-            )
+            step = num_batches(trainer)
+            writer.add_image("images/decision_boundary", picture, step, dataformats="HWC")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = Path(trainer.default_root_dir) / "decision_boundary.png"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from dcpc.networks import (
     PredictiveCodingNetwork,
 )
 from dcpc.training import ClassifierModule, DigitsData, MoonsData
-from dcpc.training.cli import main
+from dcpc.training.cli import ConfiguredCLI, main
 from dcpc.training.decision_boundary import draw_decision_boundary
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "networks" / "two-moons.json")
@@ -84,6 +85,29 @@ def test_the_decision_boundary_is_logged_and_saved(
     is_red = (picture[..., 0] - picture[..., 2]) > 0.1
     assert 0.2 < is_blue.mean() < 0.7
     assert 0.2 < is_red.mean() < 0.7
+
+
+def test_a_step_is_a_batch_however_often_the_weights_move_in_it(tmp_path: Path) -> None:
+    # Z-IL steps the weights once per stage, three times a batch.
+    command("fit", tmp_path, "--trainer.max_epochs=1", "--model.rule=ZeroDivergenceLearning")
+    files = sorted((tmp_path / "version_0").glob("events.*"))
+    logs = [EventAccumulator(str(path), {"images": 0}).Reload() for path in files]
+    shown = [e.step for log in logs for e in log.Images("images/decision_boundary")]
+    assert shown == [0, NUM_BATCHES]
+    measured = [e.step for log in logs for e in log.Scalars("held_out/accuracy")]
+    assert measured == [0, NUM_BATCHES - 1]  # Lightning names the last batch
+
+
+def test_a_rule_of_a_config_can_be_overridden_in_part(tmp_path: Path) -> None:
+    config = Path(CONFIG).with_name("mnist-equilibrium.json")
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    rule = ConfiguredCLI(
+        ["fit", f"--config={config}", "--model.rule.symmetric=true", folder]
+    ).model.rule
+    assert rule.symmetric
+    assert rule.free_steps == json.loads(config.read_text())["model"]["init_args"]["rule"][
+        "init_args"
+    ].get("free_steps")
 
 
 def test_test_prints_the_accuracy_of_the_checkpoint(
