@@ -75,6 +75,31 @@ def test_every_algorithm_trains_the_same_model_on_the_same_data(data_set: str) -
         assert config["trainer"] == {**configs["dcpc"]["trainer"], **folder}
 
 
+@pytest.mark.parametrize("name", ["digits", "mnist", "mnist-equilibrium", "mnist-hopfield"])
+def test_every_classifier_of_images_fits_from_its_config(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    random, size = np.random.default_rng(0), 8 if name == "digits" else 28
+    np.save(tmp_path / "images.npy", random.integers(0, 256, (10, size, size), dtype=np.uint8))
+    np.save(tmp_path / "labels.npy", np.arange(10))
+    main(
+        [
+            "fit",
+            f"--config=configs/networks/{name}.json",
+            "--data=ArrayData",
+            f"--data.folder={tmp_path}",
+            "--data.num_held_out=2",
+            "--data.batch_size=4",
+            "--trainer.max_epochs=1",
+            "--trainer.log_every_n_steps=1",
+            f"--trainer.default_root_dir={tmp_path / 'run'}",
+            "--num_threads=1",
+        ]
+    )
+    assert "after" in capsys.readouterr().out
+    assert (tmp_path / "run" / "last.ckpt").is_file()
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_fits_from_its_config(
     algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture

@@ -115,7 +115,7 @@ def _exact(
     leaf = x.detach().requires_grad_(x.is_floating_point())
     activations = [leaf]
     for module in model:
-        activations.append(module(_own(module, activations[-1])))
+        activations.append(module(activations[-1].clone()))  # which it may overwrite
     loss = _loss(loss_fn, activations[-1], y)
     parameters = [p for p in model.parameters() if p.requires_grad]
     wanted = [v for v in activations[1:] if v.requires_grad]
@@ -222,7 +222,10 @@ def _errors(
 
 
 class _Layer:
-    """A layer that is evaluated often, with one draw of its noise, and counts once."""
+    """A layer that is evaluated often, with one draw of its noise, and counts once.
+
+    It is given copies, which it may overwrite.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -234,22 +237,16 @@ class _Layer:
             leaf.requires_grad_()
         if self._noise is None:
             self._noise = _random_state(leaf)
-            return _Pass(self.module, leaf, self.module(_own(self.module, leaf)))
+            return _Pass(self.module, leaf, self.module(leaf.clone()))
         # On copies of the buffers: batch statistics were counted in the first evaluation.
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         present = _random_state(leaf)
         _set_random_state(self._noise, leaf)
         try:
-            output = functional_call(self.module, buffers, (_own(self.module, leaf),))
+            output = functional_call(self.module, buffers, (leaf.clone(),))
         finally:
             _set_random_state(present, leaf)
         return _Pass(self.module, leaf, output)
-
-
-def _own(module: nn.Module, value: Tensor) -> Tensor:
-    """The value, as a copy if the layer would overwrite it."""
-    overwrites = any(getattr(part, "inplace", False) for part in module.modules())
-    return value.clone() if overwrites else value
 
 
 def _random_state(like: Tensor) -> tuple[Tensor, Tensor | None]:

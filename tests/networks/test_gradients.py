@@ -274,8 +274,17 @@ def test_batch_statistics_count_once(mode: str, options: dict) -> None:
         torch.testing.assert_close(buffer, expected, msg=name)
 
 
+class Overwriting(nn.Module):
+    """A layer that overwrites its input, and does not say so as `nn.ReLU(inplace=True)` does."""
+
+    overwrites = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu(x, inplace=self.overwrites)
+
+
 @pytest.mark.parametrize(("mode", "options"), MODES[:2])
-@pytest.mark.parametrize("what", ["shared", "frozen", "inplace", "batchnorm"])
+@pytest.mark.parametrize("what", ["shared", "frozen", "inplace", "overwriting", "batchnorm"])
 def test_awkward_layers_have_the_right_gradients(mode: str, options: dict, what: str) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(5, 5)
@@ -286,13 +295,15 @@ def test_awkward_layers_have_the_right_gradients(mode: str, options: dict, what:
         linear.requires_grad_(False)
     elif what == "inplace":
         layers = [nn.ReLU(inplace=True), linear, nn.ReLU(inplace=True), nn.Linear(5, 5)]
+    elif what == "overwriting":
+        layers = [Overwriting(), linear, Overwriting(), nn.Linear(5, 5)]
     else:
         layers = [linear, nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 5)]
     model, (x, y) = nn.Sequential(*layers).double(), data()
     plain = copy.deepcopy(model)
     for module in plain.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = False
+        if isinstance(module, (nn.ReLU, Overwriting)):
+            module.inplace = module.overwrites = False
     truth, before = backpropagated(plain, x, y), x.clone()
     pc_gradients(model, LOSS, x, y, mode, **options)
     assert relative_error(gradients(model), truth) < 1e-14
