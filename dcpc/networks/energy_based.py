@@ -84,6 +84,7 @@ class RestrictedHopfield(EnergyNetwork):
     @torch.no_grad()
     def init(self, x: Tensor) -> None:
         """Clamps the input, and sets all other states to zero."""
+        x = self.like_weights(x)
         self.nodes[0].clamp(x)
         for node in self.nodes[1:]:
             node.init(x.new_zeros(len(x), *(size or 1 for size in node.shape)))

@@ -61,11 +61,20 @@ class EnergyNetwork(nn.Module, ABC):
 
     @abstractmethod
     def init(self, x: Tensor) -> None:
-        """Clamps the input to data `(batch, ...)`, and gives the other nodes first values."""
+        """Clamps the input to data `(batch, ...)`, and gives the other nodes first values.
+
+        The values have the device and the precision of the weights, whatever those of the data.
+        """
 
     @abstractmethod
     def stage_weights(self, stage: int) -> list[nn.Parameter]:
         """The weights of stage 1 to L."""
+
+    def like_weights(self, x: Tensor) -> Tensor:
+        """Data on the device and in the precision of the weights; integers stay integers."""
+        stages = range(1, self.num_stages + 1)
+        weight = next((p for stage in stages for p in self.stage_weights(stage)), x)
+        return x.to(weight) if x.is_floating_point() else x.to(weight.device)
 
     def energy(self) -> Tensor:
         """The energy at the present values, `(batch,)`; with the nudge's cost if there is one."""
@@ -195,7 +204,7 @@ class PredictiveCodingNetwork(EnergyNetwork):
     @torch.no_grad()
     def init(self, x: Tensor) -> None:
         """Clamps the input, and sets every node to its prediction, from the input to the output."""
-        self.input.clamp(x)
+        self.input.clamp(self.like_weights(x))
         before: Node = self.input
         for stage in self.stages:
             stage.node.init(stage.predict(before.value))

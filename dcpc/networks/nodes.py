@@ -84,8 +84,6 @@ class Node(nn.Module, ABC):
     def init(self, value: Tensor) -> None:
         """Sets the value to a copy, unless it is clamped.
 
-        A value that may move has the device and the precision of the module, whatever the data's.
-
         Raises:
             DataError: It is not of shape `(batch, *shape)`, empty, or of integers that would move.
         """
@@ -140,8 +138,7 @@ class Node(nn.Module, ABC):
 
     def _set(self, value: Tensor) -> None:
         # The parameter stays the same one: an optimiser may hold it.
-        dtype = self.value.dtype if self.value.requires_grad else value.dtype
-        self.value.data = value.detach().to(self.value.device, dtype, copy=True)
+        self.value.data = value.detach().clone()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

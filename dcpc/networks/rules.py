@@ -113,7 +113,7 @@ class FeedForwardRule(LearningRule):
     def predict(self, network: EnergyNetwork, x: Tensor) -> Tensor:
         self.check(network)
         with torch.no_grad():
-            return network(x)
+            return network(network.like_weights(x))
 
     def check(self, network: EnergyNetwork) -> None:
         super().check(network)
@@ -139,8 +139,9 @@ class ScheduledLearning(FeedForwardRule):
     def _learn(self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer) -> Learned:
         try:
             network.init(x)
-            require_same_shape(y, network.nodes[-1].value)
-            network.nodes[-1].clamp(y)
+            output = network.nodes[-1]
+            require_same_shape(y, output.value)
+            output.clamp(y.to(output.value))
             values = [node.value for node in network.free_nodes()]
             value_optimizer = self.value_optimizer(values) if values else None
             energy, drive = [], None
@@ -246,7 +247,7 @@ class Backpropagation(FeedForwardRule):
     """The gradient of the output's energy after a forward pass: what the others approximate."""
 
     def _learn(self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer) -> Learned:
-        output = network(x)
+        output = network(network.like_weights(x))
         require_same_shape(y, output)
         loss = network.nodes[-1].energy(y.to(output), output).mean()
         value = float(loss.detach())

@@ -15,23 +15,22 @@ from PIL import Image
 
 from dcpc.divide import UnitGroup
 from dcpc.training import AmortisedModule, ParticleModule
-from experiments import head_to_head
+from experiments import head_to_head, head_to_head_training
 from experiments.deep_latent_gaussian import DeepLatentGaussian
 from experiments.encoders import MLPEncoder
 
 ROOT = Path(__file__).parents[2]
 
 
-SETTING = head_to_head.SharedSetting(
-    path="nowhere",
-    seconds=180.0,
-    gradients=3e6,
-    num_training=10_000,
-    num_measured=50,
-    num_temperatures=100,
-    num_particles=16,
-    num_threads=2,
-)
+SETTING = {
+    "seconds": 180.0,
+    "gradients": 3e6,
+    "num_training": 10_000,
+    "num_measured": 50,
+    "num_temperatures": 100,
+    "num_particles": 16,
+    "num_threads": 2,
+}
 OPTIONS = ["--path", "nowhere", "--algorithms", "dcpc", "pgd", "--seeds", "0", "1"]
 
 
@@ -51,11 +50,10 @@ def run(algorithm: str, seed: int, nll: float) -> dict[str, Any]:
 
     whole = figures(180.0, 20e6, nll)
     spent = {"seconds": whole, "gradients": figures(27.0, 3e6, nll + 5.0)}
-    setting = SETTING.shared()
     return {
         "algorithm": algorithm,
         "seed": seed,
-        "setting": setting,
+        "setting": SETTING,
         "curve": [whole],
         "spent": spent,
     }
@@ -127,8 +125,8 @@ def test_every_budget_keeps_the_model_as_it_was_when_it_was_spent(
 ) -> None:
     module, trainer = deep_module(), SimpleNamespace(should_stop=False)
     clock = iter([0.0, 30.0, 60.0, 150.0, 200.0, 210.0])
-    monkeypatch.setattr(head_to_head.time, "perf_counter", lambda: next(clock))
-    budgets = head_to_head.Budgets({"seconds": 100.0, "gradients": 60.0}, lambda module: 3)
+    monkeypatch.setattr(head_to_head_training.time, "perf_counter", lambda: next(clock))
+    budgets = head_to_head_training.Budgets({"seconds": 100.0, "gradients": 60.0}, lambda module: 3)
     budgets.on_train_start(trainer, module)
     stopped = []
     for step in range(4):
@@ -179,7 +177,7 @@ def test_gradients_of_a_step(
         sweeps_per_step=2,
         **options,
     )
-    assert head_to_head.gradients_per_datum(3, module) == 2 * expected
+    assert head_to_head_training.gradients_per_datum(3, module) == 2 * expected
     x = torch.rand(5, 1, 2, 2)
     state = module.inference.init(x)
     taken = []
@@ -201,7 +199,7 @@ def test_gradients_of_a_step_of_the_autoencoder() -> None:
     module = AmortisedModule(
         DeepLatentGaussian(sizes, shape), MLPEncoder(sizes, shape), num_samples=5
     )
-    assert head_to_head.gradients_per_datum(3, module) == 3 * 5
+    assert head_to_head_training.gradients_per_datum(3, module) == 3 * 5
 
 
 def test_gradients_of_a_step_while_the_encoder_warms_up() -> None:
@@ -212,7 +210,7 @@ def test_gradients_of_a_step_while_the_encoder_warms_up() -> None:
         num_particles=4,
         warm_up_epochs=1,
     )
-    assert head_to_head.gradients_per_datum(3, module) == 3
+    assert head_to_head_training.gradients_per_datum(3, module) == 3
 
 
 @pytest.mark.slow
@@ -236,6 +234,7 @@ def test_a_run_from_images_to_the_table(tmp_path: Path, monkeypatch: pytest.Monk
         "num_threads": 1,
         "seeds": 0,
         "results": tmp_path,
+        "models": tmp_path / "models",
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     head_to_head.main([*arguments, "--algorithms", "vae", "dcpc"])
@@ -254,3 +253,15 @@ def test_a_run_from_images_to_the_table(tmp_path: Path, monkeypatch: pytest.Monk
     assert by_time["num_data"] == 4
     # Samples of the prior explain an image worse than annealed ones do.
     assert by_time["prior_sample_nll"] > by_time["evidence_nll"]
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("what is trained already was trained again")
+
+    monkeypatch.setattr(head_to_head, "train", never)
+    again = ["--algorithms", "vae", "--num_particles", "2", "--results", str(tmp_path / "again")]
+    head_to_head.main([*arguments, *again])
+    other = json.loads((tmp_path / "again" / "head_to_head" / "vae-seed0.json").read_text())
+    assert other["spent"]["seconds"]["seconds"] == by_time["seconds"]
+    assert other["spent"]["seconds"]["evidence_nll"] != by_time["evidence_nll"]
+    with pytest.raises(SystemExit, match=r"vae-seed0\.pt' is a run of another setting \(seconds="):
+        head_to_head.main([*arguments, *again, "--minutes", "1", "--results", str(tmp_path / "x")])

@@ -250,17 +250,6 @@ def test_only_a_network_with_values_relaxes() -> None:
         relax(deep(), 1, sgd(0.1))
 
 
-def test_the_precision_of_the_values_is_that_of_the_weights() -> None:
-    network, (x, y) = deep(), data()
-    network.init(x.float())
-    network.nodes[-1].clamp(y.float())
-    assert {node.value.dtype for node in network.nodes} == {torch.double}
-    found = values(network)
-    network.init(x.float().double())
-    for one, other in zip(found, values(network), strict=True):
-        assert torch.equal(one, other)
-
-
 def test_a_failing_step_leaves_no_values_behind() -> None:
     def fails(value: Tensor, prediction: Tensor) -> Tensor:
         raise RuntimeError("on purpose")

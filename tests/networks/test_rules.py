@@ -427,6 +427,22 @@ def test_targets_never_broadcast(rule: LearningRule) -> None:
         assert torch.equal(old, new)
 
 
+@pytest.mark.parametrize(
+    ("rule", "network"),
+    [*((rule, chain()) for rule in RULES), (RULES[-1], RestrictedHopfield(SIZES).double())],
+)
+def test_the_precision_is_that_of_the_weights(rule: LearningRule, network: EnergyNetwork) -> None:
+    x, y = data()
+    network.init(x.float())
+    assert {node.value.dtype for node in network.nodes} == {torch.double}
+    network.reset()
+    x, y = x.float(), y.float()
+    found, expected = (learned(rule, network, *pair) for pair in ((x, y), (x.double(), y.double())))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert rule.predict(network, x).dtype == torch.double
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 def test_weights_learn_where_gradients_are_not_allowed(rule: LearningRule) -> None:
     network, (x, y) = chain(), data()
