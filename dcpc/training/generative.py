@@ -26,7 +26,7 @@ from dcpc.training.measured import MeasuredModule, Schedule
 __all__ = ["GenerativeModule"]
 
 PRIOR_SAMPLES = 5000
-"""Of the prior-sample estimate, per datum: as many as its authors take."""
+"""Of the prior-sample estimate, per datum: as many as `prior_sample_estimate` takes."""
 
 
 class GenerativeModule(MeasuredModule):
