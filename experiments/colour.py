@@ -43,7 +43,7 @@ from dcpc.evaluation.batches import BATCH_SIZE
 from dcpc.evaluation.intensities import to_unit
 from dcpc.seeding import seeded
 from dcpc.training import AmortisedModule, GenerativeModule, ImageData
-from dcpc.training.checkpoint import check_checkpoint, read_checkpoint
+from dcpc.training.checkpoint import read_checkpoint
 from dcpc.training.cli import ConfiguredCLI, one_line_errors
 from dcpc.training.cli import main as dcpc_command
 from dcpc.training.images import image_grid, save_png
@@ -102,8 +102,7 @@ def train(algorithm: str, options: argparse.Namespace) -> Path:
 def measure(algorithm: str, checkpoint: Path, options: argparse.Namespace) -> Measured:
     """Measures a trained generator on the held-out images."""
     module, data = _build(algorithm, options)
-    check_checkpoint(checkpoint, module)
-    module.load_state_dict(read_checkpoint(checkpoint)["state_dict"])
+    module.load_state_dict(read_checkpoint(checkpoint, module)["state_dict"])
     held_out = _held_out(data)
     seen = held_out[: options.num_measured]
     evaluation = evaluate(

@@ -16,7 +16,7 @@ from pathlib import Path
 from dcpc.evaluation import FrozenParticles, infer_and_freeze
 from dcpc.evaluation.intensities import to_unit
 from dcpc.training import GenerativeModule, ImageData
-from dcpc.training.checkpoint import check_checkpoint, read_checkpoint
+from dcpc.training.checkpoint import read_checkpoint
 from dcpc.training.cli import ConfiguredCLI, one_line_errors
 
 
@@ -56,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(arguments)
     built = ConfiguredCLI(["fit", f"--config={options.config}", *overrides])
     path = options.ckpt_path or Path(built.trainer.default_root_dir) / "last.ckpt"
-    check_checkpoint(path, built.model)
-    built.model.load_state_dict(read_checkpoint(path)["state_dict"])
+    built.model.load_state_dict(read_checkpoint(path, built.model)["state_dict"])
     frozen = freeze(
         built.model,
         built.datamodule,

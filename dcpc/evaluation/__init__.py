@@ -1,10 +1,10 @@
 """What is measured on data that were never trained on, each quantity under its own name."""
 
 from dcpc.evaluation.bounds import (
+    PRIOR_SAMPLES,
     Bounds,
     ImportanceSampler,
-    elbo,
-    importance_weighted_bound,
+    guide_bounds,
     prior_sample_estimate,
 )
 from dcpc.evaluation.completion import Completion, MaskedModel, bottom_half, complete
@@ -36,6 +36,7 @@ from dcpc.evaluation.samples import (
 from dcpc.evaluation.temperatures import Setting, TemperatureStudy, temperature_study
 
 __all__ = [
+    "PRIOR_SAMPLES",
     "Bounds",
     "Completion",
     "Decoded",
@@ -54,15 +55,14 @@ __all__ = [
     "bottom_half",
     "complete",
     "decode",
-    "elbo",
     "evaluate",
     "format_table",
     "frechet_classifier_distance",
     "frechet_distance",
     "frechet_feature_distance",
     "frechet_inception_distance",
+    "guide_bounds",
     "held_out_inference",
-    "importance_weighted_bound",
     "infer_and_freeze",
     "latent_traversal",
     "matching_site",

@@ -20,15 +20,18 @@ from dcpc.recombine import LogWeights
 from dcpc.seeding import derived_seed, seeded
 
 __all__ = [
+    "PRIOR_SAMPLES",
     "Bounds",
     "ImportanceSampler",
-    "elbo",
-    "importance_weighted_bound",
+    "guide_bounds",
     "prior_sample_estimate",
 ]
 
 CHUNK_SIZE = 10
 """Samples per datum that are weighed at once."""
+
+PRIOR_SAMPLES = 5000
+"""Per datum, of the prior-sample estimate."""
 
 
 class Bounds(NamedTuple):
@@ -107,7 +110,7 @@ class ImportanceSampler:
         if flat and self._inference.guide is None:
             raise EvidenceError(
                 f"the prior of site(s) {flat} is flat (improper) and cannot be sampled; give them "
-                "a proper prior, or a guide with importance_weighted_bound"
+                "a proper prior, or a guide with guide_bounds"
             )
         if division.population_shape != (num_data,):
             raise ModelError(
@@ -119,7 +122,7 @@ class ImportanceSampler:
             )
 
 
-def importance_weighted_bound(
+def guide_bounds(
     model: Model,
     guide: Model,
     x: Tensor,
@@ -128,13 +131,15 @@ def importance_weighted_bound(
     *,
     chunk_size: int = CHUNK_SIZE,
     batch_size: int = BATCH_SIZE,
-) -> Tensor:
-    """A lower bound of `log p(x)`, in expectation, from a guide's samples.
+) -> Bounds:
+    """Two lower bounds of `log p(x)`, in expectation, from the same samples of a guide.
 
-        log 1/S sum_s p(x, z_s) / q(z_s | x),   z_s ~ q(z | x)
+        elbo = 1/S sum_s log w_s,   importance_weighted = log 1/S sum_s w_s,
+        w_s = p(x, z_s) / q(z_s | x),   z_s ~ q(z | x)
 
-    The more samples, the tighter; exact for any number where the guide is the posterior. Burda,
-    Grosse & Salakhutdinov, "Importance weighted autoencoders", ICLR 2016, equation 8.
+    More samples lower the noise of the first, not its gap, and tighten the second; both are exact
+    for any number where the guide is the posterior. Burda, Grosse & Salakhutdinov, "Importance
+    weighted autoencoders", ICLR 2016, equation 8.
 
     Args:
         model: The Pyro program, all of its latents in one plate over the data.
@@ -145,40 +150,18 @@ def importance_weighted_bound(
         chunk_size: Samples per datum weighed at once.
         batch_size: Data weighed at once.
 
-    Returns:
-        Nats per datum, `(N,)`.
-
     Raises:
         ModelError: The data are not independent given the parameters, or share latents.
         OptionError: A number below one, or a guide that does not draw all latents.
     """
     sampler = ImportanceSampler(model, guide, chunk_size=chunk_size, batch_size=batch_size)
-    return sampler.bounds(x, num_samples, seed).importance_weighted
-
-
-def elbo(
-    model: Model,
-    guide: Model,
-    x: Tensor,
-    num_samples: int,
-    seed: int,
-    *,
-    chunk_size: int = CHUNK_SIZE,
-    batch_size: int = BATCH_SIZE,
-) -> Tensor:
-    """The evidence lower bound of a guide, `E_q[log p(x, z) - log q(z | x)]`.
-
-    The mean over `num_samples` samples: more of them lower its noise, not its gap. Arguments,
-    result and errors are those of `importance_weighted_bound`.
-    """
-    sampler = ImportanceSampler(model, guide, chunk_size=chunk_size, batch_size=batch_size)
-    return sampler.bounds(x, num_samples, seed).elbo
+    return sampler.bounds(x, num_samples, seed)
 
 
 def prior_sample_estimate(
     model: Model,
     x: Tensor,
-    num_samples: int = 5000,
+    num_samples: int = PRIOR_SAMPLES,
     seed: int = 0,
     *,
     chunk_size: int = CHUNK_SIZE,

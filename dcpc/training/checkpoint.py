@@ -10,18 +10,23 @@ from torch import nn
 from dcpc.errors import DCPCError
 from dcpc.tensor_files import describe_misfit, read_tensors
 
-__all__ = ["CheckpointError", "check_checkpoint", "read_checkpoint"]
+__all__ = ["CheckpointError", "read_checkpoint"]
 
 
 class CheckpointError(DCPCError):
     """A checkpoint cannot be read, or belongs to another model."""
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, module: nn.Module | None = None) -> dict[str, Any]:
     """Reads a checkpoint without running pickled code; particles stay on disk until used.
 
+    Args:
+        path: Of a checkpoint of `dcpc fit`.
+        module: The parameters in the checkpoint must fit it, if it is given.
+
     Raises:
-        CheckpointError: There is no such file, or it is truncated or no checkpoint.
+        CheckpointError: There is no such file, it is truncated or no checkpoint, or a parameter is
+            missing or has another shape than in the module.
     """
     try:
         checkpoint = read_tensors(path)
@@ -34,18 +39,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"--ckpt_path: '{path}' ({Path(path).stat().st_size:,} bytes) is truncated or is not a "
             "checkpoint of dcpc fit; use another one, or train again"
         )
-    return checkpoint
-
-
-def check_checkpoint(path: str | Path, module: nn.Module) -> None:
-    """Checks that a checkpoint's parameters fit a module.
-
-    Raises:
-        CheckpointError: It cannot be read, or a parameter is missing or has another shape.
-    """
-    misfit = describe_misfit(read_checkpoint(path)["state_dict"], module)
+    misfit = None if module is None else describe_misfit(checkpoint["state_dict"], module)
     if misfit is not None:
         raise CheckpointError(
             f"--ckpt_path: '{path}' is a checkpoint of another model: {misfit}; give the --config "
             "and the options that it was trained with"
         )
+    return checkpoint

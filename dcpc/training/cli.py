@@ -34,7 +34,7 @@ from dcpc.training.callbacks import (
     RunReport,
     SweepMonitor,
 )
-from dcpc.training.checkpoint import check_checkpoint, read_checkpoint
+from dcpc.training.checkpoint import read_checkpoint
 from dcpc.training.classifier import ClassifierModule
 from dcpc.training.data import ArrayData, DigitsData, LabelledData
 from dcpc.training.hub import HubImages
@@ -202,7 +202,7 @@ class TrainingCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         checkpoint = self.config[self.subcommand].ckpt_path
         if checkpoint is not None:
-            check_checkpoint(checkpoint, self.model)
+            read_checkpoint(checkpoint, self.model)
 
     def before_fit(self) -> None:
         """Measures the untrained model, so that learning shows."""

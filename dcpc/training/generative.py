@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dcpc.errors import require_at_least
 from dcpc.evaluation import (
+    PRIOR_SAMPLES,
     Evaluation,
     ImportanceSampler,
     bottom_half,
@@ -24,9 +25,6 @@ from dcpc.training.data import Batch
 from dcpc.training.measured import MeasuredModule, Schedule
 
 __all__ = ["GenerativeModule"]
-
-PRIOR_SAMPLES = 5000
-"""Of the prior-sample estimate, per datum: as many as `prior_sample_estimate` takes."""
 
 
 class GenerativeModule(MeasuredModule):
