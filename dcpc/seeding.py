@@ -29,5 +29,12 @@ def seeded(seed: int | None) -> Iterator[None]:
         yield
         return
     with random_state_kept():
-        torch.manual_seed(seed)
+        _seed(seed)
         yield
+
+
+def _seed(seed: int) -> None:
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # torch.manual_seed would record a trace of all callers for a device that may come later
+        torch.default_generator.manual_seed(seed)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="epochs of each")
     options = parser.parse_args()
     torch.manual_seed(0)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     print(describe_machine())
 
     deep, wide = [784, 256, 256, 10], [784, 1000, 10]
