@@ -357,8 +357,6 @@ FAULTS = [
           "UNIT_STEP = sgd(1.0)", "UNIT_STEP = sgd(0.5)"),
     Fault("incremental learning counts from its first step", RULES,
           "(step - self.first) % self.every == 0", "step % self.every == 0"),
-    Fault("a nudged gradient contains the cost", EQUILIBRIUM,
-          "                network.remove_nudge()\n", ""),
     Fault("a second nudge starts where the first one ended", EQUILIBRIUM,
           "node.init(value)", "pass"),
     Fault("symmetric nudging divides by beta", EQUILIBRIUM,

@@ -124,7 +124,6 @@ class EquilibriumPropagation(LearningRule):
                     node.init(value)
                 network.nudge(COSTS[self.cost], y.to(output), strength)
                 relaxations.append(self._relax(network, self.nudged_steps))
-                network.remove_nudge()
                 slopes[strength] = _weight_gradients(network)
         finally:
             network.reset()
@@ -148,7 +147,7 @@ class EquilibriumPropagation(LearningRule):
 
 
 def _weight_gradients(network: EnergyNetwork) -> Sequence[Tensor]:
-    """Gradients of the mean energy, without the nudge's cost, in all weights."""
+    """Gradients of the mean energy in all weights; the cost of a nudge has none."""
     weights = network.weights()
     energy = finite_energy(network, "at the end")
     gradients = torch.autograd.grad(energy.mean(), weights, allow_unused=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from event_logs import event_logs
 from matplotlib import image
 from pytorch_lightning import Trainer
 from sklearn.datasets import make_moons
@@ -46,8 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def events(run: Path) -> list[EventAccumulator]:
-    files = sorted((run / "version_0").glob("events.*"))
-    return [EventAccumulator(str(path), {"images": 0}).Reload() for path in files]
+    return event_logs(run / "version_0")
 
 
 def separator() -> PredictiveCodingNetwork:
@@ -90,12 +90,11 @@ def test_the_decision_boundary_is_logged_and_saved(
 def test_a_step_is_a_batch_however_often_the_weights_move_in_it(tmp_path: Path) -> None:
     # Z-IL steps the weights once per stage, three times a batch.
     command("fit", tmp_path, "--trainer.max_epochs=1", "--model.rule=ZeroDivergenceLearning")
-    files = sorted((tmp_path / "version_0").glob("events.*"))
-    logs = [EventAccumulator(str(path), {"images": 0}).Reload() for path in files]
+    logs = event_logs(tmp_path / "version_0")
     shown = [e.step for log in logs for e in log.Images("images/decision_boundary")]
-    assert sorted(shown) == [0, NUM_BATCHES]
+    assert shown == [0, NUM_BATCHES]
     measured = [e.step for log in logs for e in log.Scalars("held_out/accuracy")]
-    assert sorted(measured) == [0, NUM_BATCHES - 1]  # Lightning names the last batch
+    assert measured == [0, NUM_BATCHES - 1]  # Lightning names the last batch
 
 
 def test_a_rule_of_a_config_can_be_overridden_in_part(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from event_logs import event_logs
 from matplotlib import image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -76,8 +77,7 @@ def run(command: Callable, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def events(run: Path) -> list[EventAccumulator]:
-    files = sorted((run / "version_0").glob("events.*"))
-    return [EventAccumulator(str(path), {"images": 0}).Reload() for path in files]
+    return event_logs(run / "version_0")
 
 
 def scalars(events: list[EventAccumulator], tag: str) -> list[tuple[int, float]]:
