@@ -224,7 +224,19 @@ def test_divergence_names_the_layer_and_the_step() -> None:
         rule.learn(network, x, y, optimizer)
 
 
-def test_an_energy_whose_sum_is_too_large_names_its_largest_part() -> None:
+def test_parts_whose_sum_is_too_large_are_told_by_the_largest() -> None:
+    def huge(size: float) -> FunctionNode:
+        return FunctionNode(lambda value, _: torch.full((len(value),), size), 3)
+
+    network = PredictiveCodingNetwork(
+        nn.Linear(3, 3), huge(1.0e38), nn.Linear(3, 3), huge(3.0e38), nn.Linear(3, 3), huge(0.5e38)
+    )
+    network.init(torch.zeros(1, 3))
+    with pytest.raises(RelaxationError, match=r"energy of \['layers\.3'\] is NaN or infinite"):
+        relax(network, 1, sgd(0.1))
+
+
+def test_a_mean_energy_that_is_too_large_names_its_part() -> None:
     # Errors double at every step, energies grow fourfold: the sum of a hundred of them overflows
     # while every single one is finite.
     network, y = PredictiveCodingNetwork(nn.Linear(3, 3), SquaredErrorNode(3)), torch.ones(100, 3)
