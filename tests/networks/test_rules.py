@@ -281,6 +281,21 @@ def test_one_layer_with_squared_error_has_a_known_factor(beta: float) -> None:
         torch.testing.assert_close(one, other * 2 / (2 + beta))
 
 
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_both_nudges_of_few_steps_start_at_the_free_equilibrium(num_steps: int) -> None:
+    # A nudge of beta contracts to (beta y + 2 mu) / (2 + beta), by 1 - dt (2 + beta) at a step.
+    torch.manual_seed(0)
+    network, (x, y) = ConditionalGaussian([6, 3]).double(), data()
+    rule = EquilibriumPropagation(
+        "squared_error", 0.5, True, free_steps=0, nudged_steps=num_steps, value_optimizer=sgd(0.1)
+    )
+    found = contrasted(network, x, y, rule)
+    truth = backpropagated(network, x, y, "squared_error")
+    factor = sum((1 - (1 - 0.1 * rate) ** num_steps) / rate for rate in (2.5, 1.5))
+    for one, other in zip(found, truth, strict=True):
+        torch.testing.assert_close(one, other * factor)
+
+
 @pytest.mark.parametrize("step_size", [0.05, 0.1, 0.6])
 def test_a_nudged_output_contracts_at_the_known_rate(step_size: float) -> None:
     torch.manual_seed(0)
