@@ -42,7 +42,8 @@ PAPER_FIGURES = (
 PAPER_CAVEAT = """\
 The papers trained for longer and on all images. That of DCPC reports reconstructions of images
 whose particles were fitted during training, under a continuous Bernoulli likelihood; here they are
-of images inferred from scratch, under the Bernoulli likelihood.
+of images inferred from scratch, under the Bernoulli likelihood. The README has a run of
+`dcpc-paper` under the paper's likelihood on all images.
 """
 
 Budget = Literal["seconds", "gradients"]
