@@ -4,8 +4,8 @@
     python tests/mutations.py drift      those whose description or file contains "drift"
     python tests/mutations.py --list     what there is
 
-Each fault is applied to a copy of the repository, in which the engine's tests run until the
-first failure. The script fails if a fault survives, or if its text is no longer in the source.
+The tests must pass in a copy of the repository. Then each fault is applied to it, and the tests run
+until the first failure. The script fails if a fault survives, or if its text is no longer there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -407,6 +408,16 @@ FAULTS = [
 ]  # fmt: skip
 
 
+def failure(workdir: Path, tests: Sequence[str]) -> str | None:
+    """The end of pytest's output, if a test fails in the copy."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(workdir)}
+    result = subprocess.run(
+        [*command, *tests], cwd=workdir, env=environment, capture_output=True, text=True
+    )
+    return None if result.returncode == 0 else result.stdout[-1600:] + result.stderr[-800:]
+
+
 def survives(fault: Fault, workdir: Path) -> str | None:
     """Runs the suite on the broken copy; a reason if the fault is not noticed."""
     path = workdir / fault.path
@@ -418,27 +429,12 @@ def survives(fault: Fault, workdir: Path) -> str | None:
         place = Path(fault.path).with_suffix("").parts[1]
         tests = [test for test in TESTS if (workdir / test).exists()]
         tests.sort(key=lambda test: place not in test)  # where it should be noticed, first
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-n",
-            "0",
-            *tests,
-        ]
-        environment = {**os.environ, "PYTHONPATH": str(workdir)}
-        result = subprocess.run(
-            command, cwd=workdir, env=environment, capture_output=True, text=True
-        )
-        if result.returncode == 0:
+        output = failure(workdir, tests)
+        if output is None:
             return "all tests passed"
-        failures = re.findall(r"^FAILED (\S+)", result.stdout, re.MULTILINE)
+        failures = re.findall(r"^FAILED (\S+)", output, re.MULTILINE)
         if not failures:
-            return f"pytest itself failed:\n{result.stdout[-800:]}{result.stderr[-800:]}"
+            return f"pytest itself failed:\n{output}"
         print(f"    noticed by {failures[0]}")
         return None
     finally:
@@ -457,11 +453,11 @@ def main() -> None:
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder)
-        for name in ("configs", "dcpc", "experiments", "tests"):
-            shutil.copytree(
-                ROOT / name, workdir / name, ignore=shutil.ignore_patterns("__pycache__")
-            )
-        shutil.copy(ROOT / "pyproject.toml", workdir)
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info", "build")
+        shutil.copytree(ROOT, workdir, ignore=ignored, dirs_exist_ok=True)
+        print("no fault", flush=True)
+        if (output := failure(workdir, TESTS)) is not None:
+            sys.exit(f"the tests fail without any fault:\n{output}")
         for fault in chosen:
             start = time.monotonic()
             print(fault.what, flush=True)

@@ -230,10 +230,15 @@ def test_where_only_the_score_is_bad_the_posterior_stays_right(leapfrog_steps):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(torch.where(z > 0, z.sqrt(), 0.0), 0.5), obs=x)
 
+    def positive(x):
+        """All particles start where the score is good: the others have to be moved there."""
+        pyro.sample("z", dist.Normal(1.0, 0.1))
+
     x, count = torch.tensor(0.7), 4000
-    posterior = DCPC(model, num_particles=count, move=Langevin(leapfrog_steps), certify=False).run(
-        x, num_sweeps=100, seed=0, progress=False
+    engine = DCPC(
+        model, positive, num_particles=count, move=Langevin(leapfrog_steps), certify=False
     )
+    posterior = engine.run(x, num_sweeps=100, seed=0, progress=False)
     grid = torch.linspace(-8.0, 8.0, 100_001)
     density = dist.Normal(0.0, 1.0).log_prob(grid)
     density = (density + dist.Normal(grid.clamp(min=0.0).sqrt(), 0.5).log_prob(x)).exp()
