@@ -141,7 +141,7 @@ class Budgets(Callback):
 
 
 def gradients_per_datum(num_latents: int, module: GenerativeModule) -> int:
-    """Gradient evaluations of a training step, per datum; see this module's docstring."""
+    """Gradient evaluations of a training step, per datum; see `experiments.head_to_head`."""
     if isinstance(module, AmortisedModule):
         return num_latents * module.objective.num_particles
     assert isinstance(module, ParticleModule)
