@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,9 +13,12 @@ from dcpc.algorithms import build_algorithm
 from dcpc.annealing import Annealed, spaced_ladder
 from dcpc.conquer import Move, Preconditioner
 from dcpc.divide import Arguments, Division, Unit, constrained_particles, divide, read_sites
+from dcpc.divide.division import DataIdentity
 from dcpc.divide.graph import Schedule
 from dcpc.divide.model import Model, observation_means
-from dcpc.divide.program import map_particles, parameter_key
+from dcpc.divide.program import map_particles
+from dcpc.divide.sites import Sites
+from dcpc.divide.watch import Snapshot
 from dcpc.errors import DataError, EvidenceError, OptionError
 from dcpc.initial import guide_loss
 from dcpc.posterior import Posterior, Samples
@@ -134,7 +138,7 @@ class DCPC:
         self.blocks = tuple(tuple(block) for block in blocks)
         self.backend = backend
         self.certify = certify
-        self._divisions: OrderedDict[tuple, Division] = OrderedDict()
+        self._divisions: OrderedDict[tuple, _Captured] = OrderedDict()
         self._posterior: Posterior | None = None
 
     # -- what users call ---------------------------------------------------------------------
@@ -193,7 +197,8 @@ class DCPC:
         arguments = Arguments(args, kwargs)
         with seeded(seed), ProgressBar(progress) as bar:
             run = self._run(arguments, bar, initial_values or {}, conditional_ess)
-            state, estimate = run.approach(self._evidence_refusal(run.division), evidence)
+            refusal = self._evidence_refusal(run.division, arguments.tensors)
+            state, estimate = run.approach(refusal, evidence)
             posterior = run.sample(state, estimate, num_sweeps, num_warmup, keep_every)
         self._posterior = posterior
         return posterior
@@ -224,7 +229,7 @@ class DCPC:
             raise OptionError(f"num_temperatures must be at least 1, got {num_temperatures}")
         _check_conditional_ess(conditional_ess)
         arguments = Arguments(args, kwargs)
-        refusal = self._evidence_refusal(self._divide(arguments))
+        refusal = self._evidence_refusal(self._divide(arguments), arguments.tensors)
         if refusal:
             raise EvidenceError(refusal)
         ladder = None if num_temperatures is None else spaced_ladder(num_temperatures)
@@ -303,9 +308,7 @@ class DCPC:
 
     def constrain(self, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Samples:
         """Constrained values of unconstrained latents `(K, *batch, *event)`."""
-        arguments = Arguments(args, kwargs)
-        sites = self._divide(arguments).sites
-        return constrained_particles(self.model, sites, arguments, latents)
+        return constrained_particles(self.model, Arguments(args, kwargs), latents)
 
     def observation_means(self, state: SweepState, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Posterior mean of every observed site's mean: the reconstruction of the data.
@@ -321,7 +324,6 @@ class DCPC:
         means = map_particles(
             lambda latents: observation_means(self.model, latents, args, kwargs),
             dict(state.latents),
-            division.latents,
         )
         weights = state.log_weight.normalized()
         result = {}
@@ -335,31 +337,35 @@ class DCPC:
 
     # -- internals ---------------------------------------------------------------------------
 
-    def _check_data(self, arguments: Arguments) -> None:
-        """Runs the model once on these data, whose shape may have been divided for others."""
-        with random_state_kept():
-            read_sites(self.model, *arguments.rebuild(arguments.tensors))
+    def _divide(self, arguments: Arguments, sites: Sites | None = None) -> Division:
+        """The divided model for these arguments: as captured before, where that still holds.
 
-    def _divide(self, arguments: Arguments) -> Division:
-        key = (arguments.key, parameter_key(self.model))
-        if key in self._divisions:
-            self._divisions.move_to_end(key)
-            return self._divisions[key]
-        args, kwargs = arguments.rebuild(arguments.tensors)
+        Args:
+            arguments: The model's arguments.
+            sites: Its sites for these very arguments, where they were read anew; then what was
+                captured is compared with a plain run, whatever seems to be unchanged.
+        """
+        snapshot = Snapshot(self.model, arguments.objects)
+        key = (arguments.key, snapshot.modes)
+        captured = self._divisions.get(key)
         with random_state_kept():
-            sites = read_sites(self.model, args, kwargs)
+            if captured is not None and captured.holds(snapshot, arguments, sites):
+                self._divisions.move_to_end(key)
+                return captured.division
+            args, kwargs = arguments.rebuild(arguments.tensors)
             division = divide(
                 self.model,
                 arguments,
-                sites,
+                sites or read_sites(self.model, args, kwargs),
                 self.num_particles,
                 schedule=self.algorithm.schedule,
                 blocks=self.blocks,
                 backend=self.backend,
                 certify=self.certify,
             )
-        # The first run may have created parameters, which are part of the key.
-        self._divisions[(arguments.key, parameter_key(self.model))] = division
+        # The first run may have created parameters.
+        snapshot = Snapshot(self.model, arguments.objects)
+        self._divisions[key] = _Captured(division, snapshot, DataIdentity(arguments.tensors))
         if len(self._divisions) > MAX_DIVISIONS:
             self._divisions.popitem(last=False)
         return division
@@ -371,11 +377,14 @@ class DCPC:
         initial_values: Mapping[str, Tensor] | None = None,
         conditional_ess: float = 0.9,
     ) -> Run:
-        self._check_data(arguments)
+        with random_state_kept():
+            sites = read_sites(self.model, *arguments.rebuild(arguments.tensors))
+        division = self._divide(arguments, sites)
+        self._check_subsampling(division)
         return Run(
             self.model,
             self.guide,
-            self._divide(arguments),
+            division,
             arguments,
             self.parts,
             self.num_particles,
@@ -384,13 +393,29 @@ class DCPC:
             conditional_ess,
         )
 
-    def _evidence_refusal(self, division: Division) -> str:
+    def _check_subsampling(self, division: Division) -> None:
+        """Refuses exact corrections where a plate subsamples latents next to global ones."""
+        scaled = [name for name in division.latents if division.sites[name].scale != 1.0]
+        others = {site.scale for site in division.sites.values()}
+        if self.parts.correction.is_exact and scaled and len(others) > 1:
+            plates = sorted({p.name for name in scaled for p in division.sites[name].plates})
+            rest = [name for name in division.latents if name not in scaled]
+            raise OptionError(
+                f"site(s) {scaled} are latents in a plate that subsamples (one of {plates}), "
+                f"beside others outside of it ({rest or 'observed sites'}): their scaled "
+                "conditionals belong to no joint density, so that no correction is exact; pass "
+                "all the data (no subsample_size), or use an algorithm that is not exact, such as "
+                "algorithm='pgd'"
+            )
+
+    def _evidence_refusal(self, division: Division, tensors: Sequence[Tensor]) -> str:
         """Why there is no evidence estimate; empty if there is one."""
-        flat = [name for name in division.latents if division.sites[name].is_improper]
+        flat = division.without_prior(tensors)
         if flat:
             return (
-                f"the prior of site(s) {flat} is flat (improper), so that the evidence is defined "
-                "only up to an arbitrary factor; give them a proper prior to compare models"
+                f"the prior of site(s) {flat} is flat (improper), or a handler masks or scales it, "
+                "so that the evidence is defined only up to an arbitrary factor; give them a "
+                "proper prior to compare models"
             )
         if not self.parts.correction.is_exact:
             return (
@@ -415,6 +440,28 @@ class DCPC:
         if self._posterior is None:
             raise OptionError("there is no posterior yet; call run(...) first")
         return self._posterior
+
+
+@dataclass
+class _Captured:
+    """A division in the cache, and what has to be the same for it to be used again."""
+
+    division: Division
+    snapshot: Snapshot
+    data: DataIdentity
+
+    def holds(self, snapshot: Snapshot, arguments: Arguments, sites: Sites | None) -> bool:
+        """Whether the division is that of the model as it is now, for these arguments."""
+        if snapshot != self.snapshot or (sites is not None and sites != self.division.sites):
+            return False
+        data = DataIdentity(arguments.tensors)
+        unsure = not snapshot.is_complete or (
+            self.division.program.reads_data and data != self.data
+        )
+        if (unsure or sites is not None) and not self.division.matches(arguments):
+            return False
+        self.data = data
+        return True
 
 
 def _check_conditional_ess(value: float) -> None:

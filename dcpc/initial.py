@@ -14,12 +14,16 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from dcpc.divide import Arguments, Division, Reference, Target, prior_particles
-from dcpc.divide.model import Model, transform_of, unconstrain
+from dcpc.divide.handlers import transform_of
+from dcpc.divide.model import Model, constrained_shapes, unconstrain
 from dcpc.divide.program import map_particles
 from dcpc.divide.unit import sum_to_plates
 from dcpc.errors import OptionError
 from dcpc.recombine import LogWeights
 from dcpc.sweep import SweepState
+
+NUM_REFERENCE_DRAWS = 200
+"""Prior draws by whose spread latents start whose prior a handler masks or scales."""
 
 REFERENCE_SCALE = 2.0
 """Spread, in unconstrained space, that latents with flat priors start with."""
@@ -40,21 +44,73 @@ def starting_references(
         initial_values: Constrained values by site.
 
     Raises:
-        OptionError: A name that is not a latent.
+        OptionError: A name that is not a latent, or a value that the site cannot have.
     """
-    unknown = set(initial_values) - set(division.latents)
+    args, kwargs = arguments.rebuild(arguments.tensors)
+    given = _unconstrained(model, division, initial_values, args, kwargs)
+    references = {name: Reference(u, INITIAL_SCALE) for name, u in given.items()}
+    missing = [n for n in division.without_prior(arguments.tensors) if n not in references]
+    if not missing:
+        return references
+    draws = prior_particles(model, division.sites, arguments, NUM_REFERENCE_DRAWS)
+    for name in missing:
+        if division.sites[name].is_improper:
+            references[name] = Reference(torch.zeros_like(draws[name][0]), REFERENCE_SCALE)
+        else:  # as wide as the prior before a handler scaled or masked it
+            spread = draws[name].std(0).clamp(min=1e-6)
+            references[name] = Reference(draws[name].mean(0), spread)
+    return references
+
+
+def _unconstrained(
+    model: Model,
+    division: Division,
+    values: Mapping[str, Tensor],
+    args: tuple,
+    kwargs: dict,
+) -> dict[str, Tensor]:
+    """Unconstrained initial values, checked one by one.
+
+    Raises:
+        OptionError: A value that is NaN, of the wrong shape or outside its support, or a name
+            that is not a latent.
+    """
+    unknown = set(values) - set(division.latents)
     if unknown:
         raise OptionError(
             f"initial_values names {sorted(unknown)}, but the latents are {division.latents}"
         )
-    args, kwargs = arguments.rebuild(arguments.tensors)
-    given = unconstrain(model, initial_values, args, kwargs, set(initial_values))
-    references = {name: Reference(u, INITIAL_SCALE) for name, u in given.items()}
-    template = prior_particles(model, division.sites, arguments, 1)
-    for name in division.latents:
-        if division.sites[name].is_improper and name not in references:
-            references[name] = Reference(torch.zeros_like(template[name][0]), REFERENCE_SCALE)
-    return references
+    tensors = {}
+    for name, value in values.items():
+        tensor = torch.as_tensor(value)
+        if not tensor.is_floating_point():
+            tensor = tensor.to(torch.get_default_dtype())
+        if not bool(tensor.isfinite().all()):
+            raise OptionError(
+                f"initial_values['{name}'] has NaN or infinite entries; give finite values"
+            )
+        tensors[name] = tensor
+    supports = constrained_shapes(model, args, kwargs, list(tensors))
+    for name, tensor in tensors.items():
+        shape, support = supports[name]
+        if tensor.shape != shape:
+            raise OptionError(
+                f"initial_values['{name}'] has shape {tuple(tensor.shape)}, but site '{name}' has "
+                f"values of shape {tuple(shape)}"
+            )
+        if not bool(support.check(tensor).all()):
+            raise OptionError(
+                f"initial_values['{name}'] lies outside the support {support} of site '{name}': "
+                f"got, for example, {float(tensor.flatten()[0]):.6g}"
+            )
+    given = unconstrain(model, tensors, args, kwargs, set(tensors))
+    for name, u in given.items():
+        if not bool(u.isfinite().all()):
+            raise OptionError(
+                f"initial_values['{name}'] lies on the edge of the support of site '{name}'; give "
+                "a value inside of it"
+            )
+    return given
 
 
 def draw_from_prior(
@@ -112,7 +168,7 @@ def draw_from_guide(
         return {**drawn, "_log_guide": torch.stack(torch.broadcast_tensors(*terms)).sum(0)}
 
     guide(*args, **kwargs)  # an autoguide sets itself up in its first call
-    latents = map_particles(draw, torch.zeros(num_particles), division.latents)
+    latents = map_particles(draw, torch.zeros(num_particles))
     log_guide = latents.pop("_log_guide")
     return SweepState(latents, LogWeights(torch.zeros_like(log_guide)), log_guide)
 

@@ -158,7 +158,7 @@ class Run:
         return Posterior(
             samples=self._constrain(state.latents),
             state=state,
-            population_axes={name: division.population_axes(name) for name in division.latents},
+            population_axes=division.value_axes(),
             acceptance=division.by_unit(_mean([statistic for statistic, _ in about])),
             step_size=division.by_unit(_mean([step_size for _, step_size in about])),
             unit_of={name: unit.name for unit in division.units for name in unit.sites},
@@ -174,7 +174,8 @@ class Run:
         return resample(self.division, state, self.parts, self.arguments.tensors, always=True)[0]
 
     def _constrain(self, latents: Mapping[str, Tensor]) -> Samples:
-        return constrained_particles(self.model, self.division.sites, self.arguments, latents)
+        values = constrained_particles(self.model, self.arguments, latents)
+        return {name: values[name] for name in self.division.value_axes()}
 
     def _constrain_history(self, kept: Sequence[Mapping[str, Tensor]]) -> Samples:
         if not kept:

@@ -103,6 +103,8 @@ class SweepInfo:
         ess: Effective sample size before resampling, `(*population)`.
         ancestors: `(K, *population)`, where whole particles were resampled; None if nowhere.
         num_bad: Number of log-densities that were NaN or infinite.
+        num_bad_scores: By group name, number of units `(n,)` whose score was NaN or infinite at a
+            finite log-density, over particles and plates; they move without a drift.
     """
 
     statistic: dict[str, Tensor]
@@ -110,6 +112,7 @@ class SweepInfo:
     ess: Tensor
     ancestors: Tensor | None
     num_bad: int
+    num_bad_scores: dict[str, Tensor] = field(default_factory=dict)
 
 
 def sweep(
@@ -162,20 +165,30 @@ def sweep(
     adaptation = dict(state.adaptation)
     statistic: dict[str, Tensor] = {}
     step_sizes: dict[str, Tensor] = {}
+    bad_scores: dict[str, Tensor] = {}
+    activity = division.activity(tensors).groups
     num_bad = torch.zeros((), dtype=torch.long, device=log_joint.device)
 
     for group in division.groups:
         value = group.pack(latents)
         before = evaluations.get(group.name)
         evaluate = partial(_evaluate, group, latents, tensors, target)
-        before = evaluate(value) if before is None else _finite(before)
-        learned = adaptation.get(group.name) or _first_adaptation(group, parts, before, adapt)
+        before = group.evaluate(value, latents, tensors, target) if before is None else before
+        bad_scores[group.name] = _count_bad_scores(before)
+        before = _finite(before)
+        active = activity.get(group.name)
+        learned = adaptation.get(group.name) or _first_adaptation(
+            group, parts, before, active, adapt
+        )
         step_size = parts.dual_averaging.step_size(learned.step_size, adapting=adapt)
         metric = parts.preconditioner.metric(learned.preconditioner, before.score)
         step_taken = parts.move.jitter(step_size)
         proposal = parts.move.propose(
             value, before.score, step_taken, metric, partial(_score_at, evaluate)
         )
+        if active is not None:
+            stays = torch.where(active, proposal.value, value)
+            proposal = replace(proposal, value=stays)
         outcome = correction.apply(
             ProposedMove(
                 group,
@@ -189,6 +202,7 @@ def sweep(
                 partial(_log_density, group, latents, tensors, target),
                 log_weight,
                 parts.resampler,
+                active,
             )
         )
 
@@ -200,7 +214,7 @@ def sweep(
         if outcome.statistic is not None:
             statistic[group.name] = outcome.statistic
         if adapt and adapt_preconditioner:
-            learned = _learn_preconditioner(learned, group, parts, before)
+            learned = _learn_preconditioner(learned, group, parts, before, active)
         if adapt and parts.adapts_step_size:
             learned = _learn_step_size(learned, parts, outcome.statistic)
         adaptation[group.name] = learned
@@ -210,7 +224,7 @@ def sweep(
     log_weight = correction.end(
         log_weight, lambda: division.log_joint(latents, tensors, target).detach()
     )
-    info = SweepInfo(statistic, step_sizes, ess, ancestors, int(num_bad))
+    info = SweepInfo(statistic, step_sizes, ess, ancestors, int(num_bad), bad_scores)
     return SweepState(latents, log_weight, log_joint, adaptation), info
 
 
@@ -305,9 +319,9 @@ def loss(division: Division, state: SweepState, tensors: Sequence[Tensor]) -> Te
     the model apply, so that a plate that subsamples counts for the whole dataset.
     """
     latents = {name: u.detach() for name, u in state.latents.items()}
-    log_joint = division.over_population(division.log_factors(latents, tensors))
-    scale = division.population_scale
-    return -scale * (state.log_weight.normalized() * log_joint).sum()
+    factors = division.log_factors(latents, tensors)
+    log_joint = division.over_population(factors, scaled=True)
+    return -(state.log_weight.normalized() * log_joint).sum()
 
 
 def _take(evaluation: ScoredDensity, ancestors: Tensor) -> ScoredDensity:
@@ -346,6 +360,12 @@ def _score_at(evaluate: Callable[[Tensor], ScoredDensity], value: Tensor) -> Ten
     return evaluate(value).score
 
 
+def _count_bad_scores(evaluation: ScoredDensity) -> Tensor:
+    """Number of units `(n,)` with a bad score where the log-density is finite."""
+    bad = ~evaluation.score.isfinite().all(-1) & evaluation.log_density.isfinite()
+    return bad.flatten(0, -2).sum(0)
+
+
 def _finite(evaluation: ScoredDensity) -> ScoredDensity:
     """The evaluation with zero in the place of scores that are NaN or infinite.
 
@@ -356,24 +376,32 @@ def _finite(evaluation: ScoredDensity) -> ScoredDensity:
 
 
 def _first_adaptation(
-    group: UnitGroup, parts: Parts, before: ScoredDensity, adapt: bool
+    group: UnitGroup, parts: Parts, before: ScoredDensity, active: Tensor | None, adapt: bool
 ) -> Adaptation:
     step_size = before.score.new_full((len(group.units),), parts.initial_step_size(group))
     first = Adaptation(
         preconditioner=parts.preconditioner.init(before.score, group.population),
         step_size=parts.dual_averaging.init(step_size),
     )
-    return _learn_preconditioner(first, group, parts, before) if adapt else first
+    return _learn_preconditioner(first, group, parts, before, active) if adapt else first
 
 
 def _learn_preconditioner(
-    learned: Adaptation, group: UnitGroup, parts: Parts, before: ScoredDensity
+    learned: Adaptation,
+    group: UnitGroup,
+    parts: Parts,
+    before: ScoredDensity,
+    active: Tensor | None,
 ) -> Adaptation:
+    score = before.score
+    if active is not None:
+        # The mean of squares over the population's cells becomes one over the active cells.
+        axes = tuple(range(1, 1 + group.population))
+        share = active.to(score.dtype).mean(axes, keepdim=True) if axes else active.to(score.dtype)
+        score = torch.where(active, score / share.clamp(min=1e-12).sqrt(), 0.0)
     return replace(
         learned,
-        preconditioner=parts.preconditioner.update(
-            learned.preconditioner, before.score, group.population
-        ),
+        preconditioner=parts.preconditioner.update(learned.preconditioner, score, group.population),
     )
 
 

@@ -1,8 +1,8 @@
 """Divide: a Pyro program becomes complete-conditional units, each with its own program."""
 
 from dcpc.divide.division import Division, divide
-from dcpc.divide.model import read_sites
 from dcpc.divide.program import Arguments, constrained_particles, prior_particles
+from dcpc.divide.sites import read_sites
 from dcpc.divide.target import POSTERIOR, Reference, Target
 from dcpc.divide.unit import ScoredDensity, Unit, UnitGroup
 

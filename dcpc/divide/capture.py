@@ -10,11 +10,14 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -22,10 +25,79 @@ _SHAPE_ONLY = frozenset(
     f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
 ) | frozenset(f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "empty_strided"))
 _SLICES = (torch.ops.aten.slice.Tensor, torch.ops.aten.slice_scatter.default)
+_READS = frozenset(("numpy", "tolist", "__array__"))
+
+
+class ReadsOfData:
+    """Lets a program that is captured take data out of torch, and remembers that it did.
+
+    Python numbers, branches and shapes that come from data (`x.std().item()`, `if x.mean() > 0`,
+    `int(group.max())`, `F.one_hot`, `x[x > 0]`, numpy) are constants of the capture, which then is
+    right for these very data only. `torch.vmap` still refuses them where they come from a latent.
+
+    Attributes:
+        found: Whether anything was read since the start.
+    """
+
+    def __init__(self) -> None:
+        self.found = False
+
+    def watch(self, function: Function) -> Function:
+        """The function, with its reads of data allowed and recorded."""
+
+        def watched(*args: Tensor) -> tuple[Tensor, ...]:
+            with _MethodReads(self), _OperatorReads(self):
+                return function(*args)
+
+        return watched
+
+
+class _MethodReads(TorchFunctionMode):
+    """Records what leaves torch by a method."""
+
+    def __init__(self, reads: ReadsOfData) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in _READS:
+            self.reads.found = True
+        return func(*args, **(kwargs or {}))
+
+
+class _OperatorReads(TorchDispatchMode):
+    """Records operators whose result, or its shape, depends on values; gives numbers."""
+
+    def __init__(self, reads: ReadsOfData) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.reads.found = True
+            with disable_proxy_modes_tracing():
+                return func(*args, **(kwargs or {}))
+        if torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_numbers(func, args):
+            self.reads.found = True
+        return func(*args, **(kwargs or {}))
+
+
+def _indexes_by_numbers(func: Any, args: tuple) -> bool:
+    """Whether an operator is an index by integers, whose shape does not depend on values."""
+    return func is torch.ops.aten.index.Tensor and all(
+        index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1]
+    )
 
 
 def capture(
-    function: Function, batched: Sequence[Tensor], shared: Sequence[Tensor]
+    function: Function,
+    batched: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    reads: ReadsOfData | None = None,
 ) -> fx.GraphModule:
     """Records `vmap(function)` as a functional ATen graph.
 
@@ -33,6 +105,7 @@ def capture(
         function: Of `(*batched, *shared)`, for one particle; returns a tuple of tensors.
         batched: Examples with a leading particle axis.
         shared: Examples of tensors that all particles share.
+        reads: Told whether the function takes values out of torch.
 
     Returns:
         A graph module of `(*batched, *shared)` whose outputs carry the particle axis first.
@@ -40,6 +113,7 @@ def capture(
         in-place updates are seen and gradients reach them.
     """
     in_dims = (0,) * len(batched) + (None,) * len(shared)
+    function = (reads or ReadsOfData()).watch(function)
 
     def vectorised(body: Function) -> fx.GraphModule:
         return make_fx(torch.vmap(body, in_dims=in_dims, randomness="different"))(*batched, *shared)
@@ -81,12 +155,15 @@ def dependencies(module: fx.GraphModule) -> list[frozenset[int]]:
     raise AssertionError("a graph without an output node")
 
 
-def slice_outputs(module: fx.GraphModule, positions: Sequence[int]) -> fx.GraphModule:
+def slice_outputs(
+    module: fx.GraphModule, positions: Sequence[int], *, learns: bool = False
+) -> fx.GraphModule:
     """The part of a captured graph that computes some of its outputs; all inputs are kept.
 
-    A slice is differentiated with respect to latents only. So the author's `detach` is dropped on
-    the way: the score is the derivative of the log-density whatever is detached for learning. And
-    the parameters are detached, which spares the backward pass their gradients.
+    A slice that does not learn is differentiated with respect to latents only. So the author's
+    `detach` is dropped on the way: the score is the derivative of the log-density whatever is
+    detached for learning. And the parameters are detached, which spares the backward pass their
+    gradients.
     """
     outputs = next(node for node in module.graph.nodes if node.op == "output").args[0]
     wanted = [outputs[position] for position in positions]
@@ -100,11 +177,11 @@ def slice_outputs(module: fx.GraphModule, positions: Sequence[int]) -> fx.GraphM
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
-        if node in needed and node.target is torch.ops.aten.detach.default:
+        if node in needed and not learns and node.target is torch.ops.aten.detach.default:
             copied[node] = copied[node.args[0]]
         elif node in needed or node.op == "placeholder":
             copied[node] = graph.node_copy(node, copied.__getitem__)
-            if node.op == "get_attr":
+            if node.op == "get_attr" and not learns:
                 copied[node] = graph.call_function(torch.ops.aten.detach.default, (copied[node],))
     graph.output(tuple(copied[node] for node in wanted))
     return fx.GraphModule(module, graph)

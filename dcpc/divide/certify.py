@@ -7,33 +7,41 @@ models that draw random numbers, and plates whose elements are not independent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from dcpc.divide.model import Latents, Plate, Site
-from dcpc.divide.program import Factors, Program
+from dcpc.divide.model import Latents, log_factors
+from dcpc.divide.program import Arguments, Factors, Program
+from dcpc.divide.sites import Plate, Site
 from dcpc.errors import CertificationError
 
 NUM_PLAIN_RUNS = 2
 """Particles that are compared with a plain run of the model."""
 
 
-def certify_values(program: Program, particles: Latents, tensors: Sequence[Tensor]) -> None:
+def certify_values(
+    program: Program,
+    particles: Latents,
+    arguments: Arguments,
+    num_runs: int = NUM_PLAIN_RUNS,
+) -> None:
     """Compares every factor of the first particles with plain sequential runs of the model.
 
     Raises:
         CertificationError: Naming the site, both values, and the usual causes.
     """
+    args, kwargs = arguments.rebuild(arguments.tensors)
     with torch.no_grad():
-        factors = program.select(list(program.sites))(particles, tensors)
-        count = min(NUM_PLAIN_RUNS, next(iter(particles.values())).shape[0])
+        factors = program.select(list(program.sites))(particles, arguments.tensors)
+        count = min(num_runs, next(iter(particles.values())).shape[0])
         for k in range(count):
-            plain = program.single({name: u[k] for name, u in particles.items()}, tensors)
+            particle = {name: u[k] for name, u in particles.items()}
+            plain = log_factors(program.model, particle, args, kwargs, program.sites)
             for name, expected in plain.items():
                 got = factors[name][k]
-                if got.shape != expected.shape or bool(_differs(got, expected).any()):
+                if got.shape != expected.shape or bool(differs(got, expected).any()):
                     raise CertificationError(
                         f"site '{name}': the {program.name} backend gives the log-density "
                         f"{_show(got)} of shape {tuple(got.shape)}, a plain run of the model "
@@ -65,8 +73,8 @@ def changed_factors(
     factors = _evaluate(program, [base, *probes], tensors)
     changed: dict[str, set[str]] = {latent: set() for latent in program.latents}
     for name, values in factors.items():
-        differs = _differs(values[1:], values[:1], tolerance).reshape(len(probes), -1).any(1)
-        for latent, yes in zip(program.latents, differs.tolist(), strict=True):
+        moved = differs(values[1:], values[:1], tolerance).reshape(len(probes), -1).any(1)
+        for latent, yes in zip(program.latents, moved.tolist(), strict=True):
             if yes:
                 changed[latent].add(name)
     return changed
@@ -182,7 +190,7 @@ def _along(mask: Tensor, site: Site, plate: Plate) -> Tensor:
 def _unchanged_outside(mask: Tensor, got: Tensor, base: Tensor, plate: Plate) -> bool:
     outside = ~mask.to(got.device)
     index = outside.nonzero().squeeze(-1)
-    changed = _differs(got.index_select(plate.dim, index), base.index_select(plate.dim, index))
+    changed = differs(got.index_select(plate.dim, index), base.index_select(plate.dim, index))
     return not bool(changed.any())
 
 
@@ -205,22 +213,30 @@ def _evaluate(
     """Factors at many configurations, in chunks of the particle number of the capture."""
     names = list(program.sites) if names is None else names
     run: Callable[[Latents, Sequence[Tensor]], Factors] = program.select(names)
-    size = program.num_particles
-    chunks = []
     with torch.no_grad():
-        for start in range(0, len(configurations), size):
-            chunk = list(configurations[start : start + size])
-            padded = chunk + [chunk[-1]] * (size - len(chunk))
-            latents = {
-                name: torch.cat([configuration[name] for configuration in padded])
-                for name in program.latents
-            }
-            factors = run(latents, tensors)
-            chunks.append({name: value[: len(chunk)] for name, value in factors.items()})
+        chunks = [
+            {name: value[:count] for name, value in run(latents, tensors).items()}
+            for latents, count in _batches(program, configurations)
+        ]
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in names}
 
 
-def _differs(got: Tensor, expected: Tensor, tolerance: float | None = None) -> Tensor:
+def _batches(
+    program: Program, configurations: Sequence[Latents]
+) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """Configurations in batches of the capture's size, the last one padded, with their numbers."""
+    size = program.num_particles
+    for start in range(0, len(configurations), size):
+        chunk = list(configurations[start : start + size])
+        padded = chunk + [chunk[-1]] * (size - len(chunk))
+        latents = {
+            name: torch.cat([configuration[name] for configuration in padded])
+            for name in program.latents
+        }
+        yield latents, len(chunk)
+
+
+def differs(got: Tensor, expected: Tensor, tolerance: float | None = None) -> Tensor:
     """Elementwise: more than rounding apart; non-finite values of one kind are equal."""
     if tolerance is None:
         tolerance = 1e-4 if got.dtype == torch.float32 else 1e-9

@@ -8,14 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dcpc.divide.activity import Activity, find_activity
 from dcpc.divide.certify import (
     certify_graph,
     certify_values,
     independent_plates,
     perturbation_dependencies,
 )
+from dcpc.divide.certify_moves import certify_moves
 from dcpc.divide.graph import Members, Schedule, SiteGraph, coloured, group_blocks
-from dcpc.divide.model import Latents, Model, Plate, Site
+from dcpc.divide.model import Latents, Model
 from dcpc.divide.program import (
     Arguments,
     Factors,
@@ -25,8 +27,10 @@ from dcpc.divide.program import (
     build_program,
     prior_particles,
 )
+from dcpc.divide.sites import Plate, Sites
 from dcpc.divide.target import POSTERIOR, Target
 from dcpc.divide.unit import ScoredDensity, Unit, UnitGroup, sum_to_plates
+from dcpc.errors import CertificationError, ModelError
 
 NUM_EXAMPLES = 4
 """Prior samples that a program is captured and certified with."""
@@ -64,9 +68,10 @@ class Division:
         leading = {name for group in self.groups[:num_leading] for name in group.touched}
         rest = [name for name in program.sites if name not in leading]
         self._rest = program.select(rest) if rest else None
+        self._active: tuple[DataIdentity, Activity] | None = None
 
     @property
-    def sites(self) -> dict[str, Site]:
+    def sites(self) -> Sites:
         """All random sites, in program order."""
         return self.program.sites
 
@@ -89,6 +94,47 @@ class Division:
         """Axes of the population plates in a latent's value `(K, *batch, *event)`."""
         return tuple(1 + len(self.sites[name].batch_shape) + p.dim for p in self.population)
 
+    def value_axes(self) -> dict[str, tuple[int, ...]]:
+        """Axes of the population plates in every value `(K, *batch, *event)` of a posterior.
+
+        Latents and deterministic values; of the latter only those that are made cell by cell,
+        since particles have weights by cell.
+        """
+        axes = {name: self.population_axes(name) for name in self.latents}
+        for name, value in self.sites.deterministic.items():
+            found = [value.axis(plate) for plate in self.population]
+            if None not in found:
+                axes[name] = tuple(1 + axis for axis in found if axis is not None)
+        return axes
+
+    def matches(self, arguments: Arguments) -> bool:
+        """Whether what was captured agrees with a plain run of the model for these arguments."""
+        try:
+            certify_values(self.program, self.program.example, arguments, num_runs=1)
+        except (CertificationError, ModelError):
+            return False
+        return True
+
+    def activity(self, tensors: Sequence[Tensor]) -> Activity:
+        """Which elements of masked latents these data make a part of the target."""
+        if not self.sites.masked:
+            return NO_MASKS
+        identity = DataIdentity(tensors)
+        if self._active is None or self._active[0] != identity:
+            plates = {name: unit.plates for unit in self.units for name in unit.sites}
+            activity = find_activity(self.program, plates, self.groups, tensors)
+            self._active = identity, activity
+        return self._active[1]
+
+    def without_prior(self, tensors: Sequence[Tensor]) -> list[str]:
+        """Latents whose prior is flat, scaled or masked: it cannot be sampled or integrated."""
+        flat = self.activity(tensors).flat
+        return [
+            name
+            for name in self.latents
+            if self.sites[name].is_improper or self.sites[name].is_rescaled or name in flat
+        ]
+
     def by_unit(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Splits numbers `(n,)` by group name into one number by unit name."""
         return {
@@ -107,8 +153,7 @@ class Division:
     ) -> Tensor:
         """Log-density of the target by population cell, `(K, *population)`.
 
-        Where the population plate subsamples, its scale is divided out: a cell's density is
-        that of its own datum.
+        Where the population plate subsamples, a cell's density is that of its own datum.
         """
         factors = target.weigh(self.log_factors(latents, tensors), latents, self.sites)
         return self.over_population(factors)
@@ -135,19 +180,30 @@ class Division:
                 log_joint = log_joint + self.over_population(rest)
         return evaluations, log_joint
 
-    def over_population(self, factors: Factors) -> Tensor:
-        """Sum of log-factors by population cell, `(K, *population)`, unscaled."""
-        terms = [sum_to_plates(value, self.population) for value in factors.values()]
+    def over_population(self, factors: Factors, *, scaled: bool = False) -> Tensor:
+        """Sum of log-factors by population cell, `(K, *population)`.
+
+        Args:
+            factors: Log-factors by site.
+            scaled: Whether a cell counts for as many data as it stands for.
+        """
+        unit = 1.0 if scaled else self.population_scale
+        terms = [
+            sum_to_plates(value, self.population) * (self.sites[name].scale / unit)
+            if self.sites[name].scale != unit
+            else sum_to_plates(value, self.population)
+            for name, value in factors.items()
+        ]
         total = terms[0]
         for term in terms[1:]:
             total = total + term
-        return total if self.population_scale == 1.0 else total / self.population_scale
+        return total
 
 
 def divide(
     model: Model,
     arguments: Arguments,
-    sites: dict[str, Site],
+    sites: Sites,
     num_particles: int,
     *,
     schedule: Schedule = coloured,
@@ -183,8 +239,7 @@ def divide(
     if backend == "auto" and isinstance(program, LoopProgram):
         warnings.warn(
             "the model cannot be vectorised over particles, so it runs once per particle: right, "
-            "but slow. Usual causes are writes by boolean mask, in the model or in a log_prob "
-            "(dist.Multinomial); backend='vmap' shows the reason, backend='loop' silences this.",
+            f"but slow. What stopped it: {program.reason}. backend='loop' silences this.",
             stacklevel=2,
         )
     if isinstance(program, GraphProgram):
@@ -192,7 +247,7 @@ def divide(
     else:
         depends = perturbation_dependencies(program, particles, tensors)
     if certify:
-        certify_values(program, example, tensors)
+        certify_values(program, example, arguments)
         certify_graph(program, depends, particles, tensors)
     graph = SiteGraph(sites, depends)
     steps = schedule(graph, group_blocks(graph, blocks))
@@ -220,6 +275,8 @@ def divide(
     scale = sites[graph.latents[0]].scale if population else 1.0
     if any(group.scales != {scale} for group in groups[:num_leading]):
         num_leading = 0  # their log-densities are scaled otherwise than a cell's
+    if certify:
+        certify_moves(program, graph, groups, particles, arguments)
     ordered = sorted(units.values(), key=lambda unit: graph.latents.index(unit.sites[0]))
     return Division(program, graph, ordered, groups, population, num_leading)
 
@@ -274,6 +331,27 @@ def _unit(graph: SiteGraph, members: tuple[str, ...], plates: tuple[Plate, ...])
         size=count,
         support=graph.sites[members[0]].support,
     )
+
+
+class DataIdentity:
+    """Which tensors, in which version, something was computed from."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tuple(tensors)
+        self.versions = tuple(0 if t.is_inference() else t._version for t in tensors)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, DataIdentity)
+            and self.versions == other.versions
+            and len(self.tensors) == len(other.tensors)
+            and all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+NO_MASKS = Activity({}, frozenset(), {})
 
 
 def _unique(plates: Iterable[Plate]) -> tuple[Plate, ...]:

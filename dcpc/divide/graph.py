@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from dcpc.divide.model import Site
+from dcpc.divide.sites import Site
 from dcpc.errors import OptionError
 
 Members = tuple[str, ...]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
@@ -14,7 +15,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
+from torch.overrides import TorchFunctionMode
 
+from dcpc.divide.masking import element_mask, layers, masked_log_prob
 from dcpc.errors import ModelError
 
 INITIAL_RADIUS = 2.0
@@ -26,26 +29,60 @@ def transform_of(fn: Any) -> Transform:
     return biject_to(fn.support)
 
 
-def improper(fn: Any) -> bool:
-    """Whether a distribution is a flat prior: `ImproperUniform`, or one with `.mask(False)`."""
-    return any(
+def improper(msg: Any) -> bool:
+    """Whether a latent's prior is flat: `ImproperUniform`, or a mask that is False."""
+    return msg["mask"] is False or any(
         isinstance(part, dist.ImproperUniform)
         or (isinstance(part, dist.MaskedDistribution) and part._mask is False)
-        for part in layers(fn)
+        for part in layers(msg["fn"])
     )
 
 
-class Substitute(Messenger):
-    """Replaces latents by the images of unconstrained values and records the log-factors."""
+def plate_scale(msg: Any) -> tuple[float, bool]:
+    """Scale of a site by its plates that subsample, and whether a handler scales it besides."""
+    scale = 1.0
+    for frame in msg["cond_indep_stack"]:
+        if frame.full_size is not None and frame.size:
+            scale *= frame.full_size / frame.size
+    own = msg["scale"] / scale
+    if isinstance(own, Tensor):
+        return scale, bool(((own - 1.0).abs() > 1e-6).any())
+    return scale, abs(own - 1.0) > 1e-6
 
-    def __init__(self, latents: Mapping[str, Tensor], sites: Collection[str] | None) -> None:
+
+class TensorObservations(Messenger):
+    """Turns observations that are numpy arrays, pandas objects or numbers into tensors."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and not isinstance(msg["value"], Tensor | None):
+            msg["value"] = torch.as_tensor(np.asarray(msg["value"]))
+
+
+class Substitute(TensorObservations):
+    """Replaces latents by the images of unconstrained values and records the log-factors.
+
+    Attributes:
+        values: Constrained values of the latents, and those of deterministic sites.
+        log_factors: By site, as `log_factors` in `model` describes them.
+        masks: By latent in `masked`, which of its batch elements are in its own density.
+    """
+
+    def __init__(
+        self,
+        latents: Mapping[str, Tensor],
+        sites: Mapping[str, Any] | None,
+        masked: Collection[str] = (),
+    ) -> None:
         super().__init__()
         self.latents = latents
         self.sites = sites
+        self.masked = masked
         self.values: dict[str, Tensor] = {}
         self.log_factors: dict[str, Tensor] = {}
+        self.masks: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
         if site_is_subsample(msg) and msg["value"] is None:
             indices = msg["fn"]()
             whole = len(indices) == msg["fn"].size
@@ -57,30 +94,35 @@ class Substitute(Messenger):
         value = transform(u)
         msg["value"], msg["done"] = value, True
         self.values[msg["name"]] = value
-        if self.sites is not None and not _is_identity(transform):
+        if self.sites is not None and not is_identity(transform):
             msg["infer"] = {
                 **msg["infer"],
                 "_log_det_jacobian": transform.log_abs_det_jacobian(u, value),
             }
 
     def _pyro_post_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if is_deterministic(msg):
+            self.values[name] = msg["value"]
         if self.sites is None or not is_random(msg):
             return
-        name = msg["name"]
         if name not in self.sites:
             raise ModelError(
                 f"site '{name}' appeared in this run of the model but not in the first one; the "
                 "set of sites must not change between runs (static structure)"
             )
         with _unvalidated(msg["fn"]):
-            log_factor = msg["fn"].log_prob(msg["value"])
+            log_factor = masked_log_prob(msg)
+        log_factor = _rescaled(log_factor, msg["scale"], self.sites[name].scale)
         log_det = msg["infer"].get("_log_det_jacobian")
         if log_det is not None:
             extra = log_det.dim() - log_factor.dim()
             log_factor = log_factor + (
                 log_det.sum(tuple(range(-extra, 0))) if extra > 0 else log_det
             )
-        self.log_factors[name] = _scale_and_mask(log_factor, msg["scale"], msg["mask"])
+        self.log_factors[name] = log_factor
+        if name in self.masked:
+            self.masks[name] = element_mask(msg, self.sites[name].batch_shape)
 
 
 class _Indices(Tensor):
@@ -95,12 +137,26 @@ class _Indices(Tensor):
         return iter(range(len(self)))
 
 
+class Undetached(TorchFunctionMode):
+    """Lets gradients through `.detach()`.
+
+    A score is the derivative of the log-density, whatever the author detaches for learning.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is Tensor.detach or func is torch.detach:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 class InitialiseFlat(Messenger):
     """Gives sites with an `ImproperUniform` prior a value, which Pyro cannot sample."""
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
-        if msg["done"] or msg["is_observed"] or not improper(fn):
+        if msg["done"] or msg["is_observed"]:
             return
         base = next((part for part in layers(fn) if isinstance(part, dist.ImproperUniform)), None)
         if base is None:
@@ -140,11 +196,21 @@ class Draw(Messenger):
 
 def is_random(msg: Any) -> bool:
     """A site with a density: not a deterministic, not a plate's subsample."""
-    return (
-        msg["type"] == "sample"
-        and not site_is_subsample(msg)
-        and not msg["infer"].get("_deterministic", False)
+    return msg["type"] == "sample" and not site_is_subsample(msg) and not is_deterministic(msg)
+
+
+def is_deterministic(msg: Any) -> bool:
+    """A site whose value its parents determine: `pyro.deterministic`, or a latent `Delta`."""
+    if msg["type"] != "sample" or site_is_subsample(msg):
+        return False
+    return msg["infer"].get("_deterministic", False) or (
+        not msg["is_observed"] and is_delta(msg["fn"])
     )
+
+
+def is_delta(fn: Any) -> bool:
+    """Whether a distribution has all its mass on one value."""
+    return any(isinstance(part, dist.Delta) for part in layers(fn))
 
 
 def mean_of(fn: Any) -> Tensor:
@@ -152,27 +218,19 @@ def mean_of(fn: Any) -> Tensor:
     return fn.mean
 
 
-def layers(fn: Any) -> Iterator[Any]:
-    """The distribution and those that it wraps (Independent, Masked, Expanded)."""
-    while fn is not None:
-        yield fn
-        fn = getattr(fn, "base_dist", None)
-
-
-def _is_identity(transform: Transform) -> bool:
+def is_identity(transform: Transform) -> bool:
+    """Whether a transform leaves its argument as it is."""
     if isinstance(transform, IndependentTransform):
-        return _is_identity(transform.base_transform)
+        return is_identity(transform.base_transform)
     return isinstance(transform, ComposeTransform) and not transform.parts
 
 
-def _scale_and_mask(value: Tensor, scale: Any, mask: Any) -> Tensor:
-    if mask is False:
-        return torch.zeros_like(value)
-    if not (isinstance(scale, float | int) and scale == 1):
-        value = value * scale
-    if mask is None or mask is True:
-        return value
-    return torch.where(mask, value, value.new_zeros(()))
+def _rescaled(log_prob: Tensor, scale: Any, by_plates: float) -> Tensor:
+    """A log-density with the handlers' scale, but for that of plates that subsample."""
+    if not isinstance(scale, Tensor):
+        scale = scale / by_plates
+        return log_prob if abs(scale - 1.0) < 1e-12 else log_prob * scale
+    return log_prob * (scale / by_plates)
 
 
 @contextmanager

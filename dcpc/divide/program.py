@@ -13,24 +13,31 @@ from __future__ import annotations
 import traceback
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
-import pyro
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dcpc.divide import capture
-from dcpc.divide.model import Latents, Model, Site, constrain, log_factors, sample_prior
+from dcpc.divide.handlers import Undetached
+from dcpc.divide.model import Latents, Model, constrain, log_factors_and_masks, sample_prior
+from dcpc.divide.sites import Sites
+from dcpc.divide.watch import is_plain, plain_key
 from dcpc.errors import ModelError, OptionError
 
 Factors = dict[str, Tensor]
 
 
 class Arguments:
-    """A call's arguments, split into tensors (inputs) and everything else (part of the key)."""
+    """A call's arguments, split into tensors (inputs) and everything else (part of the key).
+
+    Attributes:
+        tensors: The tensors, in the order of the arguments' tree.
+        objects: Leaves that are neither tensors nor plain values, and whose contents may change.
+    """
 
     def __init__(self, args: tuple, kwargs: dict) -> None:
         leaves, self._structure = pytree.tree_flatten((args, kwargs))
@@ -39,6 +46,7 @@ class Arguments:
         self.tensors: tuple[Tensor, ...] = tuple(
             leaf for leaf in leaves if isinstance(leaf, Tensor)
         )
+        self.objects = [leaf for leaf in self._static if not is_plain(leaf)]
 
     def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict]:
         """The arguments with other tensors in the places of the tensors."""
@@ -51,12 +59,24 @@ class Arguments:
 
     @property
     def key(self) -> tuple:
-        """What a capture depends on: shapes, dtypes, devices, and the non-tensor arguments."""
+        """What a capture depends on: structure, shapes, dtypes, devices, and plain values.
+
+        Of other objects it holds the type only; `watch` looks at their contents.
+        """
         return (
-            str(self._structure),
+            _structure_key(self._structure),
             tuple((tuple(t.shape), t.dtype, t.device) for t in self.tensors),
-            tuple(_static_key(leaf) for leaf in self._static),
+            tuple(plain_key(leaf) if is_plain(leaf) else type(leaf) for leaf in self._static),
         )
+
+
+def _structure_key(spec: pytree.TreeSpec) -> tuple:
+    context = spec.context
+    return (
+        spec.type,
+        tuple(map(plain_key, context)) if isinstance(context, list | tuple) else context,
+        tuple(_structure_key(child) for child in spec.children()),
+    )
 
 
 class Program(ABC):
@@ -67,22 +87,28 @@ class Program(ABC):
         sites: Its sites, in program order.
         arguments: The arguments that it was built with.
         example: Unconstrained latents `(K, *batch, *event)`, to run and capture with.
+
+    Attributes:
+        reads_data: Whether it holds numbers that the model took out of its data, so that it is
+            right for these very data only.
     """
 
     name: str
+    reads_data = False
 
     def __init__(
         self,
         model: Model,
-        sites: Mapping[str, Site],
+        sites: Sites,
         arguments: Arguments,
         example: Latents,
     ) -> None:
         self.model = model
         self.num_particles = next(iter(example.values())).shape[0]
-        self.sites = dict(sites)
-        self.latents = [name for name, site in sites.items() if not site.is_observed]
+        self.sites = sites
+        self.latents = sites.latents
         self.arguments = arguments
+        self.example = example
 
     @abstractmethod
     def select(
@@ -92,25 +118,38 @@ class Program(ABC):
 
         Args:
             names: Sites.
-            for_score: Whether it is to be differentiated with respect to latents. Then a
-                captured program drops `.detach()`: the score is the derivative of the
-                log-density, whatever the author detaches for learning.
+            for_score: Whether it is to be differentiated with respect to latents. Then
+                `.detach()` has no effect: the score is the derivative of the log-density,
+                whatever the author detaches for learning.
 
         Returns:
             Function of unconstrained latents `(K, *batch, *event)` and the tensors among the
             arguments, giving log-factors `(K, *batch_shape)` by name.
         """
 
+    def masks(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """For every masked latent, which elements its density has: boolean `batch_shape`."""
+        particle = {name: u[0] for name, u in self.example.items()}
+        return self._factors_and_masks(particle, tensors)[1]
+
     def single(self, latents: Latents, tensors: Sequence[Tensor]) -> Factors:
         """All log-factors of one particle by a plain run of the model."""
+        return self._factors_and_masks(latents, tensors)[0]
+
+    def _factors_and_masks(
+        self, latents: Latents, tensors: Sequence[Tensor]
+    ) -> tuple[Factors, dict[str, Tensor]]:
         args, kwargs = self.arguments.rebuild(tensors)
-        return log_factors(self.model, latents, args, kwargs, self.sites)
+        return log_factors_and_masks(
+            self.model, latents, args, kwargs, self.sites, self.sites.masked
+        )
 
     def _flat(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """`single` as a function of a flat list, in the order of `latents` and `sites`."""
+        """Factors, then masks, as a function of a flat list: latents, then tensors."""
         count = len(self.latents)
         latents = dict(zip(self.latents, values[:count], strict=True))
-        return tuple(self.single(latents, values[count:]).values())
+        factors, masks = self._factors_and_masks(latents, values[count:])
+        return (*factors.values(), *masks.values())
 
 
 class GraphProgram(Program):
@@ -121,41 +160,59 @@ class GraphProgram(Program):
     def __init__(
         self,
         model: Model,
-        sites: Mapping[str, Site],
+        sites: Sites,
         arguments: Arguments,
         example: Latents,
     ) -> None:
         super().__init__(model, sites, arguments, example)
+        reads = capture.ReadsOfData()
         self._module = capture.capture(
             self._flat,
             [example[name].contiguous() for name in self.latents],
             [value.contiguous() for value in arguments.tensors],
+            reads,
         )
+        self.reads_data = reads.found
+        self._outputs = {name: position for position, name in enumerate(self.sites)}
+        self._masks = self._slice([len(sites) + i for i in range(len(sites.masked))])
 
     def select(
         self, names: Sequence[str], *, for_score: bool = False
     ) -> Callable[[Latents, Sequence[Tensor]], Factors]:
-        order = {name: position for position, name in enumerate(self.sites)}
-        module = self._module
-        if for_score or set(names) != set(self.sites):
-            module = capture.slice_outputs(module, [order[name] for name in names])
-        else:
-            names = list(self.sites)
+        learns = not for_score and set(names) == set(self.sites)
+        run = self._slice([self._outputs[name] for name in names], learns)
 
-        def run(latents: Latents, tensors: Sequence[Tensor]) -> Factors:
+        def factors(latents: Latents, tensors: Sequence[Tensor]) -> Factors:
+            return dict(zip(names, run(latents, tensors), strict=True))
+
+        return factors
+
+    def masks(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        if not self.sites.masked:
+            return {}
+        outputs = self._masks(self.example, tensors)
+        return {name: mask[0] for name, mask in zip(self.sites.masked, outputs, strict=True)}
+
+    def _slice(
+        self, positions: Sequence[int], learns: bool = False
+    ) -> Callable[[Latents, Sequence[Tensor]], tuple[Tensor, ...]]:
+        """Some of the outputs; with `learns`, of a graph through which parameters learn."""
+        module = capture.slice_outputs(self._module, positions, learns=learns)
+
+        def run(latents: Latents, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             # A capture holds the views that contiguous examples allowed.
             values = (*(latents[name] for name in self.latents), *tensors)
-            outputs = module(*(value.contiguous() for value in values))
-            return dict(zip(names, outputs, strict=True))
+            return module(*(value.contiguous() for value in values))
 
         return run
 
     def dependencies(self) -> dict[str, frozenset[str]]:
         """The latents that each factor depends on, by reachability in the graph."""
         count = len(self.latents)
+        reached = capture.dependencies(self._module)
         return {
-            name: frozenset(self.latents[position] for position in inputs if position < count)
-            for name, inputs in zip(self.sites, capture.dependencies(self._module), strict=True)
+            name: frozenset(self.latents[i] for i in reached[position] if i < count)
+            for name, position in self._outputs.items()
         }
 
 
@@ -170,10 +227,10 @@ class VmapProgram(Program):
         def run(latents: Latents, tensors: Sequence[Tensor]) -> Factors:
             in_dims = (0,) * len(self.latents) + (None,) * len(tensors)
             vectorised = torch.vmap(self._flat, in_dims=in_dims, randomness="different")
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), Undetached() if for_score else nullcontext():
                 warnings.simplefilter("ignore")
                 outputs = vectorised(*(latents[name] for name in self.latents), *tensors)
-            factors = dict(zip(self.sites, outputs, strict=True))
+            factors = dict(zip(self.sites, outputs, strict=False))  # the masks come last
             return {name: factors[name] for name in names}
 
         return run
@@ -183,16 +240,19 @@ class LoopProgram(Program):
     """The model, one particle after the other: slow, and right by construction."""
 
     name = "loop"
+    reason = ""
+    """What kept the model from being vectorised."""
 
     def select(
         self, names: Sequence[str], *, for_score: bool = False
     ) -> Callable[[Latents, Sequence[Tensor]], Factors]:
         def run(latents: Latents, tensors: Sequence[Tensor]) -> Factors:
             num_particles = next(iter(latents.values())).shape[0]
-            particles = [
-                self.single({name: u[k] for name, u in latents.items()}, tensors)
-                for k in range(num_particles)
-            ]
+            with Undetached() if for_score else nullcontext():
+                particles = [
+                    self.single({name: u[k] for name, u in latents.items()}, tensors)
+                    for k in range(num_particles)
+                ]
             return {name: torch.stack([p[name] for p in particles]) for name in names}
 
         return run
@@ -203,7 +263,7 @@ BACKENDS = ("graph", "vmap", "loop")
 
 def build_program(
     model: Model,
-    sites: Mapping[str, Site],
+    sites: Sites,
     arguments: Arguments,
     example: Latents,
     backend: str = "auto",
@@ -220,6 +280,7 @@ def build_program(
     """
     if backend not in ("auto", *BACKENDS):
         raise OptionError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
+    reason = ""
     for name in BACKENDS if backend == "auto" else (backend,):
         try:
             if name == "graph":
@@ -227,6 +288,8 @@ def build_program(
             backend_class = VmapProgram if name == "vmap" else LoopProgram
             program = backend_class(model, sites, arguments, example)
             program.select(list(sites))(example, arguments.tensors)
+            if isinstance(program, LoopProgram):
+                program.reason = reason
             return program
         except ModelError:
             raise
@@ -234,12 +297,13 @@ def build_program(
             _raise_if_not_static(error, list(example))
             if backend != "auto" or name == "loop":
                 raise
+            reason = _describe(error)
     raise AssertionError("the loop above returns or raises")
 
 
 def prior_particles(
     model: Model,
-    sites: Mapping[str, Site],
+    sites: Sites,
     arguments: Arguments,
     num_particles: int,
 ) -> dict[str, Tensor]:
@@ -252,37 +316,29 @@ def prior_particles(
     def draw(_: Tensor) -> dict[str, Tensor]:
         return sample_prior(model, args, kwargs)
 
-    return map_particles(draw, torch.zeros(num_particles), _latent_names(sites))
+    return map_particles(draw, torch.zeros(num_particles))
 
 
 def constrained_particles(
-    model: Model, sites: Mapping[str, Site], arguments: Arguments, latents: Latents
+    model: Model, arguments: Arguments, latents: Latents
 ) -> dict[str, Tensor]:
-    """Constrained values `T(u)` of `K` particles, by name."""
+    """Constrained values `T(u)` of `K` particles by name, and the deterministic values."""
     args, kwargs = arguments.rebuild(arguments.tensors)
-    return map_particles(
-        lambda particle: constrain(model, particle, args, kwargs),
-        dict(latents),
-        _latent_names(sites),
-    )
+    return map_particles(lambda particle: constrain(model, particle, args, kwargs), dict(latents))
 
 
-def map_particles(
-    function: Callable[[Any], dict[str, Tensor]], batched: Any, latents: Sequence[str]
-) -> dict[str, Tensor]:
+def map_particles(function: Callable[[Any], dict[str, Tensor]], batched: Any) -> dict[str, Tensor]:
     """`vmap` of a function of one particle where it works, a loop over particles elsewhere.
 
     Args:
         function: From one particle's tree of tensors to tensors by name.
         batched: The tree, with a leading particle axis.
-        latents: Names of the model's latents, for the error message.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = torch.vmap(function, randomness="different")(batched)
-    except Exception as error:
-        _raise_if_not_static(error, latents)
+    except Exception:  # a sampler with a loop inside, a write by boolean mask
         leaves = pytree.tree_leaves(batched)
         particles = [
             function(pytree.tree_map(lambda leaf, k=k: leaf[k], batched))
@@ -291,6 +347,17 @@ def map_particles(
         result = {name: torch.stack([p[name] for p in particles]) for name in particles[0]}
     return {name: value.detach() for name, value in result.items()}
 
+
+_MACHINERY = (
+    "/dcpc/divide/",
+    "/torch/_",
+    "/torch/fx/",
+    "/torch/overrides",
+    "/torch/utils/",
+    "/pyro/poutine/",
+    "/pyro/primitives",
+)
+"""Where a traceback passes through on its way from the engine to the model and back."""
 
 _NOT_STATIC = {
     "data-dependent control flow": "branches on a latent (an if, while or assert on a tensor)",
@@ -301,12 +368,36 @@ _NOT_STATIC = {
 }
 
 
+def _describe(error: Exception) -> str:
+    """The operation that could not be vectorised, and where the model called it."""
+    return f"{str(error).strip().splitlines()[0][:200]}{_line_of(error)}"
+
+
 def _raise_if_not_static(error: Exception, latents: Sequence[str]) -> None:
     """Turns torch's complaint about a dynamic model into one that names the site and the line."""
     what = next((text for mark, text in _NOT_STATIC.items() if mark in str(error)), None)
-    if what is None:
+    if what is None or _is_in_a_distribution(error):
         return
-    line = next(
+    raise ModelError(
+        f"the model {what}{_line_of(error)}. Its latent sites are {list(latents)}; the structure "
+        "of the model must be the same for all values of them: use torch.where instead of "
+        "branches, and torch operations instead of numpy or Python numbers."
+    ) from error
+
+
+def _is_in_a_distribution(error: Exception) -> bool:
+    """Whether torch's or Pyro's own code raised, not a line of the model."""
+    inside = [
+        frame.filename
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(part in frame.filename for part in _MACHINERY) and frame.filename != "<string>"
+    ]
+    return bool(inside) and any(part in inside[-1] for part in ("/torch/", "/pyro/"))
+
+
+def _line_of(error: Exception) -> str:
+    """The user's line that raised, in words; empty where there is none."""
+    return next(
         (
             f" at line {frame.lineno} of {frame.filename}: {frame.line}"
             for frame in reversed(traceback.extract_tb(error.__traceback__))
@@ -315,36 +406,3 @@ def _raise_if_not_static(error: Exception, latents: Sequence[str]) -> None:
         ),
         "",
     )
-    raise ModelError(
-        f"the model {what}{line}. Its latent sites are {list(latents)}; the structure of the "
-        "model must be the same for all values of them: use torch.where instead of branches, "
-        "and torch operations instead of numpy or Python numbers."
-    ) from error
-
-
-def _latent_names(sites: Mapping[str, Site]) -> list[str]:
-    return [name for name, site in sites.items() if not site.is_observed]
-
-
-def _static_key(leaf: Any) -> Any:
-    if isinstance(leaf, np.ndarray):
-        return leaf.shape, str(leaf.dtype), hash(leaf.tobytes())
-    try:
-        hash(leaf)
-    except TypeError:
-        return repr(leaf)
-    return leaf
-
-
-def parameter_key(model: Model) -> tuple:
-    """Identity of the parameters, Pyro's and the module's, and the training mode.
-
-    A capture holds parameters and buffers by reference: it sees in-place updates, but not that
-    one was replaced by another.
-    """
-    store = pyro.get_param_store()
-    named = tuple((name, id(value)) for name, value in sorted(store._params.items()))
-    if not isinstance(model, torch.nn.Module):
-        return named, (), ()
-    tensors = tuple(id(value) for value in (*model.parameters(), *model.buffers()))
-    return named, tensors, tuple(module.training for module in model.modules())

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from dcpc.divide.model import Latents, Site
+from dcpc.divide.model import Latents
 from dcpc.divide.program import Factors
+from dcpc.divide.sites import Site
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -20,16 +22,16 @@ class Reference:
 
     Attributes:
         loc: Centre `(*batch, *event)`.
-        scale: Standard deviation.
+        scale: Standard deviation, a number or a tensor that broadcasts to it.
     """
 
     loc: Tensor
-    scale: float
+    scale: Tensor | float
 
     def log_prob(self, u: Tensor, batch_dims: int) -> Tensor:
         """Log-density of `(K, *batch, *event)`, summed over the event: `(K, *batch)`."""
         z = (u - self.loc) / self.scale
-        log_prob = -0.5 * z * z - math.log(self.scale) - _HALF_LOG_TWO_PI
+        log_prob = -0.5 * z * z - torch.as_tensor(self.scale).log() - _HALF_LOG_TWO_PI
         return log_prob.flatten(1 + batch_dims).sum(-1) if u.dim() > 1 + batch_dims else log_prob
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dcpc.divide.graph import Members, SiteGraph
-from dcpc.divide.model import Latents, Plate, Site
+from dcpc.divide.model import Latents
 from dcpc.divide.program import Factors, Program
+from dcpc.divide.sites import Plate, Site
 from dcpc.divide.target import POSTERIOR, Target
 
 
@@ -66,7 +67,8 @@ class UnitGroup:
 
     Attributes:
         touched: Sites whose factors are parts of the units' log-densities, in program order.
-        scales: The units' scales, where their plates subsample.
+        scales: The units' scales, where their plates subsample. A factor counts in a unit's
+            log-density by its site's scale over the unit's own.
     """
 
     def __init__(
@@ -82,9 +84,7 @@ class UnitGroup:
         selected = {name for names in self._touched for name in names}
         self.touched = [name for name in graph.sites if name in selected]
         self._factors = program.select(self.touched, for_score=True)
-        scales = [graph.sites[unit.sites[0]].scale for unit in units]
-        self.scales = set(scales)
-        self._inverse_scales = [1.0 / scale for scale in scales]
+        self.scales = {graph.sites[unit.sites[0]].scale for unit in units}
 
     @property
     def name(self) -> str:
@@ -139,12 +139,13 @@ class UnitGroup:
         everything = {**latents, **self.unpack(value)}
         factors = target.weigh(self._factors(everything, tensors), everything, self._sites)
         densities = []
-        for touched, scale in zip(self._touched, self._inverse_scales, strict=True):
-            terms = [self._reduce(factors, name) for name in touched]
+        for unit, touched in zip(self.units, self._touched, strict=True):
+            own = self._sites[unit.sites[0]].scale
+            terms = [self._reduce(factors, name, own) for name in touched]
             density = terms[0]
             for term in terms[1:]:
                 density = density + term
-            densities.append(density if scale == 1.0 else density * scale)
+            densities.append(density)
         return torch.stack(densities, -1) if len(densities) > 1 else densities[0].unsqueeze(-1)
 
     def evaluate(
@@ -165,8 +166,10 @@ class UnitGroup:
         """Sums `(K, *plates, n)` over the units and all but the population plates."""
         return value.flatten(1 + self.population).sum(-1)
 
-    def _reduce(self, factors: Factors, name: str) -> Tensor:
-        return sum_to_plates(factors[name], self.plates)
+    def _reduce(self, factors: Factors, name: str, own_scale: float) -> Tensor:
+        reduced = sum_to_plates(factors[name], self.plates)
+        relative = self._sites[name].scale / own_scale
+        return reduced if relative == 1.0 else reduced * relative
 
     def _rows_per_element(self, site: Site) -> int:
         return math.prod(site.unconstrained_shape) // math.prod(self.plate_shape)
@@ -192,9 +195,12 @@ class UnitGroup:
 
 
 def sum_to_plates(factor: Tensor, plates: Sequence[Plate]) -> Tensor:
-    """Sums a log-factor `(K, *batch_shape)` over all but the particle axis and some plates."""
-    if factor.dim() == 1 + len(plates):
+    """Sums a log-factor `(K, *batch_shape)` to `(K, *plates)`, in the order of the plates."""
+    axes = [factor.dim() + plate.dim for plate in plates]
+    rest = [axis for axis in range(1, factor.dim()) if axis not in axes]
+    if rest:
+        factor = factor.sum(rest)
+    order = sorted(axes)
+    if axes == order:
         return factor
-    keep = {factor.dim() + plate.dim for plate in plates}
-    rest = [axis for axis in range(1, factor.dim()) if axis not in keep]
-    return factor.sum(rest)
+    return factor.permute(0, *(1 + order.index(axis) for axis in axes))

@@ -266,7 +266,7 @@ def _decoder_means(model: Model, latents: Mapping[str, Tensor], x: Tensor) -> Te
     def mean(particle: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"mean": matching_site(observation_means(model, particle, (x,), {}), x)}
 
-    return map_particles(mean, dict(latents), list(latents))["mean"]
+    return map_particles(mean, dict(latents))["mean"]
 
 
 def _check_latents(model: Model, latents: Mapping[str, Tensor], x: Tensor) -> None:

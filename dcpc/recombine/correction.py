@@ -36,6 +36,8 @@ class ProposedMove:
         log_density_at: The log-density alone, which costs less.
         log_weight: The particles' weights before the move.
         resampler: Scheme to resample with.
+        active: Which values are a part of the target, `(1, *plates, n, d)`; None for all. The
+            others are where they were in the proposal, too, and are not counted.
     """
 
     group: UnitGroup
@@ -49,6 +51,20 @@ class ProposedMove:
     log_density_at: Callable[[Tensor], Tensor]
     log_weight: LogWeights
     resampler: Resampler
+    active: Tensor | None = None
+
+    def mean_acceptance(self, log_acceptance: Tensor) -> Tensor:
+        """Mean acceptance probability `(n,)` of the units that have something to move.
+
+        Args:
+            log_acceptance: Logarithms `(K, *plates, n)`, at most zero where it matters.
+        """
+        acceptance = log_acceptance.clamp(max=0.0).exp()
+        if self.active is None:
+            return acceptance.flatten(0, -2).mean(0)
+        counted = self.active.any(-1).to(acceptance.dtype).expand(acceptance.shape)
+        total = (acceptance * counted).flatten(0, -2).sum(0)
+        return total / counted.flatten(0, -2).sum(0)
 
     def log_ratio(self, after: ScoredDensity) -> tuple[Tensor, Tensor]:
         """`a = log_density(u') + log_backward - log_density(u) - log_forward`, and bad entries.
@@ -135,7 +151,7 @@ class Metropolis(Correction):
             value=torch.where(accepted.unsqueeze(-1), proposed.proposal.value, proposed.value),
             log_weight=None,
             log_joint=proposed.group.over_population(gained),
-            statistic=ratio.clamp(max=0.0).exp().flatten(0, -2).mean(0),
+            statistic=proposed.mean_acceptance(ratio),
             num_bad=bad.sum(),
         )
 
@@ -187,7 +203,7 @@ class Weight(Correction):
             value=torch.where(accepted.unsqueeze(-1), proposed.proposal.value, proposed.value),
             log_weight=group.over_population(increment),
             log_joint=group.over_population(gained),
-            statistic=ess / ratio.shape[0] * acceptance.flatten(0, -2).mean(0),
+            statistic=ess / ratio.shape[0] * proposed.mean_acceptance(ratio + self.bound),
             num_bad=bad.sum(),
         )
 

@@ -1,0 +1,285 @@
+"""The sites of a Pyro program: what `read_sites` finds out in one ordinary run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from dcpc.divide.handlers import (
+    InitialiseFlat,
+    TensorObservations,
+    improper,
+    is_deterministic,
+    is_identity,
+    is_random,
+    layers,
+    plate_scale,
+    quiet,
+    transform_of,
+)
+from dcpc.divide.masking import is_masked, selected
+from dcpc.errors import DataError, ModelError
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A vectorised plate around a site: its axis `dim` (negative, from the right) and sizes."""
+
+    name: str
+    dim: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """A sample statement of the program.
+
+    Attributes:
+        name: Name of the site.
+        is_observed: Whether the value is data.
+        plates: Vectorised plates around the site, outermost (most negative dim) first.
+        batch_shape: Batch shape of the site's log-density.
+        unconstrained_shape: Shape `(*batch, *event)` of the unconstrained value `u`; empty for
+            observed sites.
+        scale: Product of `full_size / size` over the plates that subsample.
+        is_improper: Whether the prior is flat, so that it cannot be sampled or integrated.
+        is_rescaled: Whether a handler raises the density to a power (`poutine.scale`).
+        is_masked: Whether a tensor masks out elements of a latent.
+        is_unbounded: Whether a latent is its own unconstrained value.
+        support: Support of the distribution, for tables.
+    """
+
+    name: str
+    is_observed: bool
+    plates: tuple[Plate, ...]
+    batch_shape: torch.Size
+    unconstrained_shape: torch.Size = torch.Size()
+    scale: float = 1.0
+    is_improper: bool = False
+    is_rescaled: bool = False
+    is_masked: bool = False
+    is_unbounded: bool = False
+    support: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Deterministic:
+    """A value that the latents determine: `pyro.deterministic`, or a latent `Delta`.
+
+    Attributes:
+        plates: Vectorised plates around it, outermost first.
+        shape: Shape of its value.
+        event_dim: Number of event dimensions; the whole value where the author gave none.
+    """
+
+    plates: tuple[Plate, ...]
+    shape: torch.Size
+    event_dim: int
+
+    def axis(self, plate: Plate) -> int | None:
+        """Axis of a plate in the value; None where no axis of that size is at its place.
+
+        A `pyro.deterministic` without `event_dim` declares all of its value an event; its plates
+        are then looked for where a value without an event has them.
+        """
+        if plate not in self.plates:
+            return None
+        event_dim = 0 if self.event_dim == len(self.shape) else self.event_dim
+        axis = len(self.shape) - event_dim + plate.dim
+        return axis if axis >= 0 and self.shape[axis] == plate.size else None
+
+
+class Sites(dict[str, Site]):
+    """The random sites of a program by name, in program order.
+
+    Attributes:
+        deterministic: Its deterministic values by name.
+    """
+
+    def __init__(
+        self,
+        random: Mapping[str, Site],
+        deterministic: Mapping[str, Deterministic] | None = None,
+    ) -> None:
+        super().__init__(random)
+        self.deterministic = dict(deterministic or {})
+
+    @property
+    def latents(self) -> list[str]:
+        """Names of the latents."""
+        return [name for name, site in self.items() if not site.is_observed]
+
+    @property
+    def masked(self) -> list[str]:
+        """Names of the latents that a tensor masks."""
+        return [name for name, site in self.items() if site.is_masked]
+
+
+def read_sites(model: Any, args: tuple, kwargs: dict) -> Sites:
+    """Runs the program once and describes its sites, in program order.
+
+    Raises:
+        ModelError: A latent is discrete, or its support has no bijection to the reals, or there
+            are no latents, or no observations.
+        DataError: An observed value that is not masked out is NaN, or lies outside its
+            distribution's support.
+    """
+    with torch.no_grad(), quiet(), pyro.validation_enabled(True):
+        handled = pyro.poutine.trace(InitialiseFlat()(TensorObservations()(model)))
+        nodes: dict[str, Any] = handled.get_trace(*args, **kwargs).nodes
+        sites = {
+            name: _observed_site(site) if site["is_observed"] else _latent_site(site)
+            for name, site in nodes.items()
+            if is_random(site)
+        }
+        deterministic = {
+            name: Deterministic(
+                _plates(site, site["value"].shape), site["value"].shape, site["fn"].event_dim
+            )
+            for name, site in nodes.items()
+            if is_deterministic(site)
+        }
+        for site in nodes.values():
+            _check_delta(site)
+    _check_some(sites)
+    return Sites(sites, deterministic)
+
+
+def _check_some(sites: Mapping[str, Site]) -> None:
+    if not any(not site.is_observed for site in sites.values()):
+        raise ModelError(
+            "the model has no latent sample site, so there is nothing to infer; got sites "
+            f"{sorted(sites) or 'none'}. Add a pyro.sample statement without obs=, or use plain "
+            "maximum likelihood."
+        )
+    if not any(site.is_observed for site in sites.values()):
+        raise ModelError(
+            "the model has no observed sample site, so its posterior is its prior; got latents "
+            f"{sorted(sites)}. Pass obs= to a pyro.sample statement or wrap the model in "
+            "pyro.condition."
+        )
+
+
+def _check_delta(msg: Any) -> None:
+    """A latent `Delta` is a deterministic value, unless it has a density of its own."""
+    if not is_deterministic(msg) or msg["is_observed"]:
+        return
+    for part in layers(msg["fn"]):
+        if isinstance(part, dist.Delta) and bool((part.log_density != 0).any()):
+            raise ModelError(
+                f"site '{msg['name']}' is a latent Delta with a log_density, which is no "
+                "distribution to infer; use pyro.deterministic for its value and pyro.factor for "
+                "its log_density"
+            )
+
+
+def _latent_site(msg: Any) -> Site:
+    fn, name = msg["fn"], msg["name"]
+    if getattr(fn, "has_enumerate_support", False) or fn.support.is_discrete:
+        raise ModelError(
+            f"site '{name}' is a discrete latent ({type(fn).__name__}); only continuous latents "
+            "are supported for now. Marginalise it (for example with dist.MixtureSameFamily) or "
+            "observe it."
+        )
+    try:
+        transform = transform_of(fn)
+    except NotImplementedError:
+        raise ModelError(
+            f"site '{name}' has support {fn.support}, for which torch.distributions.biject_to "
+            "knows no bijection to the reals; reparameterise the site (for example with "
+            "pyro.infer.reparam) or register a bijection."
+        ) from None
+    scale, rescaled = plate_scale(msg)
+    batch_shape = msg["value"].shape[: msg["value"].dim() - fn.event_dim]
+    return Site(
+        name=name,
+        is_observed=False,
+        plates=_plates(msg, batch_shape),
+        batch_shape=torch.Size(batch_shape),
+        unconstrained_shape=transform.inv(msg["value"]).shape,
+        scale=scale,
+        is_improper=improper(msg),
+        is_rescaled=rescaled,
+        is_masked=is_masked(msg),
+        is_unbounded=is_identity(transform),
+        support=str(fn.support).removesuffix("()"),
+    )
+
+
+def _observed_site(msg: Any) -> Site:
+    fn, name, value = msg["fn"], msg["name"], msg["value"]
+    batch_shape = torch.broadcast_shapes(
+        fn.batch_shape, value.shape[: max(value.dim() - fn.event_dim, 0)]
+    )
+    _check_observation(msg)
+    scale, rescaled = plate_scale(msg)
+    return Site(
+        name=name,
+        is_observed=True,
+        plates=_plates(msg, batch_shape),
+        batch_shape=batch_shape,
+        scale=scale,
+        is_rescaled=rescaled,
+        support=str(fn.support).removesuffix("()") if hasattr(fn, "support") else "",
+    )
+
+
+def _check_observation(msg: Any) -> None:
+    """Checks the entries of an observed value that no mask takes out."""
+    fn, name, value = msg["fn"], msg["name"], msg["value"]
+    if not isinstance(value, Tensor) or value.numel() == 0:
+        return
+    mask = selected(msg)
+    seen = value if mask is None else value.expand(mask.shape)[mask]
+    if seen.numel() == 0:
+        return
+    if value.is_floating_point() and bool(seen.isnan().any()):
+        raise DataError(
+            f"the observed value of site '{name}' has {int(seen.isnan().sum())} NaN among "
+            f"{value.numel()} entries; remove them, or mask them with pyro.poutine.mask"
+        )
+    if not all(getattr(part, "_validate_args", True) for part in layers(fn)):
+        return
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return
+    valid = support.check(value)
+    if mask is not None:
+        valid = valid | ~_over_batch(mask, valid)
+    if not bool(valid.all()):
+        outside = value[~valid] if valid.shape == value.shape else value
+        raise DataError(
+            f"the observed value of site '{name}' lies outside the support {support} of "
+            f"{type(fn).__name__}: got, for example, {outside.flatten()[0].item():.6g}. Rescale "
+            "the data, or choose another likelihood (validate_args=False on the distribution "
+            "switches this check off)."
+        )
+
+
+def _over_batch(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask of values, over the batch only: event dimensions are all in or all out."""
+    while mask.dim() > like.dim():
+        mask = mask[..., 0]
+    return mask
+
+
+def _plates(msg: Any, batch_shape: torch.Size) -> tuple[Plate, ...]:
+    """The vectorised plates around a site; a plate without a size takes that of its axis."""
+    frames = sorted((f for f in msg["cond_indep_stack"] if f.vectorized), key=lambda f: f.dim)
+    plates = []
+    for frame in frames:
+        if frame.size != -1:
+            plates.append(Plate(frame.name, frame.dim, int(frame.size)))
+        elif -frame.dim <= len(batch_shape):
+            plates.append(Plate(frame.name, frame.dim, batch_shape[frame.dim]))
+    return tuple(plates)
+
+
+__all__ = ["Deterministic", "Plate", "Site", "Sites", "read_sites"]
