@@ -365,7 +365,8 @@ class DCPC:
             )
         # The first run may have created parameters.
         snapshot = Snapshot(self.model, arguments.objects)
-        self._divisions[key] = _Captured(division, snapshot, DataIdentity(arguments.tensors))
+        data = DataIdentity((*arguments.tensors, *snapshot.tensors))
+        self._divisions[key] = _Captured(division, snapshot, data)
         if len(self._divisions) > MAX_DIVISIONS:
             self._divisions.popitem(last=False)
         return division
@@ -454,14 +455,12 @@ class _Captured:
         """Whether the division is that of the model as it is now, for these arguments."""
         if snapshot != self.snapshot or (sites is not None and sites != self.division.sites):
             return False
-        data = DataIdentity(arguments.tensors)
-        unsure = not snapshot.is_complete or (
-            self.division.program.reads_data and data != self.data
-        )
-        if (unsure or sites is not None) and not self.division.matches(arguments):
-            return False
-        self.data = data
-        return True
+        unsure = not snapshot.is_complete or sites is not None
+        if self.division.program.reads_data:
+            data = DataIdentity((*arguments.tensors, *snapshot.tensors))
+            unsure = unsure or data != self.data
+            self.data = data
+        return not unsure or self.division.matches(arguments)
 
 
 def _check_conditional_ess(value: float) -> None:

@@ -15,7 +15,7 @@ import pathlib
 import re
 import sys
 import types
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,12 +29,12 @@ MAX_ENTRIES = 20_000
 MAX_ARRAY_BYTES = 1 << 18
 """Size of a numpy array whose contents are kept for comparison."""
 
+_SIMPLE = frozenset((bool, int, str, bytes, type(None)))
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, range, torch.Size)
 _CONSTANT = (
     torch.dtype,
     torch.device,
     torch.Generator,
-    type,
     types.BuiltinFunctionType,
     types.MethodDescriptorType,
     types.WrapperDescriptorType,
@@ -46,6 +46,22 @@ _CONSTANT = (
     np.generic,
     np.dtype,
 )
+_KINDS: dict[str, tuple[type, ...]] = {
+    "class": (type,),
+    "tensor": (Tensor,),
+    "identity": (*_CONSTANT, types.ModuleType),
+    "plain": _PLAIN,
+    "array": (np.ndarray,),
+    "module": (torch.nn.Module,),
+    "function": (types.FunctionType,),
+    "dict": (dict,),
+    "sequence": (list, tuple, set, frozenset),
+    "method": (types.MethodType,),
+    "partial": (functools.partial,),
+    "property": (property,),
+    "descriptor": (staticmethod, classmethod),
+}
+_HEAP_TYPE = 1 << 9  # of classes that are made by a class statement
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {
     "dcpc",
     "functorch",
@@ -61,13 +77,12 @@ _LIBRARIES = frozenset(sys.stdlib_module_names) | {
     "torch",
     "tqdm",
 }
-_MODULE_STATE = ("_parameters", "_buffers", "_modules", "training")
 _MODULE_INTERNALS = frozenset(vars(torch.nn.Module())) | {"_pyro_context", "_pyro_name"}
 
 
 def is_plain(value: Any) -> bool:
     """Whether a value is compared by value: a number, a string, None, a tensor, a small array."""
-    return isinstance(value, (*_PLAIN, *_CONSTANT, Tensor)) or (
+    return isinstance(value, (*_PLAIN, *_CONSTANT, type, Tensor)) or (
         isinstance(value, np.ndarray) and value.dtype != object and value.nbytes <= MAX_ARRAY_BYTES
     )
 
@@ -92,18 +107,21 @@ class Snapshot:
         modes: Training modes of the modules in it; captures are kept apart by them.
         is_complete: Whether everything was understood. If not, only a plain run of the model
             tells whether something has changed.
+        tensors: The tensors in it, which are compared by identity.
     """
 
     def __init__(self, model: Any, objects: Sequence[Any] = ()) -> None:
         self.is_complete = True
+        self.tensors: list[Tensor] = []
         self._entries: list[Any] = []
         self._modes: list[bool] = []
         self._seen: set[int] = set()
-        self._holds: list[Any] = []
+        self._opened: set[int] = set()
+        self._held: list[Any] = []
         for root in (model, *objects):
             self._visit(root)
-        for name, value in pyro.get_param_store()._params.items():
-            self._entries += (name, _Same(value))
+        parameters = pyro.get_param_store()._params
+        self._visit_tensors(parameters)
         self.modes = tuple(self._modes)
 
     def __eq__(self, other: object) -> bool:
@@ -112,86 +130,99 @@ class Snapshot:
     __hash__ = None  # type: ignore[assignment]
 
     def _visit(self, value: Any) -> None:
-        if len(self._entries) > MAX_ENTRIES:
+        kind = _kind(type(value))  # type: ignore[arg-type]
+        if kind == "simple":
+            self._entries += (type(value), value)
+        elif kind == "tensor":
+            self._entries.append(id(value))
+            self.tensors.append(value)
+        elif kind == "identity" or id(value) in self._seen:
+            self._same(value)
+        elif kind == "plain" or (kind == "array" and is_plain(value)):
+            self._entries.append(plain_key(value))
+        elif len(self._entries) > MAX_ENTRIES:
             self.is_complete = False
-        elif isinstance(value, _PLAIN):
-            self._entries.append(plain_key(value))
-        elif isinstance(value, Tensor):
-            self._entries.append(_Same(value))
-        elif isinstance(value, np.ndarray) and is_plain(value):
-            self._entries.append(plain_key(value))
-        elif isinstance(value, _CONSTANT) or id(value) in self._seen:
-            self._entries.append(_Same(value))
         else:
             self._seen.add(id(value))
-            self._open(value)
+            self._held.append(value)
+            self._entries.append(id(type(value)) if kind != "opaque" else id(value))
+            self._open(kind, value)
 
-    def _open(self, value: Any) -> None:
+    def _same(self, value: Any) -> None:
+        """An object that is compared by identity; held, so that its identity stays its own."""
+        self._entries.append(id(value))
+        self._held.append(value)
+
+    def _open(self, kind: str, value: Any) -> None:
         """An object with contents."""
-        self._entries.append(type(value))
-        if isinstance(value, dict):
+        if kind == "module":
+            self._visit_module(value)
+        elif kind == "function":
+            self._visit_function(value)
+        elif kind == "dict":
             self._entries.append(len(value))
             for key, item in value.items():
                 self._visit(key)
                 self._visit(item)
-        elif isinstance(value, list | tuple | set | frozenset):
+        elif kind == "sequence":
             self._entries.append(len(value))
             for item in value:
                 self._visit(item)
-        elif isinstance(value, torch.nn.Module):
-            self._visit_module(value)
-        elif isinstance(value, types.FunctionType):
-            self._visit_function(value)
-        elif isinstance(value, types.MethodType):
+        elif kind == "method":
             self._visit(value.__self__)
             self._visit(value.__func__)
-        elif isinstance(value, functools.partial):
-            self._visit(value.func)
-            self._visit(value.args)
-            self._visit(value.keywords)
-        elif isinstance(value, property):
+        elif kind == "partial":
+            self._visit((value.func, value.args, value.keywords))
+        elif kind == "property":
             self._visit(value.fget)
-        elif isinstance(value, staticmethod | classmethod):
+        elif kind == "descriptor":
             self._visit(value.__func__)
-        elif isinstance(value, types.ModuleType):
-            self._entries.append(_Same(value))
-        elif hasattr(value, "__dict__") and _is_python(type(value)):  # type: ignore[arg-type]
+        elif kind == "class":
+            self._same(value)
+            self._visit_class(value)
+        elif kind == "object":
             self._visit_class(type(value))
             self._visit_attributes(vars(value))
         else:
-            self._entries.append(_Same(value))
             self.is_complete = False
 
     def _visit_module(self, module: torch.nn.Module) -> None:
         self._visit_class(type(module))
         state = module.__dict__
         self._modes.append(state["training"])
-        for table in _MODULE_STATE[:-1]:
-            for name, item in state[table].items():
+        for table in ("_parameters", "_buffers"):
+            self._visit_tensors(state[table])
+        self._visit_attributes(state["_modules"])
+        for name, item in state.items():
+            if name not in _MODULE_INTERNALS:
                 self._entries.append(name)
                 self._visit(item)
-        self._visit_attributes(
-            {name: item for name, item in state.items() if name not in _MODULE_INTERNALS}
-        )
+
+    def _visit_tensors(self, tensors: Mapping[str, Tensor | None]) -> None:
+        self._entries += tensors
+        self._entries += map(id, tensors.values())
+        self.tensors += (value for value in tensors.values() if value is not None)
 
     def _visit_attributes(self, attributes: dict[str, Any]) -> None:
         for name, item in attributes.items():
             self._entries.append(name)
             self._visit(item)
 
-    def _visit_class(self, kind: type) -> None:
+    def _visit_class(self, cls: type) -> None:
         """Attributes of the classes that users wrote, and what their methods refer to."""
-        if id(kind) in self._seen:
+        if id(cls) in self._opened:
             return
-        self._seen.add(id(kind))
-        for base in kind.__mro__:
-            if not _is_library(base.__module__):
-                self._visit_attributes(
-                    {k: v for k, v in vars(base).items() if not k.startswith("__") or callable(v)}
-                )
+        self._opened.add(id(cls))
+        for base in cls.__mro__:
+            if _is_library(base.__module__):
+                continue
+            for name, item in vars(base).items():
+                if isinstance(item, types.FunctionType) or not name.startswith(("__", "_abc_")):
+                    self._entries.append(name)
+                    self._visit(item)
 
     def _visit_function(self, function: types.FunctionType) -> None:
-        self._entries.append(_Same(function.__code__))
+        self._same(function.__code__)
         self._visit(function.__defaults__)
         self._visit(function.__kwdefaults__)
         wrapped = getattr(function, "__wrapped__", None)
@@ -210,24 +241,10 @@ class Snapshot:
                 self._visit_global(function.__globals__[name], _names(function.__code__))
 
     def _visit_global(self, value: Any, names: Sequence[str]) -> None:
-        if not isinstance(value, types.ModuleType):
+        if type(value) is not types.ModuleType:
             self._visit(value)
         elif not _is_library(value.__name__):
             self._visit_attributes({k: vars(value)[k] for k in names if k in vars(value)})
-
-
-class _Same:
-    """An object that is compared by identity, and kept alive so that the identity is its own."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -249,9 +266,21 @@ def _is_library(module: str | None) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_python(kind: Hashable) -> bool:
+def _kind(cls: Hashable) -> str:
+    """How instances of a class are looked at."""
+    assert isinstance(cls, type)
+    if cls in _SIMPLE:
+        return "simple"
+    for kind, classes in _KINDS.items():
+        if issubclass(cls, classes):
+            return kind
+    return "object" if _is_python(cls) else "opaque"
+
+
+def _is_python(cls: type) -> bool:
     """Whether all state of a class's instances is in their `__dict__`."""
-    return all(
-        base is object or (base.__flags__ & (1 << 9) and "__slots__" not in vars(base))
-        for base in kind.__mro__  # type: ignore[attr-defined]
+    return cls.__dictoffset__ != 0 and all(
+        base in (object, types.SimpleNamespace)
+        or (base.__flags__ & _HEAP_TYPE and "__slots__" not in vars(base))
+        for base in cls.__mro__
     )
