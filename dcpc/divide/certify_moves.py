@@ -19,6 +19,7 @@ from torch.distributions import biject_to
 
 from dcpc.divide.graph import SiteGraph
 from dcpc.divide.handlers import TensorObservations, Undetached, quiet
+from dcpc.divide.masking import filled_value
 from dcpc.divide.model import Latents, Model
 from dcpc.divide.program import Arguments, Program
 from dcpc.divide.sites import Plate, Site
@@ -194,8 +195,10 @@ def _plain_terms(
     with quiet(), pyro.validation_enabled(False):
         traced = pyro.poutine.trace(values(TensorObservations()(model)))
         trace = traced.get_trace(*args, **kwargs)
-        trace.compute_log_prob()
-    nodes: dict[str, Any] = trace.nodes
+        nodes: dict[str, Any] = trace.nodes
+        for name in sites:
+            nodes[name]["value"] = filled_value(nodes[name])
+        trace.compute_log_prob(lambda name, _: name in sites)
     log_probs, frames = {}, {}
     for name in sites:
         node = nodes[name]

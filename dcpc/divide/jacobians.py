@@ -29,32 +29,37 @@ def log_abs_det(transform: Any, u: Tensor) -> Tensor | None:
         base = log_abs_det(transform.base_transform, u)
         dims = tuple(range(-transform.reinterpreted_batch_ndims, 0))
         return base.sum(dims) if base is not None and dims else base
-    scale: Any = 1
-    kernel = curved_part(transform)
-    for part in _parts(transform):
-        if part is not kernel:
-            scale = scale * part.scale
-    function = _LOG_DETS.get(type(kernel))
-    if function is None:
+    parts = elementary_parts(transform)
+    curved = [part for part in parts if type(part) is not transforms.AffineTransform]
+    if len(curved) != 1 or type(curved[0]) not in _LOG_DETS:
         return None
-    result = function(u)
-    if isinstance(scale, Tensor):
-        return result + scale.abs().log()
-    return result if scale == 1 else result + math.log(abs(scale))
+    result = _LOG_DETS[type(curved[0])](u)
+    for part in parts:
+        if part is not curved[0]:
+            scale = torch.as_tensor(part.scale, dtype=u.dtype, device=u.device)
+            result = result + scale.abs().log()
+    return result
 
 
-def curved_part(transform: Any) -> Any:
-    """The part of a bijection that is not affine; None where there is not exactly one."""
-    curved = [part for part in _parts(transform) if type(part) is not transforms.AffineTransform]
-    return curved[0] if len(curved) == 1 else None
+def elementary_parts(transform: Any) -> list[Any]:
+    """The transforms that a bijection is composed of, first to last, but for trivial ones."""
+    if isinstance(transform, transforms.IndependentTransform):
+        return elementary_parts(transform.base_transform)
+    if isinstance(transform, transforms.ComposeTransform):
+        return [inner for part in transform.parts for inner in elementary_parts(part)]
+    if type(transform) is transforms.AffineTransform:
+        bounds = (transform.loc, transform.scale)
+        if not any(isinstance(bound, Tensor) for bound in bounds) and bounds == (0, 1):
+            return []
+    return [transform]
 
 
 def is_parameter_free(transform: Any) -> bool:
     """Whether a bijection has no tensors in it, such as the bounds of an interval."""
-    if isinstance(transform, transforms.IndependentTransform):
-        return is_parameter_free(transform.base_transform)
     return not any(
-        isinstance(value, Tensor) for part in _parts(transform) for value in vars(part).values()
+        isinstance(value, Tensor)
+        for part in elementary_parts(transform)
+        for value in vars(part).values()
     )
 
 
@@ -91,17 +96,6 @@ def stick_breaking_logits(log_weights: Tensor) -> Tensor:
 def log_sech(u: Tensor) -> Tensor:
     """`log(1 - tanh(u)^2) / 2`."""
     return math.log(2) + logsigmoid(2 * u) - u
-
-
-def _parts(transform: Any) -> list[Any]:
-    """The elementary transforms, first to last, without trivial affine ones."""
-    if isinstance(transform, transforms.ComposeTransform):
-        return [inner for part in transform.parts for inner in _parts(part)]
-    if type(transform) is transforms.AffineTransform:
-        loc, scale = transform.loc, transform.scale
-        if not isinstance(loc, Tensor) and not isinstance(scale, Tensor) and (loc, scale) == (0, 1):
-            return []
-    return [transform]
 
 
 def _log_offsets(u: Tensor) -> Tensor:

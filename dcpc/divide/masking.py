@@ -60,17 +60,21 @@ def selected(msg: Any) -> Tensor | None:
     return result.expand(torch.broadcast_shapes(result.shape, msg["value"].shape))
 
 
+def filled_value(msg: Any) -> Tensor:
+    """A site's value; of an observed one, what is masked out is replaced by a feasible value."""
+    chosen = selected(msg) if msg["is_observed"] else None
+    if chosen is None:
+        return msg["value"]
+    return torch.where(chosen, msg["value"], feasible_value(msg["fn"], msg["value"]))
+
+
 def masked_log_prob(msg: Any) -> Tensor:
     """Log-density of a site's value, of batch shape, zero where it is masked out.
 
     The mask of the handlers is applied, their scale is not.
     """
-    fn, value, mask = msg["fn"], msg["value"], msg["mask"]
-    chosen = selected(msg)
-    if chosen is not None and msg["is_observed"]:
-        filled = feasible_value(fn, value)
-        value = torch.where(chosen, value, filled.to(value.dtype))
-    log_prob = fn.log_prob(value)
+    mask = msg["mask"]
+    log_prob = msg["fn"].log_prob(filled_value(msg))
     if mask is False:
         return torch.zeros_like(log_prob)
     if mask is None or mask is True:
@@ -83,8 +87,13 @@ def feasible_value(fn: Any, like: Tensor) -> Tensor:
 
     Args:
         fn: The distribution.
-        like: A value, for its shape where the support is not a known one: its NaN become zero.
+        like: A value, for its dtype, and for its shape where the support is not a known one: then
+            its NaN become zero.
     """
+    return _feasible(fn, like).to(like.dtype)
+
+
+def _feasible(fn: Any, like: Tensor) -> Tensor:
     try:
         support = fn.support
     except NotImplementedError:
