@@ -20,6 +20,7 @@ from dcpc.divide.program import map_particles
 from dcpc.divide.sites import Sites
 from dcpc.divide.watch import Snapshot
 from dcpc.errors import DataError, EvidenceError, OptionError
+from dcpc.habits import check_model_arguments, refuse
 from dcpc.initial import guide_loss
 from dcpc.posterior import Posterior, Samples
 from dcpc.progress import ProgressBar
@@ -108,7 +109,9 @@ class DCPC:
         resample_threshold: float = 0.5,
         backend: str = "auto",
         certify: bool = True,
+        **unknown: Any,
     ) -> None:
+        refuse(unknown, "DCPC")
         if not callable(model):
             raise OptionError(f"model must be a Pyro program (a callable), got {model!r}")
         if isinstance(num_particles, bool) or not isinstance(num_particles, int):
@@ -194,6 +197,7 @@ class DCPC:
         if keep_every < 0:
             raise OptionError(f"keep_every must be at least 0, got {keep_every}")
         _check_conditional_ess(conditional_ess)
+        check_model_arguments(self.model, kwargs, "DCPC.run")
         arguments = Arguments(args, kwargs)
         with seeded(seed), ProgressBar(progress) as bar:
             run = self._run(arguments, bar, initial_values or {}, conditional_ess)

@@ -82,7 +82,12 @@ def _unconstrained(
         )
     tensors = {}
     for name, value in values.items():
-        tensor = torch.as_tensor(value)
+        try:
+            tensor = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise OptionError(
+                f"initial_values['{name}'] must be a tensor or a number, got {value!r}"
+            ) from None
         if not tensor.is_floating_point():
             tensor = tensor.to(torch.get_default_dtype())
         if not bool(tensor.isfinite().all()):

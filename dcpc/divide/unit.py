@@ -146,7 +146,8 @@ class UnitGroup:
             for term in terms[1:]:
                 density = density + term
             densities.append(density)
-        return torch.stack(densities, -1) if len(densities) > 1 else densities[0].unsqueeze(-1)
+        stacked = torch.stack(densities, -1) if len(densities) > 1 else densities[0].unsqueeze(-1)
+        return stacked.to(value.dtype)  # data and other latents may have another precision
 
     def evaluate(
         self,

@@ -198,7 +198,7 @@ class Weight(Correction):
         by_unit = increment.sum(spare) if spare else increment
         ess = torch.stack(
             [proposed.log_weight.conditional_ess(a).mean() for a in by_unit.unbind(-1)]
-        )
+        ).to(ratio.dtype)
         return Outcome(
             value=torch.where(accepted.unsqueeze(-1), proposed.proposal.value, proposed.value),
             log_weight=group.over_population(increment),
