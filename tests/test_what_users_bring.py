@@ -274,13 +274,15 @@ def test_an_argument_of_the_model_may_have_the_name_of_a_samplers():
 
 
 def test_a_nan_covariate_behind_a_mask_is_an_error_that_names_the_site():
-    """A mask hides the value, and not its gradient: the score would be zero times NaN."""
+    """Selecting hides the value, and not its gradient: the score would be zero times NaN."""
     covariate = torch.tensor([1.0, math.nan, 2.0])
+    missing = covariate.isnan()
 
     def model(x):
         slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
-        with pyro.plate("n", 3), poutine.mask(mask=~covariate.isnan()):
-            pyro.sample("x", dist.Normal(slope * covariate, 1.0), obs=x)
+        loc = torch.where(missing, 0.0, slope * covariate)
+        with pyro.plate("n", 3), poutine.mask(mask=~missing):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
     with pytest.raises(CertificationError, match=r"unit 'slope': its score .* covariate"):
         DCPC(model, num_particles=4).init(X)

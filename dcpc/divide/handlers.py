@@ -13,20 +13,15 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
 from torch.overrides import TorchFunctionMode
 
-from dcpc.divide.masking import element_mask, layers, masked_log_prob
+from dcpc.divide.masking import element_mask, layers, masked, masked_log_prob
+from dcpc.divide.supports import draw, log_density, transform_of
 from dcpc.errors import ModelError
 
 INITIAL_RADIUS = 2.0
 """Half-width of the uniform distribution (unconstrained space) that flat priors start from."""
-
-
-def transform_of(fn: Any) -> Transform:
-    """The bijection from unconstrained space to the support of a distribution."""
-    return biject_to(fn.support)
 
 
 def improper(msg: Any) -> bool:
@@ -64,19 +59,19 @@ class Substitute(TensorObservations):
     Attributes:
         values: Constrained values of the latents, and those of deterministic sites.
         log_factors: By site, as `log_factors` in `model` describes them.
-        masks: By latent in `masked`, which of its batch elements are in its own density.
+        masks: By latent in `masked_latents`, which of its batch elements are in its own density.
     """
 
     def __init__(
         self,
         latents: Mapping[str, Tensor],
         sites: Mapping[str, Any] | None,
-        masked: Collection[str] = (),
+        masked_latents: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.latents = latents
         self.sites = sites
-        self.masked = masked
+        self.masked_latents = masked_latents
         self.values: dict[str, Tensor] = {}
         self.log_factors: dict[str, Tensor] = {}
         self.masks: dict[str, Tensor] = {}
@@ -89,16 +84,9 @@ class Substitute(TensorObservations):
             msg["value"] = indices.as_subclass(_Indices) if whole else indices
         if msg["name"] not in self.latents:
             return
-        u = self.latents[msg["name"]]
-        transform = transform_of(msg["fn"])
-        value = transform(u)
+        value = transform_of(msg["fn"])(self.latents[msg["name"]])
         msg["value"], msg["done"] = value, True
         self.values[msg["name"]] = value
-        if self.sites is not None and not is_identity(transform):
-            msg["infer"] = {
-                **msg["infer"],
-                "_log_det_jacobian": transform.log_abs_det_jacobian(u, value),
-            }
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name = msg["name"]
@@ -112,17 +100,27 @@ class Substitute(TensorObservations):
                 "set of sites must not change between runs (static structure)"
             )
         with _unvalidated(msg["fn"]):
-            log_factor = masked_log_prob(msg)
-        log_factor = _rescaled(log_factor, msg["scale"], self.sites[name].scale)
-        log_det = msg["infer"].get("_log_det_jacobian")
-        if log_det is not None:
-            extra = log_det.dim() - log_factor.dim()
-            log_factor = log_factor + (
-                log_det.sum(tuple(range(-extra, 0))) if extra > 0 else log_det
-            )
-        self.log_factors[name] = log_factor
-        if name in self.masked:
+            if name in self.latents:
+                log_prob, log_det = _latent_terms(msg, self.latents[name])
+            else:
+                log_prob, log_det = masked_log_prob(msg), None
+        log_factor = _rescaled(log_prob, msg["scale"], self.sites[name].scale)
+        self.log_factors[name] = log_factor if log_det is None else log_factor + log_det
+        if name in self.masked_latents:
             self.masks[name] = element_mask(msg, self.sites[name].batch_shape)
+
+
+def _latent_terms(msg: Any, u: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Masked log-density and log-Jacobian of a latent, both of batch shape."""
+    exact = log_density(msg["fn"], u)
+    if exact is not None:
+        return masked(exact[0], msg["mask"]), exact[1]
+    log_prob, transform = masked_log_prob(msg), transform_of(msg["fn"])
+    if is_identity(transform):
+        return log_prob, None
+    log_det = transform.log_abs_det_jacobian(u, msg["value"])
+    extra = log_det.dim() - log_prob.dim()
+    return log_prob, log_det.sum(tuple(range(-extra, 0))) if extra > 0 else log_det
 
 
 class _Indices(Tensor):
@@ -168,30 +166,51 @@ class InitialiseFlat(Messenger):
 
 
 class Draw(Messenger):
-    """Samples by inverse CDF where a distribution's own sampler cannot be vectorised.
+    """Samples latents in unconstrained coordinates, by samplers that `vmap` takes.
 
     Some samplers of torch (Cauchy, Exponential, Laplace) fill a tensor in place, which `vmap`
-    refuses.
+    refuses; others round to the edge of the support.
+
+    Attributes:
+        unconstrained: The draws, by latent.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unconstrained: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["done"] or msg["is_observed"] or not is_random(msg):
             return
         fn = msg["fn"]
-        try:
-            msg["value"] = fn()
-        except RuntimeError as error:
-            if "inplace randomness" not in str(error):
-                raise
-            base = fn
-            while isinstance(base, torch.distributions.Independent):
-                base = base.base_dist
-            like = next(value for value in vars(base).values() if isinstance(value, Tensor))
-            shape = fn.batch_shape + fn.event_shape
-            uniform = torch.rand(shape, dtype=like.dtype, device=like.device)
-            # One in 2^24 single-precision draws is exactly zero, where a quantile is infinite.
-            msg["value"] = base.icdf(uniform.clamp(min=torch.finfo(like.dtype).eps / 2))
+        u = draw(fn)
+        if u is None:
+            msg["value"] = _sample(fn)
+        else:
+            msg["value"] = transform_of(fn)(u)
+            self.unconstrained[msg["name"]] = u
         msg["done"] = True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if is_random(msg) and not msg["is_observed"] and msg["name"] not in self.unconstrained:
+            self.unconstrained[msg["name"]] = transform_of(msg["fn"]).inv(msg["value"])
+
+
+def _sample(fn: Any) -> Tensor:
+    """A draw by the distribution's own sampler, or by its quantile function."""
+    try:
+        return fn()
+    except RuntimeError as error:
+        if "inplace randomness" not in str(error):
+            raise
+        base = fn
+        while isinstance(base, torch.distributions.Independent):
+            base = base.base_dist
+        like = next(value for value in vars(base).values() if isinstance(value, Tensor))
+        shape = fn.batch_shape + fn.event_shape
+        uniform = torch.rand(shape, dtype=like.dtype, device=like.device)
+        # One in 2^24 single-precision draws is exactly zero, where a quantile is infinite.
+        return base.icdf(uniform.clamp(min=torch.finfo(like.dtype).eps / 2))
 
 
 def is_random(msg: Any) -> bool:

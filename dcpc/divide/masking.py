@@ -73,8 +73,11 @@ def masked_log_prob(msg: Any) -> Tensor:
 
     The mask of the handlers is applied, their scale is not.
     """
-    mask = msg["mask"]
-    log_prob = msg["fn"].log_prob(filled_value(msg))
+    return masked(msg["fn"].log_prob(filled_value(msg)), msg["mask"])
+
+
+def masked(log_prob: Tensor, mask: Any) -> Tensor:
+    """A log-density under a handler's mask: a tensor, a bool, or None."""
     if mask is False:
         return torch.zeros_like(log_prob)
     if mask is None or mask is True:

@@ -78,13 +78,9 @@ def sample_prior(model: Model, args: tuple, kwargs: dict) -> dict[str, Tensor]:
     Flat priors are replaced by a uniform distribution of half-width `handlers.INITIAL_RADIUS`.
     """
     with torch.no_grad(), quiet(), pyro.validation_enabled(False):
-        drawn = Draw()(InitialiseFlat()(model))
-        trace = pyro.poutine.trace(drawn).get_trace(*args, **kwargs)
-        return {
-            name: transform_of(site["fn"]).inv(site["value"])
-            for name, site in trace.nodes.items()
-            if is_random(site) and not site["is_observed"]
-        }
+        draws = Draw()
+        draws(InitialiseFlat()(model))(*args, **kwargs)
+        return draws.unconstrained
 
 
 def constrain(model: Model, latents: Latents, args: tuple, kwargs: dict) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from dcpc.divide import capture
 from dcpc.divide.handlers import Undetached
 from dcpc.divide.model import Latents, Model, constrain, log_factors_and_masks, sample_prior
 from dcpc.divide.sites import Sites
+from dcpc.divide.vectorised import vectorised
 from dcpc.divide.watch import is_plain, plain_key
 from dcpc.errors import ModelError, OptionError
 
@@ -148,7 +149,8 @@ class Program(ABC):
         """Factors, then masks, as a function of a flat list: latents, then tensors."""
         count = len(self.latents)
         latents = dict(zip(self.latents, values[:count], strict=True))
-        factors, masks = self._factors_and_masks(latents, values[count:])
+        with vectorised():
+            factors, masks = self._factors_and_masks(latents, values[count:])
         return (*factors.values(), *masks.values())
 
 
@@ -337,7 +339,8 @@ def map_particles(function: Callable[[Any], dict[str, Tensor]], batched: Any) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = torch.vmap(function, randomness="different")(batched)
+            with vectorised():
+                result = torch.vmap(function, randomness="different")(batched)
     except Exception:  # a sampler with a loop inside, a write by boolean mask
         leaves = pytree.tree_leaves(batched)
         particles = [

@@ -1,4 +1,4 @@
-"""`nn.RNN`, `nn.LSTM` and `nn.GRU` as loops of cells.
+"""`nn.RNN`, `nn.LSTM` and `nn.GRU` as loops of cells, and the cells.
 
 torch runs these modules by fused operators that have no batching rule, so that `torch.vmap` refuses
 them. Here are functions with the arguments of those operators (`torch.gru(input, state, ...)`).
@@ -115,6 +115,22 @@ def run_layers(
     return result, *(torch.stack(parts) for parts in zip(*final, strict=True))
 
 
+def run_cell(
+    cell: Cell,
+    inputs: Tensor,
+    state: Any,
+    input_weight: Tensor,
+    own_weight: Tensor,
+    input_bias: Tensor | None = None,
+    own_bias: Tensor | None = None,
+) -> Any:
+    """One step, with the arguments and results of `torch.gru_cell` and its like."""
+    states: State = (state,) if isinstance(state, Tensor) else tuple(state)
+    own = [own_weight] if own_bias is None else [own_weight, own_bias]
+    result = cell(linear(inputs, input_weight, input_bias), states, own)
+    return result[0] if isinstance(state, Tensor) else result
+
+
 RECURRENT: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "gru": partial(run_layers, gru_cell),
     "lstm": partial(run_layers, lstm_cell),
@@ -122,3 +138,11 @@ RECURRENT: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "rnn_relu": partial(run_layers, partial(plain_cell, torch.relu)),
 }
 """By the name of torch's fused operator."""
+
+CELLS: dict[str, Callable[..., Any]] = {
+    "gru_cell": partial(run_cell, gru_cell),
+    "lstm_cell": partial(run_cell, lstm_cell),
+    "rnn_tanh_cell": partial(run_cell, partial(plain_cell, torch.tanh)),
+    "rnn_relu_cell": partial(run_cell, partial(plain_cell, torch.relu)),
+}
+"""By the name of torch's operator of one step."""

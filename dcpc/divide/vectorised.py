@@ -1,9 +1,10 @@
 """Programs that `torch.vmap` refuses for how they are written, run as equal ones that it takes.
 
-`vectorised` is entered around a run of the model under `vmap`. Inside, operations that have no
-batching rule (recurrent networks, writes under a boolean mask) and functions of Pyro that write in
-place, or hide the gradient in an `autograd.Function` of an old kind, are replaced by
-others with the same values and gradients.
+`vectorised` is entered around a run of the model under `vmap`. Some operations have no batching
+rule (recurrent networks, writes under a boolean mask), or one that loops over the particles, which
+a capture would unroll (attention, recurrent cells); some functions of Pyro write in place, or hide
+the gradient in an `autograd.Function` of an old kind. All are replaced by others with the same
+values and gradients.
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ import pyro.ops.special
 import pyro.ops.tensor_utils
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dcpc.divide.recurrent import RECURRENT
+from dcpc.divide.recurrent import CELLS, RECURRENT
 
 
 @contextmanager
 def vectorised() -> Iterator[None]:
     """Lets a model run under `torch.vmap` or `make_fx(torch.vmap(...))` that could not.
 
-    Covers `nn.RNN`, `nn.LSTM` and `nn.GRU` (not packed sequences), `x[mask] = number`,
-    `OrderedLogistic`, `Multinomial`, `DiscreteHMM`, `GaussianHMM`, `GaussianMRF`,
-    `CoalescentTimesWithRate` and sparse `DirichletMultinomial`. It replaces functions of Pyro while
-    it is entered, so it is, like Pyro's handlers, not for several threads at once.
+    Covers `nn.RNN`, `nn.LSTM` and `nn.GRU` (not packed sequences) and their cells, attention,
+    `x[mask] = number`, `OrderedLogistic`, `Multinomial`, `DiscreteHMM`, `GaussianHMM`,
+    `GaussianMRF`, `CoalescentTimesWithRate`, `SineSkewed`, and the sparse `DirichletMultinomial`
+    and `Poisson`. It replaces functions of Pyro while it is entered, so it is, like Pyro's
+    handlers, not for several threads at once.
     """
     kept = [(owner, name, vars(owner)[name]) for owner, name, _ in _REPLACEMENTS]
     try:
@@ -46,6 +49,41 @@ def vectorised() -> Iterator[None]:
     finally:
         for owner, name, function in kept:
             setattr(owner, name, function)
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Lets samplers that fill a tensor in place draw under `vmap(..., randomness="different")`.
+
+    torch's samplers of the multivariate normal, Student's t, Cauchy, exponential, Laplace and
+    others fill an empty tensor, which has no particle axis where the parameters have none, and
+    `vmap` refuses. Here an empty tensor has a particle axis, as random numbers have. Enter it
+    inside of `vectorised`, for draws only.
+    """
+    with _EmptyWithParticles():
+        yield
+
+
+class _EmptyWithParticles(TorchFunctionMode):
+    """Makes empty tensors inside of a `vmap` have its axis."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") not in _EMPTY or not _is_unbatched_float(result):
+            return result
+        # What is in an empty tensor does not matter: random numbers do, and have the axis.
+        return torch.rand(result.shape, dtype=result.dtype, device=result.device)
+
+
+def _is_unbatched_float(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and torch._C._functorch.peek_interpreter_stack() is not None
+        and not _is_batched(value)
+    )
 
 
 class _Replace(TorchFunctionMode):
@@ -62,11 +100,13 @@ def _replacement(func: Any, args: tuple) -> Callable[..., Any] | None:
     """The function to run instead of one of torch, or None."""
     if func is Tensor.__setitem__:
         return _fill if _writes_under_mask(*args) else None
-    recurrent = RECURRENT.get(getattr(func, "__name__", ""))
-    # The arguments of a packed sequence begin with two tensors and the state.
-    if recurrent is None or not isinstance(args[3], bool):
+    name = getattr(func, "__name__", "")
+    if name in RECURRENT and not isinstance(args[3], bool):
+        return None  # a packed sequence: its third argument is the state, and then come weights
+    replacement = _BATCHED.get(name)
+    if replacement is None or not any(map(_is_batched, pytree.tree_leaves(args))):
         return None
-    return recurrent if any(map(_is_batched, pytree.tree_leaves(args))) else None
+    return replacement
 
 
 def _writes_under_mask(target: Tensor, index: Any, value: Any) -> bool:
@@ -80,7 +120,43 @@ def _writes_under_mask(target: Tensor, index: Any, value: Any) -> bool:
 
 
 def _fill(target: Tensor, mask: Tensor, value: Any) -> None:
-    target.masked_fill_(mask.reshape(mask.shape + (1,) * (target.dim() - mask.dim())), value)
+    mask = mask.reshape(mask.shape + (1,) * (target.dim() - mask.dim()))
+    target.copy_(torch.where(mask, value, target))
+
+
+def _clamp(target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return target.copy_(target.clamp(*args, **kwargs))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`softmax(scale Q K^T + mask) V`, in place of fused kernels that run particle by particle."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        scores = torch.where(attn_mask, scores, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights = scores.softmax(-1)
+    return (functional.dropout(weights, dropout_p) if dropout_p else weights) @ value
+
+
+def _attention_where_batched(*args: Any, **kwargs: Any) -> Tensor:
+    """Attention as called within torch's own functions, where a mode does not see it."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    return (_attention if any(map(_is_batched, leaves)) else _FUSED_ATTENTION)(*args, **kwargs)
 
 
 def _is_batched(value: Any) -> bool:
@@ -96,6 +172,14 @@ def _safe_log(x: Tensor) -> Tensor:
     zero = x == 0
     log = torch.where(zero, torch.ones_like(x), x).log()
     return torch.where(zero, torch.full_like(x, -torch.inf), log)
+
+
+def _logmatmulexp(x: Tensor, y: Tensor) -> Tensor:
+    """Logarithm of the product of `exp(x)` and `exp(y)`, for `pyro.distributions.hmm`."""
+    lowest = torch.finfo(x.dtype).min  # avoids NaN due to inf - inf
+    x_shift = x.detach().amax(-1, keepdim=True).clamp(min=lowest)
+    y_shift = y.detach().amax(-2, keepdim=True).clamp(min=lowest)
+    return _safe_log((x - x_shift).exp() @ (y - y_shift).exp()) + x_shift + y_shift
 
 
 def _safe_cholesky(x: Tensor) -> Tensor:
@@ -124,16 +208,42 @@ def _ordered_logistic(
     super(dist.OrderedLogistic, self).__init__(torch.cat(pieces, -1), validate_args=validate_args)
 
 
+def _sine_skewed(
+    self: dist.SineSkewed, base_dist: Any, skewness: Tensor, validate_args: bool | None = None
+) -> None:
+    """`SineSkewed.__init__` without its warning, which branches on the skewness."""
+    batch_shape = torch.broadcast_shapes(base_dist.batch_shape, skewness.shape[:-1])
+    event_shape = skewness.shape[-1:]
+    self.skewness = skewness.broadcast_to(batch_shape + event_shape)
+    self.base_dist = base_dist.expand(batch_shape)
+    super(dist.SineSkewed, self).__init__(batch_shape, event_shape, validate_args=validate_args)
+
+
 def _log_beta_1(alpha: Tensor, value: Tensor, is_sparse: bool) -> Tensor:
     """Terms of `DirichletMultinomial`. They vanish at zero counts, which thus need no mask."""
     return torch.lgamma(1 + value) + torch.lgamma(alpha) - torch.lgamma(value + alpha)
 
 
+_EMPTY = frozenset(("empty", "empty_like", "new", "new_empty"))
+
+_FUSED_ATTENTION = functional.scaled_dot_product_attention
+
+_BATCHED: dict[str, Callable[..., Any]] = {
+    **RECURRENT,
+    **CELLS,
+    "clamp_": _clamp,
+    "scaled_dot_product_attention": _attention,
+}
+"""Replacements of torch functions with a batched argument, by name."""
+
 _REPLACEMENTS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+    (functional, "scaled_dot_product_attention", _attention_where_batched),
     (dist.OrderedLogistic, "__init__", _ordered_logistic),
+    (dist.SineSkewed, "__init__", _sine_skewed),
+    (dist.Poisson, "log_prob", torch.distributions.Poisson.log_prob),
     (pyro.distributions.conjugate, "_log_beta_1", _log_beta_1),
     (pyro.distributions.coalescent, "safe_log", _safe_log),
-    (pyro.distributions.hmm, "safe_log", _safe_log),
+    (pyro.distributions.hmm, "_logmatmulexp", _logmatmulexp),
     (pyro.ops.einsum.torch_log, "safe_log", _safe_log),
     (pyro.ops.special, "safe_log", _safe_log),
     (pyro.distributions.hmm, "safe_cholesky", _safe_cholesky),

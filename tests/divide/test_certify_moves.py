@@ -59,7 +59,7 @@ def test_a_scaled_jacobian_does_not_pass(monkeypatch):
             self.log_factors["s"] = self.log_factors["s"] + 2.0 * u  # log |det J| of exp is u
 
     monkeypatch.setattr(handlers.Substitute, "_pyro_post_sample", scaled_jacobian)
-    with pytest.raises(CertificationError, match="unit 's'.*changes by"):
+    with pytest.raises(CertificationError, match=r"unit 's'.*changes by"):
         DCPC(scaled, num_particles=3).division(X)
 
 
@@ -90,7 +90,7 @@ def test_a_gradient_that_is_not_that_of_the_density_does_not_pass(monkeypatch, b
         return unit.ScoredDensity(evaluation.log_density, 1.5 * evaluation.score)
 
     monkeypatch.setattr(unit.UnitGroup, "evaluate", stretched)
-    with pytest.raises(CertificationError, match="its score is .* has the slope"):
+    with pytest.raises(CertificationError, match=r"its score is .* has the slope"):
         DCPC(nested, num_particles=3, backend=backend).division(X)
 
 
