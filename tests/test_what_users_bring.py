@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer.reparam import LocScaleReparam
 from torch import nn
 from torch.nn import functional
 
@@ -174,6 +175,17 @@ def test_delta_and_deterministic_sites_are_values_of_the_posterior():
     # Particles have weights by cell, which a sum over cells has not.
     assert "everything" not in z
     assert posterior.mean()["total"].shape == (3,)
+
+
+def test_a_reparametrised_site_keeps_its_name_in_the_posterior():
+    @poutine.reparam(config={"x": LocScaleReparam(0.0)})
+    def model(y):
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        x = pyro.sample("x", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    samples = DCPC(model, num_particles=9).run(X[0], num_sweeps=4, progress=False).samples
+    torch.testing.assert_close(samples["x"], samples["scale"] * samples["x_decentered"])
 
 
 def test_a_delta_with_a_density_of_its_own_is_refused():

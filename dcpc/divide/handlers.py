@@ -219,11 +219,15 @@ def is_random(msg: Any) -> bool:
 
 
 def is_deterministic(msg: Any) -> bool:
-    """A site whose value its parents determine: `pyro.deterministic`, or a latent `Delta`."""
-    if msg["type"] != "sample" or site_is_subsample(msg):
+    """A site whose value its parents determine, and which has no density.
+
+    `pyro.deterministic`, what a reparametrised site becomes, or a latent `Delta`.
+    """
+    if msg["type"] != "sample" or site_is_subsample(msg) or not is_delta(msg["fn"]):
         return False
-    return msg["infer"].get("_deterministic", False) or (
-        not msg["is_observed"] and is_delta(msg["fn"])
+    return not msg["is_observed"] or any(
+        isinstance(part, dist.MaskedDistribution) and part._mask is False
+        for part in layers(msg["fn"])
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributions as td
-from pyro.distributions import ExpandedDistribution, MaskedDistribution
+from pyro.distributions import LKJ, ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import IndependentTransform, Transform
@@ -118,6 +118,8 @@ def _draw(fn: Any, batch_shape: torch.Size) -> Tensor | None:
         return draw_angle(fn, batch_shape)
     if isinstance(fn, td.MixtureSameFamily):
         return _mixture_draw(fn, batch_shape)
+    if type(fn) is LKJ:
+        return _draw(fn.base_dist, batch_shape)  # the same coordinates, of its Cholesky factor
     family = _family_of(fn)
     if family is not None:
         return family.draw(fn, batch_shape)
