@@ -1,8 +1,8 @@
 """Checks, by numbers, that what moves a unit is its part of the model's joint density.
 
 The joint density is taken from Pyro itself: an ordinary trace with its own `log_prob`s, and the
-Jacobians of `biject_to`, as in the potential that Pyro's NUTS moves on. Plates are looked up by
-their names in the trace. Neither the captured program nor the packing of units takes part in it.
+Jacobians of torch's transforms, as in the potential that Pyro's NUTS moves on. Plates are looked up
+by their names in the trace. Neither the captured program nor the packing of units takes part in it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
 
 from dcpc.divide.graph import SiteGraph
 from dcpc.divide.handlers import TensorObservations, Undetached, quiet
@@ -23,6 +22,7 @@ from dcpc.divide.masking import filled_value
 from dcpc.divide.model import Latents, Model
 from dcpc.divide.program import Arguments, Program
 from dcpc.divide.sites import Plate, Site
+from dcpc.divide.supports import transform_of
 from dcpc.divide.unit import Unit, UnitGroup
 from dcpc.errors import CertificationError
 
@@ -180,7 +180,7 @@ class _AtUnconstrained(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
         if name in self.latents:
-            transform = biject_to(msg["fn"].support)
+            transform = transform_of(msg["fn"])
             msg["value"] = transform(self.latents[name])
             msg["done"] = True
             self.log_dets[name] = transform.log_abs_det_jacobian(self.latents[name], msg["value"])

@@ -166,10 +166,9 @@ class InitialiseFlat(Messenger):
 
 
 class Draw(Messenger):
-    """Samples latents in unconstrained coordinates, by samplers that `vmap` takes.
+    """Samples latents in unconstrained coordinates, where their distribution allows it.
 
-    Some samplers of torch (Cauchy, Exponential, Laplace) fill a tensor in place, which `vmap`
-    refuses; others round to the edge of the support.
+    A constrained draw may round to the edge of the support, from which there is no way back.
 
     Attributes:
         unconstrained: The draws, by latent.
@@ -182,35 +181,14 @@ class Draw(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["done"] or msg["is_observed"] or not is_random(msg):
             return
-        fn = msg["fn"]
-        u = draw(fn)
-        if u is None:
-            msg["value"] = _sample(fn)
-        else:
-            msg["value"] = transform_of(fn)(u)
+        u = draw(msg["fn"])
+        if u is not None:
+            msg["value"], msg["done"] = transform_of(msg["fn"])(u), True
             self.unconstrained[msg["name"]] = u
-        msg["done"] = True
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if is_random(msg) and not msg["is_observed"] and msg["name"] not in self.unconstrained:
             self.unconstrained[msg["name"]] = transform_of(msg["fn"]).inv(msg["value"])
-
-
-def _sample(fn: Any) -> Tensor:
-    """A draw by the distribution's own sampler, or by its quantile function."""
-    try:
-        return fn()
-    except RuntimeError as error:
-        if "inplace randomness" not in str(error):
-            raise
-        base = fn
-        while isinstance(base, torch.distributions.Independent):
-            base = base.base_dist
-        like = next(value for value in vars(base).values() if isinstance(value, Tensor))
-        shape = fn.batch_shape + fn.event_shape
-        uniform = torch.rand(shape, dtype=like.dtype, device=like.device)
-        # One in 2^24 single-precision draws is exactly zero, where a quantile is infinite.
-        return base.icdf(uniform.clamp(min=torch.finfo(like.dtype).eps / 2))
 
 
 def is_random(msg: Any) -> bool:

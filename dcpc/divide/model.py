@@ -24,6 +24,7 @@ from dcpc.divide.handlers import (
     transform_of,
 )
 from dcpc.divide.sites import Site
+from dcpc.divide.vectorised import drawing
 from dcpc.errors import ModelError
 
 Model = Callable[..., Any]
@@ -77,7 +78,7 @@ def sample_prior(model: Model, args: tuple, kwargs: dict) -> dict[str, Tensor]:
 
     Flat priors are replaced by a uniform distribution of half-width `handlers.INITIAL_RADIUS`.
     """
-    with torch.no_grad(), quiet(), pyro.validation_enabled(False):
+    with torch.no_grad(), quiet(), pyro.validation_enabled(False), drawing():
         draws = Draw()
         draws(InitialiseFlat()(model))(*args, **kwargs)
         return draws.unconstrained

@@ -21,9 +21,9 @@ from dcpc.divide.handlers import (
     layers,
     plate_scale,
     quiet,
-    transform_of,
 )
 from dcpc.divide.masking import is_masked, selected
+from dcpc.divide.supports import transform_of
 from dcpc.errors import DataError, ModelError
 
 
@@ -237,7 +237,7 @@ def _check_observation(msg: Any) -> None:
         return
     mask = selected(msg)
     seen = value if mask is None else value.expand(mask.shape)[mask]
-    if seen.numel() == 0:
+    if seen.numel() == 0 or any(isinstance(part, _NAN_MEANS_MASKED) for part in layers(fn)):
         return
     if value.is_floating_point() and bool(seen.isnan().any()):
         raise DataError(
@@ -261,6 +261,9 @@ def _check_observation(msg: Any) -> None:
             "the data, or choose another likelihood (validate_args=False on the distribution "
             "switches this check off)."
         )
+
+
+_NAN_MEANS_MASKED = (dist.NanMaskedNormal, dist.NanMaskedMultivariateNormal)
 
 
 def _over_batch(mask: Tensor, like: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from scipy import stats
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dcpc.divide.circular import NUM_PROPOSALS, WrapAngle
 from dcpc.divide.supports import draw, log_density, transform_of
+from dcpc.divide.supports.circular import NUM_PROPOSALS, WrapAngle
 
 NUM_DRAWS = 4000
 
@@ -220,10 +220,12 @@ def test_sparse_dirichlet_draws_have_beta_breaks():
         assert follows(breaks, grid, cdf)
 
 
-def test_lkj_draws_have_beta_correlations():
-    fn = dist.LKJCholesky(4, torch.tensor(0.7)).expand([NUM_DRAWS])
-    factor = transform_of(fn)(draw(fn))
-    correlations = factor @ factor.mT
+@pytest.mark.parametrize("kind", [dist.LKJ, dist.LKJCholesky])
+def test_lkj_draws_have_beta_correlations(kind):
+    fn = kind(4, torch.tensor(0.7))
+    u = torch.vmap(lambda _: draw(fn), randomness="different")(torch.zeros(NUM_DRAWS))
+    value = transform_of(fn)(u)
+    correlations = value if kind is dist.LKJ else value @ value.mT
     shape = 0.7 + (4 - 2) / 2
     for row, column in ((1, 0), (2, 1), (3, 2), (3, 0)):
         r = correlations[:, row, column]

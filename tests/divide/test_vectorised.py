@@ -178,8 +178,8 @@ def test_a_number_is_written_under_a_mask():
 )
 def test_recurrent_networks_of_latents_run(kind, options):
     network = kind(2, 3, **options).eval()
-    inputs = torch.randn(4, 6, 2)
-    pick = torch.randn(4, 6, 6 if options.get("bidirectional") else 3)
+    inputs = torch.randn(3, 2, 2)
+    pick = torch.randn(3, 2, 6 if options.get("bidirectional") else 3)
 
     def function(z: Tensor) -> Tensor:
         output, state = network(inputs * z[:2])

@@ -23,7 +23,7 @@ import torch.distributions as td
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from dcpc.divide.jacobians import log_sech, log_stick_breaking, stick_breaking_logits
+from dcpc.divide.supports.jacobians import log_sech, log_stick_breaking, stick_breaking_logits
 
 _TAIL = 40.0
 """Beyond it, `log(1 + e^-x)` is `e^-x` to double precision."""

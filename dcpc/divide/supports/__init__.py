@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import IndependentTransform, Transform
 
-from dcpc.divide.circular import WrapAngle, draw_angle, is_circular
-from dcpc.divide.families import FAMILIES, Family, exponential_variate
-from dcpc.divide.jacobians import elementary_parts, is_parameter_free, log_abs_det
+from dcpc.divide.supports.circular import WrapAngle, draw_angle, is_circular
+from dcpc.divide.supports.families import FAMILIES, Family, exponential_variate
+from dcpc.divide.supports.jacobians import elementary_parts, is_parameter_free, log_abs_det
 
 
 def transform_of(fn: Any) -> Transform:

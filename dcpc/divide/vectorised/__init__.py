@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dcpc.divide.recurrent import CELLS, RECURRENT
+from dcpc.divide.vectorised.recurrent import CELLS, RECURRENT
 
 
 @contextmanager
