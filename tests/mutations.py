@@ -484,6 +484,14 @@ FAULTS = [
           "return torch.where(x.abs() <= math.pi, x, wrapped)", "return x"),
     Fault("initial values outside of the support are taken", INITIAL,
           "if not bool(support.check(tensor).all()):", "if False:"),
+    Fault("an evidence of few families has an error", ANNEALING,
+          "return error.masked_fill(too_few, math.inf)", "return error"),
+    Fault("one sweep per rung, however correlated the particles", ANNEALING,
+          "while num_sweeps < rung.num_sweeps:", "while num_sweeps < 1:"),
+    Fault("every sweep of a rung reweights", ANNEALING,
+          "retargets=num_sweeps == 0", "retargets=True"),
+    Fault("families are counted without their resampling", ANNEALING,
+          "eve=take_particles(self.eve, ancestors, axes)", "eve=self.eve"),
 ]  # fmt: skip
 
 

@@ -12,11 +12,23 @@ from oracles import conjugate_pairs, gaussian_chain, linear_gaussian_dag
 from torch.distributions import constraints
 
 from dcpc import DCPC
-from dcpc.annealing import anneal, genealogical_standard_error, spaced_ladder
+from dcpc.annealing import (
+    MAX_CORRELATION,
+    MAX_SWEEPS,
+    MIN_DECORRELATED_FAMILIES,
+    MIN_FAMILIES,
+    Annealed,
+    anneal,
+    effective_families,
+    genealogical_standard_error,
+    importance_evidence,
+    spaced_ladder,
+)
 from dcpc.conquer import Langevin
 from dcpc.divide import Reference, Target
 from dcpc.errors import EvidenceError, OptionError
 from dcpc.recombine import LogWeights
+from dcpc.sweep import SweepState, sweep
 
 CELLS = 3000
 
@@ -77,7 +89,7 @@ def test_standard_error_is_calibrated(algorithm):
     assert 0.5 < reported / empirical < 2.5
 
 
-@pytest.mark.parametrize("seed", [1, 5])
+@pytest.mark.parametrize("seed", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_standard_error_is_calibrated_for_a_single_problem(seed):
     exact = linear_gaussian_dag(seed)
     engine = DCPC(exact.model, num_particles=200)
@@ -100,13 +112,66 @@ def test_genealogical_error_without_resampling_is_that_of_a_mean():
 
 
 def test_genealogical_error_counts_families_as_one():
-    """Two families of equal particles are two samples, however large the families."""
-    families = torch.tensor([0.0] * 50 + [1.0] * 50, dtype=torch.float64)
-    eve = torch.tensor([0] * 50 + [1] * 50)
-    w = torch.softmax(families, 0).reshape(2, 50).sum(1)
+    """Twenty families of equal particles are twenty samples, however large the families."""
+    torch.manual_seed(0)
+    families = torch.randn(20, dtype=torch.float64) / 4
+    log_weight = families.repeat_interleave(5)
+    eve = torch.arange(20).repeat_interleave(5)
+    w = torch.softmax(log_weight, 0).reshape(20, 5).sum(1)
     expected = (float(w.square().sum()) - 0.01) * 100 / 99
-    got = genealogical_standard_error(LogWeights(families), eve)
+    got = genealogical_standard_error(LogWeights(log_weight), eve)
     assert got.item() == pytest.approx(math.sqrt(expected))
+
+
+def test_effective_families_are_those_that_would_be_as_uneven():
+    """Cells of 6 particles: all alive; three families of two; two thirds and one third."""
+    eve = torch.tensor([[0, 0, 1], [1, 0, 1], [2, 2, 1], [3, 2, 1], [4, 5, 4], [5, 5, 4]])
+    got = effective_families(LogWeights(torch.zeros(6, 3)), eve)
+    torch.testing.assert_close(got, torch.tensor([6.0, 3.0, 9 / 5]))
+
+
+def test_families_without_resampling_are_the_ess_of_the_weights():
+    torch.manual_seed(0)
+    weights = LogWeights(torch.randn(50, 4, dtype=torch.float64))
+    eve = torch.arange(50)[:, None].expand(50, 4)
+    torch.testing.assert_close(effective_families(weights, eve), weights.ess())
+
+
+@pytest.mark.parametrize("least", [MIN_FAMILIES, MIN_DECORRELATED_FAMILIES])
+def test_too_few_families_make_the_error_infinite(least):
+    """A cell with one family more than are asked for, one with one less, one with a single one."""
+    count = int(least)
+    size = (count + 1) * (count - 1)
+    eve = torch.stack([torch.arange(size) % n for n in (count + 1, count - 1, 1)], -1)
+    got = genealogical_standard_error(LogWeights(torch.zeros(size, 3)), eve, least)
+    excess = 1 / (count + 1) - 1 / size
+    assert got[0].item() == pytest.approx(math.sqrt(excess * size / (size - 1)), rel=1e-4)
+    assert got[1:].tolist() == [math.inf, math.inf]
+
+
+@pytest.mark.parametrize("num_particles", [2, 3, 4, 8, 16])
+def test_half_of_few_particles_have_to_have_descendants(num_particles):
+    everybody = torch.arange(num_particles)
+    nobody_else = torch.zeros(num_particles).long()
+    half = everybody // 2
+    eve = torch.stack([everybody, nobody_else, half], -1)
+    got = genealogical_standard_error(LogWeights(torch.zeros(num_particles, 3)), eve)
+    assert got[0].item() == pytest.approx(0.0, abs=1e-3)
+    assert got[1].item() == math.inf
+    # Three particles in families of two and one make 9/5 families, of two asked for.
+    assert got[2].item() == math.inf
+
+
+def test_evidence_by_importance_is_unreliable_where_few_weights_count():
+    """Equal weights, and those of which one is `e^8` times the others."""
+    log_weight = torch.zeros(200, 2)
+    log_weight[3, 1] = 8.0
+    state = SweepState({}, LogWeights(log_weight), torch.zeros(200, 2))
+    log_evidence, error = importance_evidence(state)
+    expected = torch.tensor([0.0, math.log((199 + math.exp(8)) / 200)])
+    torch.testing.assert_close(log_evidence, expected, atol=1e-5, rtol=1e-5)
+    assert error[0].item() == pytest.approx(0.0, abs=1e-3)
+    assert error[1].item() == math.inf
 
 
 def test_one_particle_has_no_standard_error():
@@ -136,9 +201,10 @@ def test_spaced_ladder_rises_to_one():
 
 
 @pytest.mark.usefixtures("float64")
-def test_adaptive_ladder_keeps_the_conditional_ess_that_was_asked_for():
+def test_adaptive_ladder_keeps_the_conditional_ess_that_was_asked_for(monkeypatch):
+    monkeypatch.setattr("dcpc.annealing.MAX_SWEEPS", 1)
     exact = linear_gaussian_dag(0)
-    engine = DCPC(exact.model, num_particles=500)
+    engine = DCPC(exact.model, num_particles=100)
     torch.manual_seed(0)
     state = engine.init()
     division = engine.division()
@@ -209,11 +275,192 @@ def test_second_annealing_run_has_the_pilots_ladder_and_frozen_proposals(monkeyp
     assert len(pilot.ladder) == len(second.ladder)
     for learned, used in zip(pilot.ladder, second.ladder, strict=True):
         assert used.temperature == learned.temperature
+        assert used.num_sweeps == learned.num_sweeps
         for name in learned.adaptation:
             for part in ("preconditioner", "step_size"):
                 before = getattr(learned.adaptation[name], part)
                 after = getattr(used.adaptation[name], part)
                 assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_second_annealing_run_makes_the_sweeps_of_the_pilot(monkeypatch):
+    """As many at every temperature, of which the first alone reweights, in both runs."""
+    made = []
+
+    def spy(*args, **kwargs):
+        made.append((kwargs["adapt"], kwargs["target"].temperature, kwargs["retargets"]))
+        return sweep(*args, **kwargs)
+
+    monkeypatch.setattr("dcpc.annealing.sweep", spy)
+    exact = linear_gaussian_dag(1)
+    annealed = DCPC(exact.model, num_particles=50).anneal(seed=0)
+    expected = [
+        (rung.temperature, index == 0)
+        for rung in annealed.ladder[:-1]
+        for index in range(rung.num_sweeps)
+    ]
+    assert max(rung.num_sweeps for rung in annealed.ladder) > 1
+    for adapts in (True, False):
+        assert [about for adapt, *about in made if adapt is adapts] == [list(e) for e in expected]
+
+
+def many_latents(size):
+    """`z ~ N(0, I)`, `x ~ N(z, I)` in many dimensions; x, and the exact log evidence."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    x = 2**0.5 * torch.randn(size, generator=torch.Generator().manual_seed(0))
+    return model, x, float(dist.Normal(0.0, 2**0.5).log_prob(x.double()).sum())
+
+
+def anneal_many_latents(size, num_particles, seed) -> tuple[Annealed, float]:
+    model, x, log_evidence = many_latents(size)
+    annealed = DCPC(model, num_particles=num_particles).anneal(x, seed=seed)
+    return annealed, float(annealed.log_evidence) - log_evidence
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_evidence_of_two_hundred_latents_is_within_its_error(seed):
+    annealed, error = anneal_many_latents(200, 100, seed)
+    assert float(annealed.log_evidence_se) < 0.5
+    assert abs(error) < 4 * float(annealed.log_evidence_se)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "num_particles"), [(200, 1000), (2000, 100)])
+def test_evidence_of_many_latents_is_right(size, num_particles):
+    """Within the error that the families tell, which is reported where they are enough."""
+    annealed, error = anneal_many_latents(size, num_particles, seed=4)
+    families = float(annealed.effective_families)
+    told = (num_particles / (num_particles - 1) * (1 / families - 1 / num_particles)) ** 0.5
+    assert abs(error) < 4 * told
+    assert math.isinf(float(annealed.log_evidence_se)) == (families < MIN_DECORRELATED_FAMILIES)
+
+
+def test_too_few_moves_are_reported_as_unreliable():
+    """Ten temperatures of one sweep for 200 latents: a single family is left."""
+    model, x, log_evidence = many_latents(200)
+    annealed = DCPC(model, num_particles=100).anneal(x, num_temperatures=10, seed=0)
+    assert abs(float(annealed.log_evidence) - log_evidence) > 4
+    assert float(annealed.effective_families) < MIN_FAMILIES
+    assert float(annealed.log_evidence_se) == math.inf
+
+
+def test_rungs_are_swept_until_the_particles_have_decorrelated():
+    annealed, _ = anneal_many_latents(50, 200, seed=0)
+    *rungs, last = annealed.ladder
+    assert all(rung.correlation <= MAX_CORRELATION for rung in rungs)
+    counts = [rung.num_sweeps for rung in rungs]
+    # Fifty dimensions take some 2 50^(1/3) = 7 Langevin moves.
+    assert 3 < sum(counts) / len(counts) < 14
+    assert last.temperature == 1.0
+
+
+@pytest.mark.parametrize("num_temperatures", [1, 5])
+def test_a_ladder_that_was_asked_for_has_one_sweep_per_rung(num_temperatures):
+    chain = gaussian_chain()
+    engine = DCPC(chain.model, num_particles=20)
+    annealed = engine.anneal(*chain.args, num_temperatures=num_temperatures, seed=0)
+    assert [rung.num_sweeps for rung in annealed.ladder] == [1] * num_temperatures
+
+
+def test_a_single_particle_is_swept_once_per_rung():
+    """It has nothing to be compared with."""
+    chain = gaussian_chain(5)
+    annealed = DCPC(chain.model, num_particles=1).anneal(*chain.args, seed=0)
+    assert [rung.num_sweeps for rung in annealed.ladder] == [1] * len(annealed.ladder)
+    assert bool(annealed.log_evidence_se.isnan().all())
+    assert annealed.effective_families.tolist() == [1.0] * 5
+
+
+@pytest.mark.usefixtures("float64")
+def test_particles_that_cannot_move_stay_their_initial_ancestors():
+    """With steps of nothing the final particles are the first ones, resampled cell by cell.
+
+    Their slopes stay what they were, so that every rung makes as many sweeps as may be.
+    """
+    chain = gaussian_chain(7)
+    engine = DCPC(chain.model, num_particles=30, step_size=1e-30)
+    torch.manual_seed(0)
+    start = engine.init(*chain.args)
+    annealed = anneal(engine.division(*chain.args), start, engine.parts, chain.args)
+    for name in chain.names:
+        expected = start.latents[name].gather(0, annealed.eve)
+        torch.testing.assert_close(annealed.state.latents[name], expected)
+    assert bool((annealed.effective_families < 30).all())
+    for rung in annealed.ladder[:-1]:
+        assert rung.num_sweeps == MAX_SWEEPS
+        assert rung.correlation == pytest.approx(1.0)
+
+
+def test_particles_that_were_not_resampled_are_their_own_ancestors():
+    chain = gaussian_chain(7)
+    engine = DCPC(chain.model, num_particles=30, resample_threshold=0.0)
+    annealed = engine.anneal(*chain.args, seed=0)
+    assert torch.equal(annealed.eve, torch.arange(30)[:, None].expand(30, 7))
+    torch.testing.assert_close(annealed.effective_families, annealed.state.log_weight.ess())
+
+
+def vague_prior():
+    """`z ~ N(0, 1000^2)` and 20 observations of standard deviation one."""
+    x = 3 + torch.randn(20, generator=torch.Generator().manual_seed(1))
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1000.0))
+        with pyro.plate("n", 20):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    covariance = torch.eye(20, dtype=torch.float64) + 1e6
+    joint = torch.distributions.MultivariateNormal(covariance.new_zeros(20), covariance)
+    return model, float(joint.log_prob(x.double()))
+
+
+def correlated_prior():
+    """Twenty latents of correlation `.9^|i - j|`, each observed with standard deviation .3."""
+    x = torch.randn(20, generator=torch.Generator().manual_seed(2))
+    index = torch.arange(20, dtype=torch.float64)
+    prior = 0.9 ** (index[:, None] - index).abs()
+    factor = torch.linalg.cholesky(prior).float()
+
+    def model():
+        z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(20), scale_tril=factor))
+        pyro.sample("x", dist.Normal(z, 0.3).to_event(1), obs=x)
+
+    covariance = prior + 0.09 * torch.eye(20, dtype=torch.float64)
+    joint = torch.distributions.MultivariateNormal(covariance.new_zeros(20), covariance)
+    return model, float(joint.log_prob(x.double()))
+
+
+def gamma_poisson():
+    pair = next(pair for pair in conjugate_pairs() if pair.name == "gamma-poisson")
+    return pair.model, pair.log_evidence
+
+
+@pytest.mark.parametrize("algorithm", ["dcpc", "dcpc-smc"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        gamma_poisson,
+        pytest.param(vague_prior, marks=pytest.mark.slow),
+        pytest.param(correlated_prior, marks=pytest.mark.slow),
+    ],
+)
+def test_zhat_is_unbiased_and_its_error_calibrated_over_seeds(problem, algorithm):
+    """Mean of `Zhat / Z` within 4 errors of one; spread of `log Zhat` half to twice as told."""
+    model, log_evidence = problem()
+    engine = DCPC(model, num_particles=100, algorithm=algorithm)
+    runs = [engine.anneal(seed=seed) for seed in range(20)]
+    errors = torch.stack([run.log_evidence for run in runs]).double() - log_evidence
+    ratio = errors.exp()
+    assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / len(runs) ** 0.5
+    reported = torch.stack([run.log_evidence_se for run in runs])
+    assert bool((errors.abs() < 4.5 * reported).all())
+    finite = reported[reported.isfinite()]
+    assert len(finite) > 15
+    # Twenty runs know their spread to about 16 %.
+    assert 0.5 < float(finite.square().mean().sqrt() / errors.std()) < 2.0
 
 
 def flat_model(x):
