@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from dcpc.algorithms import build_algorithm
 from dcpc.annealing import Annealed, spaced_ladder
 from dcpc.conquer import Move, Preconditioner
+from dcpc.convergence import ConvergenceWarning, format_problems
 from dcpc.divide import Arguments, Division, Unit, constrained_particles, divide, read_sites
 from dcpc.divide.division import DataIdentity
 from dcpc.divide.graph import Schedule
@@ -28,6 +31,7 @@ from dcpc.recombine.correction import Correction
 from dcpc.run import Run
 from dcpc.seeding import random_state_kept, seeded
 from dcpc.sweep import SweepInfo, SweepState, loss, sweep
+from dcpc.tables import html_table
 
 MAX_DIVISIONS = 16
 """Divisions kept for different argument shapes; the least recently used one goes first."""
@@ -36,9 +40,23 @@ MAX_DIVISIONS = 16
 class Units(list[Unit]):
     """The units of a model; prints as a table."""
 
+    HEADER = ("unit", "parents", "children", "blanket", "plates", "size", "support")
+
     def __str__(self) -> str:
-        header = ("unit", "parents", "children", "blanket", "plates", "size", "support")
-        rows = [header] + [
+        rows = [self.HEADER, *self._rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(self.HEADER))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(self.HEADER, self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
             (
                 unit.name,
                 *(
@@ -51,11 +69,6 @@ class Units(list[Unit]):
             )
             for unit in self
         ]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
 
 
 class DCPC:
@@ -155,7 +168,7 @@ class DCPC:
         *args: Any,
         num_sweeps: int = 1000,
         num_warmup: int | None = None,
-        keep_every: int = 0,
+        keep_every: int | None = None,
         initial_values: Mapping[str, Tensor] | None = None,
         evidence: bool = True,
         conditional_ess: float = 0.9,
@@ -166,15 +179,17 @@ class DCPC:
         """Infers the posterior of the latents given the arguments.
 
         The exact algorithms anneal from the prior to the posterior twice: a pilot chooses the
-        temperatures and adapts the proposals, then a second run with both fixed gives an unbiased
-        evidence estimate and the particles to go on with. `num_sweeps` sweeps at the posterior
+        temperatures, and how many sweeps the particles need at each to decorrelate, and adapts the
+        proposals; a second run with all of it fixed gives an unbiased evidence estimate and the
+        particles to go on with. `num_sweeps` sweeps at the posterior
         follow, the first `num_warmup` of which still adapt.
 
         Args:
             *args: Arguments of the model.
             num_sweeps: Sweeps at the posterior.
             num_warmup: How many of them adapt; by default half.
-            keep_every: Keep every n-th of the other sweeps in `posterior.history`; 0 for none.
+            keep_every: Keep every n-th of the other sweeps in `posterior.history`; 0 for none. By
+                default some 100 of them, at most 64 MiB in all.
             initial_values: Constrained values to start latents from instead of their prior.
             evidence: Whether to spend the second annealing run on an evidence estimate.
             conditional_ess: Conditional ESS, over K, that each temperature step keeps; closer to
@@ -187,6 +202,10 @@ class DCPC:
             ModelError, DataError, CertificationError: The model or data cannot be handled.
             DegenerateWeightsError: No particle has positive density.
             OptionError: An option out of range.
+
+        Warns:
+            ConvergenceWarning: The posterior may be off; `posterior.warnings` says why, and what to
+                do.
         """
         num_warmup = num_sweeps // 2 if num_warmup is None else num_warmup
         if num_sweeps < 0 or not 0 <= num_warmup <= num_sweeps:
@@ -194,7 +213,7 @@ class DCPC:
                 f"num_sweeps must be at least 0 and num_warmup between 0 and num_sweeps, got "
                 f"num_sweeps={num_sweeps}, num_warmup={num_warmup}"
             )
-        if keep_every < 0:
+        if keep_every is not None and keep_every < 0:
             raise OptionError(f"keep_every must be at least 0, got {keep_every}")
         _check_conditional_ess(conditional_ess)
         check_model_arguments(self.model, kwargs, "DCPC.run")
@@ -202,9 +221,12 @@ class DCPC:
         with seeded(seed), ProgressBar(progress) as bar:
             run = self._run(arguments, bar, initial_values or {}, conditional_ess)
             refusal = self._evidence_refusal(run.division, arguments.tensors)
-            state, estimate = run.approach(refusal, evidence)
-            posterior = run.sample(state, estimate, num_sweeps, num_warmup, keep_every)
+            start = run.approach(refusal, evidence)
+            posterior = run.sample(start, num_sweeps, num_warmup, keep_every)
         self._posterior = posterior
+        if posterior.warnings:
+            message = format_problems(posterior.warnings)
+            warnings.warn(message, ConvergenceWarning, stacklevel=2)
         return posterior
 
     def anneal(
@@ -219,7 +241,10 @@ class DCPC:
         """Evidence of the arguments by annealing from the prior, and particles at the posterior.
 
         A pilot adapts the proposals (and chooses the temperatures, unless their number is given);
-        the second run, with everything fixed, is the estimate.
+        the second run, with everything fixed, is the estimate. An adaptive ladder repeats the sweeps
+        at each temperature until the particles have decorrelated; with `num_temperatures` there is
+        one sweep per temperature. The standard error is infinite where too few of the initial
+        particles have descendants to tell.
 
         Args:
             num_temperatures: Length of a fixed ladder `(t / T)^3`; None to adapt it.
@@ -251,6 +276,23 @@ class DCPC:
     def diagnostics(self) -> dict[str, dict[str, Any]]:
         """Diagnostics of the last run, by site."""
         return self._last().diagnostics()
+
+    def statistics(self, prob: float = 0.9) -> dict[str, dict[str, Tensor]]:
+        """Statistics of the last run, by site: the numbers of its table."""
+        return self._last().statistics(prob)
+
+    def __repr__(self) -> str:
+        model = getattr(self.model, "__qualname__", type(self.model).__name__)
+        guide = "" if self.guide is None else ", guide"
+        blocks = f", blocks={list(self.blocks)}" if self.blocks else ""
+        return (
+            f"DCPC({model}{guide}, num_particles={self.num_particles}, "
+            f"algorithm={self.algorithm.name!r}{blocks})"
+        )
+
+    def _repr_html_(self) -> str:
+        parts = [(f.name, str(getattr(self.parts, f.name))) for f in fields(self.parts)]
+        return f"<code>{html.escape(repr(self))}</code>{html_table(['part', ''], parts)}"
 
     # -- the functional level, for training --------------------------------------------------
 

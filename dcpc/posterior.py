@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro.ops import stats
 from torch import Tensor
 
+from dcpc.draws import MIN_DRAWS, describe, design_effect, quantiles
 from dcpc.errors import DCPCError, EvidenceError
 from dcpc.recombine import LogWeights, systematic, take_particles
 from dcpc.sweep import SweepState
+from dcpc.tables import format_posterior, html_posterior, summarise_posterior
 
 if TYPE_CHECKING:
     import arviz
 
 Samples = dict[str, Tensor]
-MAX_ROWS = 60
+
+MAX_CHAINS = 16
+"""Particles that are exported as one chain each."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +35,32 @@ class Evidence:
     refusal: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Posterior:
     """Weighted particles, with what is known about them.
 
+    Mean, standard deviation, quantiles, and how well they are known describe the same draws: the
+    history of the particles where at least 16 sweeps were kept, else the final weighted particles.
+
     Attributes:
-        samples: Constrained values of the latents, `(K, *batch, *event)`: the final cloud.
+        samples: Constrained values of the latents and deterministic sites, `(K, *batch, *event)`:
+            the final particles.
         state: The state of the sampler, to go on from.
-        population_axes: For every latent, the axes of its value that are population axes.
+        population_axes: For every site, the axes of its value that are population axes.
         acceptance: By unit, mean acceptance rate (metropolis), or that times the conditional ESS
             over K (weight).
         step_size: Last step size by unit.
         unit_of: Name of each latent's unit.
         num_bad: Log-densities that were NaN or infinite, over all sweeps.
-        history: With `keep_every`, constrained values `(K, num_kept, *batch, *event)`: particles
-            as chains. Empty otherwise.
+        history: Constrained values of the sweeps that were kept, `(K, num_kept, *batch, *event)`.
+            Empty if none were.
         is_chains: Whether each particle of the history is one Markov chain: nothing was resampled
             while it was kept.
         evidence: The evidence estimate or its refusal.
+        families: Index of the particle in the beginning that each one descends from,
+            `(K, *population)`; None where particles were never resampled or are no chains.
+        is_exact: Whether the algorithm leaves the posterior invariant.
+        warnings: What `DCPC.run` warned of.
     """
 
     samples: Samples
@@ -61,6 +73,9 @@ class Posterior:
     history: Samples = field(default_factory=dict)
     is_chains: bool = False
     evidence: Evidence = field(default_factory=Evidence)
+    families: Tensor | None = None
+    is_exact: bool = True
+    warnings: tuple[str, ...] = ()
 
     @property
     def log_weight(self) -> Tensor:
@@ -71,6 +86,16 @@ class Posterior:
     def num_particles(self) -> int:
         """K."""
         return self.state.num_particles
+
+    @property
+    def num_kept(self) -> int:
+        """Number of sweeps in the history."""
+        return next(iter(self.history.values())).shape[1] if self.history else 0
+
+    @property
+    def describes_history(self) -> bool:
+        """Whether moments and their quality are those of the history."""
+        return self.num_kept >= MIN_DRAWS
 
     @property
     def ess(self) -> Tensor:
@@ -90,17 +115,21 @@ class Posterior:
 
     @property
     def log_evidence_se(self) -> Tensor:
-        """Standard error of `log_evidence`, `(*population)`."""
+        """Standard error of `log_evidence`, `(*population)`; infinite where it is not known."""
         if self.evidence.standard_error is None:
             raise EvidenceError(self.evidence.refusal)
         return self.evidence.standard_error
 
     def mean(self) -> Samples:
-        """Posterior mean of every latent, `(*batch, *event)`."""
+        """Posterior mean of every site, `(*batch, *event)`."""
+        if self.describes_history:
+            return {name: z.flatten(0, 1).mean(0) for name, z in self.history.items()}
         return {name: (self._weights(name) * z).sum(0) for name, z in self.samples.items()}
 
     def std(self) -> Samples:
-        """Posterior standard deviation of every latent, `(*batch, *event)`."""
+        """Posterior standard deviation of every site, `(*batch, *event)`."""
+        if self.describes_history:
+            return {name: z.flatten(0, 1).std(0) for name, z in self.history.items()}
         mean = self.mean()
         return {
             name: (self._weights(name) * (z - mean[name]).square()).sum(0).sqrt()
@@ -108,13 +137,58 @@ class Posterior:
         }
 
     def quantile(self, probabilities: Sequence[float]) -> Samples:
-        """Weighted quantiles of every latent, `(len(probabilities), *batch, *event)`."""
+        """Posterior quantiles of every site, `(len(probabilities), *batch, *event)`."""
+        if self.describes_history:
+            return {
+                name: quantiles(self.draws(name), probabilities).reshape(-1, *z.shape[1:])
+                for name, z in self.samples.items()
+            }
         result = {}
         for name, z in self.samples.items():
             ordered, order = z.sort(0)
             mass = self._weights(name).expand_as(z).gather(0, order).cumsum(0)
             index = torch.stack([(mass < p).sum(0) for p in probabilities])
             result[name] = ordered.gather(0, index.clamp(max=z.shape[0] - 1))
+        return result
+
+    def statistics(self, prob: float = 0.9) -> dict[str, dict[str, Tensor]]:
+        """What is known of every site, and how well; all of the same draws.
+
+        Args:
+            prob: Mass of the equal-tailed interval.
+
+        Returns:
+            By site: `mean`, `std`, `median`, the ends of the interval (named by their
+            probabilities, as `5.0%` and `95.0%`), `mcse` (Monte Carlo standard error of the
+            mean), `ess_bulk`, `ess_tail` and `r_hat` (rank-normalised; Vehtari et al. 2021), each
+            `(*batch, *event)`. Without a history both ESS are that of the weights, over the design
+            effect of particles that descend from the same one, and R-hat is NaN.
+        """
+        if prob not in self._statistics:
+            tail = (1 - prob) / 2
+            names = {"median": 0.5, f"{tail:.1%}": tail, f"{1 - tail:.1%}": 1 - tail}
+            about = self._describe_history if self.describes_history else self._describe_particles
+            self._statistics[prob] = about(names)
+        return self._statistics[prob]
+
+    def diagnostics(self) -> dict[str, dict[str, Any]]:
+        """How every site was sampled, and how well.
+
+        Returns:
+            By site: `acceptance` and `step_size` of its unit (NaN for deterministic sites), the
+            count `num_bad`, and `ess_bulk` (also as `ess`), `ess_tail`, `r_hat` and `mcse` from
+            `statistics()`.
+        """
+        result: dict[str, dict[str, Any]] = {}
+        for name, about in self.statistics().items():
+            unit = self.unit_of.get(name, "")
+            result[name] = {
+                "acceptance": self.acceptance.get(unit, math.nan),
+                "step_size": self.step_size.get(unit, math.nan),
+                "num_bad": self.num_bad,
+                "ess": about["ess_bulk"],
+                **{key: about[key] for key in ("ess_bulk", "ess_tail", "r_hat", "mcse")},
+            }
         return result
 
     def resample(self) -> Samples:
@@ -128,44 +202,8 @@ class Posterior:
             for name, z in self.samples.items()
         }
 
-    def diagnostics(self) -> dict[str, dict[str, Any]]:
-        """By site: `acceptance`, `step_size`, `ess`, `r_hat`, `mcse`, and the count `num_bad`.
-
-        With a history of chains, `ess` (over all kept draws), split `r_hat` and `mcse` are
-        computed from particles as chains; without one, or where particles were resampled on the
-        way, `ess` is that of the weights, `mcse` the standard deviation over its square root,
-        and `r_hat` NaN.
-        """
-        std = self.std()
-        result: dict[str, dict[str, Any]] = {}
-        for name, z in self.samples.items():
-            chains = self.history.get(name)
-            if self.is_chains and chains is not None and chains.shape[1] >= 4:
-                ess = stats.effective_sample_size(chains, chain_dim=0, sample_dim=1)
-                r_hat = (
-                    stats.split_gelman_rubin(chains, chain_dim=0, sample_dim=1)
-                    if chains.shape[0] > 1
-                    else torch.full_like(ess, math.nan)
-                )
-                mcse = chains.flatten(0, 1).std(0) / ess.sqrt()
-            else:
-                weight_ess = self.ess.reshape(self._weights(name).shape[1:])
-                ess = weight_ess.expand(z.shape[1:])
-                r_hat = torch.full_like(std[name], math.nan)
-                mcse = std[name] / ess.sqrt()
-            unit = self.unit_of[name]
-            result[name] = {
-                "acceptance": self.acceptance.get(unit, math.nan),
-                "step_size": self.step_size.get(unit, math.nan),
-                "ess": ess,
-                "r_hat": r_hat,
-                "mcse": mcse,
-                "num_bad": self.num_bad,
-            }
-        return result
-
     def summary(self, prob: float = 0.9) -> None:
-        """Prints mean, standard deviation, median, interval, MCSE, ESS and R-hat of every latent.
+        """Prints a table of every site's `statistics`, and what is wrong with them.
 
         Args:
             prob: Mass of the equal-tailed interval.
@@ -173,50 +211,22 @@ class Posterior:
         print(self.format_summary(prob))
 
     def format_summary(self, prob: float = 0.9) -> str:
-        """The table that `summary` prints."""
-        tail = (1 - prob) / 2
-        columns = (
-            "mean",
-            "std",
-            "median",
-            f"{tail:.1%}",
-            f"{1 - tail:.1%}",
-            "mcse",
-            "ess",
-            "r_hat",
-        )
-        mean, std = self.mean(), self.std()
-        quantiles = self.quantile([0.5, tail, 1 - tail])
-        diagnostics = self.diagnostics()
-        rows: list[tuple[str, list[float]]] = []
-        for name in self.samples:
-            about = diagnostics[name]
-            values = [mean[name], std[name], *quantiles[name]]
-            values += [about["mcse"], about["ess"], about["r_hat"]]
-            table = torch.stack([v.double().flatten() for v in values], -1).tolist()
-            for index, numbers in zip(_indices(mean[name].shape), table, strict=True):
-                rows.append((name + index, numbers))
-        width = max(len(label) for label, _ in rows[:MAX_ROWS])
-        lines = [" " * width + "".join(f"{column:>11}" for column in columns)]
-        lines += [
-            f"{label:<{width}}" + "".join(f"{number:>11.4g}" for number in numbers)
-            for label, numbers in rows[:MAX_ROWS]
-        ]
-        if len(rows) > MAX_ROWS:
-            lines.append(f"... and {len(rows) - MAX_ROWS} more values")
-        lines.append("")
-        lines.append(
-            f"{self.num_particles} particles, ESS of the weights "
-            f"{float(self.ess.mean()) / self.num_particles:.0%}; {self._evidence_line()}"
-        )
-        if self.num_bad:
-            lines.append(f"{self.num_bad} log-densities were NaN or infinite and counted as zero")
-        return "\n".join(lines)
+        """The text that `summary` prints."""
+        return format_posterior(self, prob)
+
+    def __repr__(self) -> str:
+        return summarise_posterior(self)
+
+    def _repr_html_(self) -> str:
+        return html_posterior(self)
 
     def to_arviz(self) -> arviz.InferenceData:
         """The posterior as ArviZ's `InferenceData`.
 
-        With a history, particles are chains; without, K resampled draws are one chain.
+        With a history, particles are chains; more than 16 particles are put end to end in four
+        chains, whose R-hat and ESS in ArviZ then are those of the cloud (a thousand short chains
+        have an R-hat above 1.01 whenever their draws are correlated). Without a history, K
+        resampled draws are one chain.
 
         Raises:
             DCPCError: ArviZ is not installed.
@@ -225,23 +235,70 @@ class Posterior:
             import arviz
         except ImportError as error:
             raise DCPCError("to_arviz needs ArviZ; install it with: pip install arviz") from error
-        draws = self.history or {name: z[None] for name, z in self.resample().items()}
+        draws = {name: _few_chains(z) for name, z in self.history.items()}
+        draws = draws or {name: z[None] for name, z in self.resample().items()}
         return arviz.from_dict(posterior={name: z.cpu().numpy() for name, z in draws.items()})
 
+    def draws(self, name: str) -> Tensor:
+        """The history of a site's values, `(n, K, num_kept)` for n values."""
+        z = self.history[name]
+        return z.reshape(*z.shape[:2], -1).movedim(2, 0)
+
+    def families_of(self, name: str) -> Tensor | None:
+        """Index of each particle's ancestor for each of a site's values, `(n, K)`."""
+        if self.families is None:
+            return None
+        z = self.samples[name]
+        families = self._like(name, self.families).expand(z.shape)
+        return families.reshape(z.shape[0], -1).T
+
+    @cached_property
+    def _statistics(self) -> dict[float, dict[str, dict[str, Tensor]]]:
+        return {}
+
+    def _describe_history(self, names: Mapping[str, float]) -> dict[str, dict[str, Tensor]]:
+        result = {}
+        for name, z in self.samples.items():
+            families = self.families_of(name) if self.is_chains else None
+            about = describe(self.draws(name), list(names.values()), families, self.is_chains)
+            tails = dict(zip(names, about.pop("quantiles"), strict=True))
+            result[name] = _in_order({**about, **tails}, names, z.shape[1:])
+        return result
+
+    def _describe_particles(self, names: Mapping[str, float]) -> dict[str, dict[str, Tensor]]:
+        mean, std = self.mean(), self.std()
+        tails = self.quantile(list(names.values()))
+        result = {}
+        for name, z in self.samples.items():
+            weights = self._weights(name).expand(z.shape).reshape(z.shape[0], -1).T
+            values = z.reshape(z.shape[0], -1).T
+            effect = design_effect(values, self.families_of(name), weights)
+            ess = weights.square().sum(1).reciprocal() / effect.to(weights)
+            ess = ess.masked_fill((values == values[:, :1]).all(1), math.nan).reshape(z.shape[1:])
+            mcse = (std[name] / ess.sqrt()).nan_to_num(nan=0.0)
+            about = {"mean": mean[name], "std": std[name], "mcse": mcse}
+            about |= {"ess_bulk": ess, "ess_tail": ess, "r_hat": torch.full_like(ess, math.nan)}
+            about |= dict(zip(names, tails[name], strict=True))
+            result[name] = _in_order(about, names, z.shape[1:])
+        return result
+
     def _weights(self, name: str) -> Tensor:
-        """Normalised weights, shaped to broadcast against the samples of a latent."""
-        weights = self.state.log_weight.normalized()
+        """Normalised weights, shaped to broadcast against the samples of a site."""
+        return self._like(name, self.state.log_weight.normalized())
+
+    def _like(self, name: str, by_cell: Tensor) -> Tensor:
+        """Numbers `(K, *population)`, shaped to broadcast against the samples of a site."""
         z, axes = self.samples[name], self.population_axes[name]
         shape = [z.shape[0]] + [z.shape[axis] if axis in axes else 1 for axis in range(1, z.dim())]
-        return weights.reshape(shape)
+        return by_cell.reshape(shape)
 
-    def _evidence_line(self) -> str:
-        if self.evidence.log_evidence is None:
-            return "no evidence estimate"
-        if self.evidence.log_evidence.numel() == 1:
-            value, error = self.log_evidence.item(), self.log_evidence_se.item()
-            return f"log evidence {value:.3f} (standard error {error:.3f})"
-        return f"mean log evidence per cell {self.evidence.log_evidence.mean().item():.3f}"
+
+def _few_chains(history: Tensor) -> Tensor:
+    """At most 16 chains `(chains, draws, ...)` of the particles' histories `(K, T, ...)`."""
+    num_particles = history.shape[0]
+    if num_particles <= MAX_CHAINS:
+        return history
+    return history[: num_particles // 4 * 4].unflatten(0, (4, -1)).flatten(1, 2)
 
 
 def equal_weights(weights: LogWeights) -> bool:
@@ -250,8 +307,8 @@ def equal_weights(weights: LogWeights) -> bool:
     return bool((log_weight == log_weight[:1]).all())
 
 
-def _indices(shape: torch.Size) -> list[str]:
-    if not shape:
-        return [""]
-    grid = torch.cartesian_prod(*(torch.arange(size) for size in shape)).reshape(-1, len(shape))
-    return ["[" + ",".join(map(str, index)) + "]" for index in grid.tolist()]
+def _in_order(
+    about: Mapping[str, Tensor], quantile_names: Mapping[str, float], shape: torch.Size
+) -> dict[str, Tensor]:
+    columns = ("mean", "std", *quantile_names, "mcse", "ess_bulk", "ess_tail", "r_hat")
+    return {column: about[column].reshape(shape) for column in columns}

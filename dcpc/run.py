@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from dcpc.annealing import Annealed, Rung, anneal, importance_evidence
+from dcpc.conquer import Identity
+from dcpc.convergence import SweepRecord, find_problems
 from dcpc.divide import Arguments, Division, constrained_particles
 from dcpc.divide.model import Model
+from dcpc.draws import MIN_DRAWS
 from dcpc.initial import draw_from_guide, draw_from_prior, starting_references
 from dcpc.posterior import Evidence, Posterior, Samples, equal_weights
 from dcpc.progress import ProgressBar
+from dcpc.recombine import take_particles
 from dcpc.sweep import (
     Parts,
     SweepInfo,
@@ -23,6 +28,69 @@ from dcpc.sweep import (
     retarget,
     sweep,
 )
+
+MAX_KEPT = 100
+"""Sweeps kept of each particle by default, or as many more as it takes to `MIN_KEPT_DRAWS`."""
+
+MIN_KEPT_DRAWS = 4000
+"""Draws to keep by default of few particles."""
+
+MAX_HISTORY_BYTES = 1 << 26
+"""Size of a history that is kept by default: 64 MiB."""
+
+CONSTRAIN_AT_ONCE = 4096
+"""Particles whose constrained values are computed at once."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Particles to start sweeping from.
+
+    Attributes:
+        state: Equally weighted particles.
+        evidence: The evidence if there is an estimate.
+        families: Index of the initial particle that each descends from, `(K, *population)`; None
+            where none were resampled.
+    """
+
+    state: SweepState
+    evidence: Evidence
+    families: Tensor | None = None
+
+
+@dataclass
+class _Frozen:
+    """Sums over the sweeps that do not adapt (the last sweep, if all do).
+
+    Attributes:
+        statistic: By group name, `(n,)`.
+        step_size: By group name, `(n,)`.
+        bad_scores: By group name, `(n,)`.
+        num_bad: Log-densities that were NaN or infinite.
+        count: Number of sweeps.
+    """
+
+    statistic: dict[str, Tensor] = field(default_factory=dict)
+    step_size: dict[str, Tensor] = field(default_factory=dict)
+    bad_scores: dict[str, Tensor] = field(default_factory=dict)
+    num_bad: int = 0
+    count: int = 0
+
+    def add(self, info: SweepInfo) -> None:
+        """Counts one more sweep."""
+        for total, new in (
+            (self.statistic, info.statistic),
+            (self.step_size, info.step_size),
+            (self.bad_scores, info.num_bad_scores),
+        ):
+            for name, value in new.items():
+                total[name] = total[name] + value if name in total else value
+        self.num_bad += info.num_bad
+        self.count += 1
+
+    def mean(self, total: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Averages over the sweeps."""
+        return {name: value / self.count for name, value in total.items()}
 
 
 @dataclass(frozen=True)
@@ -68,7 +136,7 @@ class Run:
             self.model, self.division, self.arguments, self.num_particles, references
         )
 
-    def approach(self, refusal: str, estimate_evidence: bool) -> tuple[SweepState, Evidence]:
+    def approach(self, refusal: str, estimate_evidence: bool) -> Start:
         """Particles to start sweeping from, and the evidence if there is an estimate.
 
         Args:
@@ -76,20 +144,22 @@ class Run:
             estimate_evidence: Whether to spend a second annealing run on one.
         """
         if not self.parts.correction.is_exact:
-            return self.start(), Evidence(refusal=refusal)
+            return Start(self.start(), Evidence(refusal=refusal))
         tensors = self.arguments.tensors
+        families = None
         if self.uses_guide:
             state = retarget(self.division, self.start(), tensors)
             evidence = Evidence(*importance_evidence(state), refusal)
         elif refusal or not estimate_evidence:
-            state = self.anneal("annealing").state
+            annealed = self.anneal("annealing")
+            state, families = annealed.state, annealed.eve
             evidence = Evidence(refusal=refusal or "run(..., evidence=False) was asked for")
         else:
             annealed = self.anneal_twice()
-            state = annealed.state
+            state, families = annealed.state, annealed.eve
             evidence = Evidence(annealed.log_evidence, annealed.log_evidence_se)
-        state, _ = resample(self.division, state, self.parts, tensors, always=True)
-        return state, evidence
+        state, ancestors = resample(self.division, state, self.parts, tensors, always=True)
+        return Start(state, evidence, _descended(families, ancestors))
 
     def anneal(
         self, stage: str, ladder: Sequence[Rung] | None = None, adapt: bool = True
@@ -120,20 +190,24 @@ class Run:
         return self.anneal("annealing", pilot.ladder, adapt=False)
 
     def sample(
-        self,
-        state: SweepState,
-        evidence: Evidence,
-        num_sweeps: int,
-        num_warmup: int,
-        keep_every: int,
+        self, start: Start, num_sweeps: int, num_warmup: int, keep_every: int | None
     ) -> Posterior:
-        """Sweeps at the posterior: first adapting, then frozen."""
+        """Sweeps at the posterior: first adapting, then frozen.
+
+        Args:
+            start: Particles.
+            num_sweeps: Sweeps.
+            num_warmup: How many of them adapt.
+            keep_every: Every how many of the others are kept; 0 for none, None to choose.
+        """
         division, tensors = self.division, self.arguments.tensors
-        state = restart_adaptation(state, self.parts)
-        frozen: list[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]] = []
+        state = restart_adaptation(start.state, self.parts)
+        families = start.families
+        if keep_every is None:
+            keep_every = self._thinning(state, num_sweeps - num_warmup)
+        frozen = _Frozen()
         kept: list[dict[str, Tensor]] = []
         is_chains, num_bad = True, 0
-        info: SweepInfo | None = None
         self.bar.stage("sweeps", num_sweeps)
         for index in range(num_sweeps):
             adapt = index < num_warmup
@@ -147,26 +221,77 @@ class Run:
                 adapt_preconditioner=index < num_warmup // 2,
             )
             num_bad += info.num_bad
+            families = _descended(families, info.ancestors)
             if not adapt:
-                frozen.append((info.statistic, info.step_size))
                 is_chains = is_chains and info.ancestors is None
                 if keep_every and (index - num_warmup) % keep_every == keep_every - 1:
                     is_chains = is_chains and equal_weights(state.log_weight)
                     kept.append(self._equally_weighted(state).latents)
+            if not adapt or index == num_sweeps - 1:
+                frozen.add(info)
             self.bar.advance(info)
-        about = frozen or ([(info.statistic, info.step_size)] if info else [])
-        return Posterior(
+        posterior = Posterior(
             samples=self._constrain(state.latents),
             state=state,
             population_axes=division.value_axes(),
-            acceptance=division.by_unit(_mean([statistic for statistic, _ in about])),
-            step_size=division.by_unit(_mean([step_size for _, step_size in about])),
+            acceptance=division.by_unit(frozen.mean(frozen.statistic)),
+            step_size=division.by_unit(frozen.mean(frozen.step_size)),
             unit_of={name: unit.name for unit in division.units for name in unit.sites},
             num_bad=num_bad,
             history=self._constrain_history(kept),
             is_chains=is_chains and bool(kept),
-            evidence=evidence,
+            evidence=start.evidence,
+            # Where whole particles are resampled on the way, the cloud's series of means tells.
+            families=families if is_chains or len(kept) < MIN_DRAWS else None,
+            is_exact=self.parts.correction.is_exact,
         )
+        return replace(
+            posterior, warnings=find_problems(posterior, self._record(num_sweeps, frozen, state))
+        )
+
+    def _thinning(self, state: SweepState, num_sweeps: int) -> int:
+        """How often to keep a sweep, for a history that is long enough, and small enough."""
+        if num_sweeps == 0:
+            return 0
+        size = sum(z.numel() * z.element_size() for z in self._constrain(state.latents).values())
+        most = max(MAX_KEPT, MIN_KEPT_DRAWS // self.num_particles)
+        most = min(most, MAX_HISTORY_BYTES // size)
+        return math.ceil(num_sweeps / most) if most else 0
+
+    def _record(self, num_sweeps: int, frozen: _Frozen, state: SweepState) -> SweepRecord:
+        """How the sweeps went, for the judgement of the posterior."""
+        units = self.division.units
+        moved = sum(math.prod(plate.size for plate in unit.plates) for unit in units)
+        proposals = self.num_particles * moved * max(frozen.count, 1)
+        return SweepRecord(
+            num_sweeps=num_sweeps,
+            target=self.parts.correction.target,
+            sizes={unit.name: unit.size for unit in units},
+            adapts_step_size=self.parts.adapts_step_size,
+            is_preconditioned=not isinstance(self.parts.preconditioner, Identity),
+            is_random=self.parts.move.is_reversible,
+            bad_share=frozen.num_bad / proposals,
+            undefined=self._undefined(state) if frozen.num_bad else (),
+            bad_scores=self.division.by_unit(frozen.bad_scores),
+            active=self.division.activity(self.arguments.tensors).latents,
+        )
+
+    def _undefined(self, state: SweepState) -> list[str]:
+        """Sites whose log-density is NaN or plus infinity where a latent is moved by about its sd.
+
+        Minus infinity is none of these: hard edges (a uniform likelihood) are part of some models.
+        """
+        found: set[str] = set()
+        with torch.no_grad():
+            for name, u in state.latents.items():
+                moved = u + 0.7 * (u.roll(1, 0) - u.roll(2, 0))
+                factors = self.division.log_factors(
+                    {**state.latents, name: moved}, self.arguments.tensors
+                )
+                found |= {
+                    n for n, f in factors.items() if bool((f.isnan() | (f == math.inf)).any())
+                }
+        return sorted(found)
 
     def _equally_weighted(self, state: SweepState) -> SweepState:
         if equal_weights(state.log_weight):
@@ -178,18 +303,24 @@ class Run:
         return {name: values[name] for name in self.division.value_axes()}
 
     def _constrain_history(self, kept: Sequence[Mapping[str, Tensor]]) -> Samples:
-        if not kept:
-            return {}
-        names = self.division.latents
-        stacked = {
-            name: torch.stack([latents[name] for latents in kept], 1).flatten(0, 1)
-            for name in names
-        }
-        shape = (self.num_particles, len(kept))
-        return {name: value.unflatten(0, shape) for name, value in self._constrain(stacked).items()}
+        """Values `(K, num_kept, *batch, *event)` of the clouds that were kept."""
+        step = max(1, CONSTRAIN_AT_ONCE // self.num_particles)
+        parts: list[Samples] = []
+        for first in range(0, len(kept), step):
+            clouds = kept[first : first + step]
+            stacked = {
+                name: torch.stack([latents[name] for latents in clouds], 1).flatten(0, 1)
+                for name in self.division.latents
+            }
+            shape = (self.num_particles, len(clouds))
+            values = self._constrain(stacked)
+            parts.append({name: value.unflatten(0, shape) for name, value in values.items()})
+        names = parts[0] if parts else ()
+        return {name: torch.cat([part[name] for part in parts], 1) for name in names}
 
 
-def _mean(entries: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Averages tensors by name over sweeps."""
-    names = entries[0] if entries else ()
-    return {name: torch.stack([entry[name] for entry in entries]).mean(0) for name in names}
+def _descended(families: Tensor | None, ancestors: Tensor | None) -> Tensor | None:
+    """Families after whole particles were resampled; the ancestors' own where there were none."""
+    if ancestors is None or families is None:
+        return ancestors if families is None else families
+    return take_particles(families, ancestors, tuple(range(1, families.dim())))

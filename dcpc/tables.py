@@ -1,0 +1,145 @@
+"""Posteriors as text and as HTML: the table of `summary`, and what notebooks show."""
+
+from __future__ import annotations
+
+import html
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dcpc.posterior import Posterior
+
+MAX_ROWS = 60
+"""Values that a summary lists."""
+
+MAX_SITES = 16
+"""Sites that a `repr` lists."""
+
+INEXACT = "this algorithm does not leave the posterior invariant: its samples are approximate"
+
+
+def format_posterior(posterior: Posterior, prob: float) -> str:
+    """The table of `posterior.statistics(prob)`, and the footnotes."""
+    columns, rows = _rows(posterior, prob)
+    width = max(len(label) for label, _ in rows)
+    lines = [" " * width + "".join(f"{column:>10}" for column in columns)]
+    lines += [
+        f"{label:<{width}}" + "".join(f"{cell:>10}" for cell in _cells(columns, numbers))
+        for label, numbers in rows
+    ]
+    return "\n".join([*lines, *_more(posterior), "", *_footnotes(posterior)])
+
+
+def html_posterior(posterior: Posterior, prob: float = 0.9) -> str:
+    """The same for a notebook."""
+    columns, rows = _rows(posterior, prob)
+    table = html_table(
+        ["", *columns], [[label, *_cells(columns, numbers)] for label, numbers in rows]
+    )
+    notes = "<br>".join(map(html.escape, [*_more(posterior), *_footnotes(posterior)]))
+    return f"{table}<p>{notes}</p>"
+
+
+def summarise_posterior(posterior: Posterior) -> str:
+    """A line per site: what `repr` shows."""
+    lines = [f"Posterior: {_particles(posterior)}; {_evidence(posterior)}"]
+    mean, std = posterior.mean(), posterior.std()
+    names = list(posterior.samples)
+    width = max(len(name) for name in names[:MAX_SITES])
+    for name in names[:MAX_SITES]:
+        shape = tuple(posterior.samples[name].shape[1:])
+        about = f"mean {_span(mean[name])}, std {_span(std[name])}"
+        lines.append(f"  {name:<{width}}  {shape or '()'!s:<8} {about}")
+    if len(names) > MAX_SITES:
+        lines.append(f"  ... and {len(names) - MAX_SITES} more sites")
+    if posterior.warnings:
+        count = len(posterior.warnings)
+        lines.append(f"{count} warning{'s' * (count > 1)}: see summary() or .warnings")
+    return "\n".join(lines)
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table of text, escaped."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        return f"<tr>{inner}</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f"<table><thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+def _rows(posterior: Posterior, prob: float) -> tuple[list[str], list[tuple[str, list[float]]]]:
+    """Names of the columns, and label and numbers of the values that are listed."""
+    statistics = posterior.statistics(prob)
+    columns = list(next(iter(statistics.values())))
+    rows: list[tuple[str, list[float]]] = []
+    for name, about in statistics.items():
+        room = MAX_ROWS - len(rows)
+        table = torch.stack([about[column].double().flatten()[:room] for column in columns], -1)
+        labels = itertools.islice(_labels(name, about["mean"].shape), room)
+        rows += list(zip(labels, table.tolist(), strict=True))
+    return columns, rows
+
+
+def _labels(name: str, shape: torch.Size) -> Iterator[str]:
+    for index in itertools.product(*map(range, shape)):
+        yield f"{name}[{','.join(map(str, index))}]" if index else name
+
+
+def _cells(columns: Sequence[str], numbers: Sequence[float]) -> list[str]:
+    """Numbers as text: ESS as integers, R-hat to three decimals."""
+    formats = {"ess_bulk": ".0f", "ess_tail": ".0f", "r_hat": ".3f", "mcse": ".2g"}
+    return [
+        format(number, formats.get(column, ".4g"))
+        for column, number in zip(columns, numbers, strict=True)
+    ]
+
+
+def _more(posterior: Posterior) -> list[str]:
+    total = sum(z[0].numel() for z in posterior.samples.values())
+    return [f"... and {total - MAX_ROWS} more values"] if total > MAX_ROWS else []
+
+
+def _footnotes(posterior: Posterior) -> list[str]:
+    used = "all kept draws" if posterior.describes_history else "the final weighted particles"
+    lines = [f"{_particles(posterior)}; the table is of {used}", _evidence(posterior)]
+    if not posterior.is_exact:
+        lines.append(INEXACT)
+    if posterior.num_bad:
+        lines.append(
+            f"{posterior.num_bad} log-densities were NaN or infinite and counted as density zero"
+        )
+    lines += [f"warning: {message}" for message in posterior.warnings]
+    return lines
+
+
+def _particles(posterior: Posterior) -> str:
+    share = float(posterior.ess.mean()) / posterior.num_particles
+    kept = posterior.num_kept
+    return (
+        f"{posterior.num_particles} particles"
+        + (f", {kept} sweeps kept of each" if kept else "")
+        + f"; ESS of the final weights {share:.0%}"
+    )
+
+
+def _evidence(posterior: Posterior) -> str:
+    value = posterior.evidence.log_evidence
+    if value is None:
+        return "no evidence estimate"
+    if value.numel() == 1:
+        error = posterior.log_evidence_se.item()
+        return f"log evidence {value.item():.3f} (standard error {error:.3f})"
+    return f"mean log evidence per cell {value.mean().item():.3f}"
+
+
+def _span(values: Tensor) -> str:
+    if not values.numel():
+        return "-"
+    low, high = float(values.min()), float(values.max())
+    return f"{low:.4g}" if values.numel() == 1 else f"{low:.4g} to {high:.4g}"
