@@ -48,7 +48,7 @@ MIN_DISTINCT = 0.5
 CORRELATED = 0.8
 """Correlation of two units above which moving them apart is slow."""
 
-MAX_JUDGED = 1 << 22
+MAX_JUDGED = 1 << 21
 """Draws of a site that are judged; of more, the values that seem to mix worst."""
 
 MAX_NAMES = 4

@@ -241,10 +241,10 @@ class DCPC:
         """Evidence of the arguments by annealing from the prior, and particles at the posterior.
 
         A pilot adapts the proposals (and chooses the temperatures, unless their number is given);
-        the second run, with everything fixed, is the estimate. An adaptive ladder repeats the sweeps
-        at each temperature until the particles have decorrelated; with `num_temperatures` there is
-        one sweep per temperature. The standard error is infinite where too few of the initial
-        particles have descendants to tell.
+        the second run, with everything fixed, is the estimate. An adaptive ladder repeats the
+        sweeps at each temperature until the particles have decorrelated; with `num_temperatures`
+        there is one sweep per temperature. The standard error is infinite where too few of the
+        initial particles have descendants to tell.
 
         Args:
             num_temperatures: Length of a fixed ladder `(t / T)^3`; None to adapt it.

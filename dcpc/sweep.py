@@ -171,12 +171,11 @@ def sweep(
 
     for group in division.groups:
         value = group.pack(latents)
-        before = evaluations.get(group.name)
-        evaluate = partial(_evaluate, group, latents, tensors, target)
-        before = group.evaluate(value, latents, tensors, target) if before is None else before
-        bad_scores[group.name] = _count_bad_scores(before)
-        before = _finite(before)
         active = activity.get(group.name)
+        evaluate = partial(_evaluate, group, latents, tensors, target, active)
+        before = evaluations.get(group.name) or group.evaluate(value, latents, tensors, target)
+        bad_scores[group.name] = _count_bad_scores(before)
+        before = _usable(before, active)
         learned = adaptation.get(group.name) or _first_adaptation(
             group, parts, before, active, adapt
         )
@@ -338,10 +337,11 @@ def _evaluate(
     latents: Mapping[str, Tensor],
     tensors: Sequence[Tensor],
     target: Target,
+    active: Tensor | None,
     value: Tensor,
 ) -> ScoredDensity:
     """The units' log-densities and scores at a value of theirs, given the other latents."""
-    return _finite(group.evaluate(value, latents, tensors, target))
+    return _usable(group.evaluate(value, latents, tensors, target), active)
 
 
 def _log_density(
@@ -366,12 +366,16 @@ def _count_bad_scores(evaluation: ScoredDensity) -> Tensor:
     return bad.flatten(0, -2).sum(0)
 
 
-def _finite(evaluation: ScoredDensity) -> ScoredDensity:
-    """The evaluation with zero in the place of scores that are NaN or infinite.
+def _usable(evaluation: ScoredDensity, active: Tensor | None) -> ScoredDensity:
+    """The evaluation with zero in the place of scores that nothing moves along.
 
-    At both ends of a move alike, so that it stays reversible where only the score is bad.
+    Those that are NaN or infinite, at both ends of a move alike, so that it stays reversible where
+    only the score is bad; and those of values that are no part of the target, of which a reference
+    distribution may have one: they stay, and must not count in the ratio of a move.
     """
     score = evaluation.score.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    if active is not None:
+        score = torch.where(active, score, 0.0)
     return replace(evaluation, score=score)
 
 
@@ -398,7 +402,7 @@ def _learn_preconditioner(
         # The mean of squares over the population's cells becomes one over the active cells.
         axes = tuple(range(1, 1 + group.population))
         share = active.to(score.dtype).mean(axes, keepdim=True) if axes else active.to(score.dtype)
-        score = torch.where(active, score / share.clamp(min=1e-12).sqrt(), 0.0)
+        score = score / share.clamp(min=1e-12).sqrt()
     return replace(
         learned,
         preconditioner=parts.preconditioner.update(learned.preconditioner, score, group.population),

@@ -35,6 +35,10 @@ class Activity:
     flat: frozenset[str]
     groups: dict[str, Tensor]
 
+    def has_active(self, name: str) -> bool:
+        """Whether any element of a latent is a part of the target."""
+        return name not in self.latents or bool(self.latents[name].any())
+
 
 def find_activity(
     program: Program,

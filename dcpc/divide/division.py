@@ -128,11 +128,13 @@ class Division:
 
     def without_prior(self, tensors: Sequence[Tensor]) -> list[str]:
         """Latents whose prior is flat, scaled or masked: it cannot be sampled or integrated."""
-        flat = self.activity(tensors).flat
+        activity = self.activity(tensors)
         return [
             name
             for name in self.latents
-            if self.sites[name].is_improper or self.sites[name].is_rescaled or name in flat
+            if self.sites[name].is_improper
+            or name in activity.flat
+            or (self.sites[name].is_rescaled and activity.has_active(name))
         ]
 
     def by_unit(self, values: Mapping[str, Tensor]) -> dict[str, float]:

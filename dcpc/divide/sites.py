@@ -22,7 +22,7 @@ from dcpc.divide.handlers import (
     plate_scale,
     quiet,
 )
-from dcpc.divide.masking import is_masked, selected
+from dcpc.divide.masking import filled_value, is_masked
 from dcpc.divide.supports import transform_of
 from dcpc.errors import DataError, ModelError
 
@@ -235,9 +235,8 @@ def _check_observation(msg: Any) -> None:
     fn, name, value = msg["fn"], msg["name"], msg["value"]
     if not isinstance(value, Tensor) or value.numel() == 0:
         return
-    mask = selected(msg)
-    seen = value if mask is None else value.expand(mask.shape)[mask]
-    if seen.numel() == 0 or any(isinstance(part, _NAN_MEANS_MASKED) for part in layers(fn)):
+    seen = filled_value(msg)
+    if any(isinstance(part, _NAN_MEANS_MASKED) for part in layers(fn)):
         return
     if value.is_floating_point() and bool(seen.isnan().any()):
         raise DataError(
@@ -250,11 +249,9 @@ def _check_observation(msg: Any) -> None:
         support = fn.support
     except NotImplementedError:
         return
-    valid = support.check(value)
-    if mask is not None:
-        valid = valid | ~_over_batch(mask, valid)
+    valid = support.check(seen)
     if not bool(valid.all()):
-        outside = value[~valid] if valid.shape == value.shape else value
+        outside = seen[~valid] if valid.shape == seen.shape else seen
         raise DataError(
             f"the observed value of site '{name}' lies outside the support {support} of "
             f"{type(fn).__name__}: got, for example, {outside.flatten()[0].item():.6g}. Rescale "
@@ -264,13 +261,6 @@ def _check_observation(msg: Any) -> None:
 
 
 _NAN_MEANS_MASKED = (dist.NanMaskedNormal, dist.NanMaskedMultivariateNormal)
-
-
-def _over_batch(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask of values, over the batch only: event dimensions are all in or all out."""
-    while mask.dim() > like.dim():
-        mask = mask[..., 0]
-    return mask
 
 
 def _plates(msg: Any, batch_shape: torch.Size) -> tuple[Plate, ...]:
