@@ -1,4 +1,4 @@
-"""What can be wrong with a posterior, found in its own draws, and what to do about it."""
+"""What can be wrong with a posterior, found in its own draws."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dcpc.draws import MIN_DRAWS, mixing, weakest
+from dcpc.advice import advise
+from dcpc.draws import mixing, weakest
 from dcpc.posterior import Posterior
 
 MAX_R_HAT = 1.01
@@ -44,9 +45,6 @@ MANY_BAD = 0.01
 
 MIN_DISTINCT = 0.5
 """Share of particles that must differ."""
-
-CORRELATED = 0.8
-"""Correlation of two units above which moving them apart is slow."""
 
 MAX_JUDGED = 1 << 21
 """Draws of a site that are judged; of more, the values that seem to mix worst."""
@@ -165,7 +163,7 @@ def _draws(
     if few:
         yield few
     if apart or slow or few:
-        yield f"what to do: {_advice(posterior, record, bool(few))}"
+        yield f"what to do: {advise(posterior, record.num_sweeps, bool(few))}"
 
 
 def _mixing(posterior: Posterior, name: str, active: Tensor | None) -> _Mixing:
@@ -217,71 +215,6 @@ def _few_families(posterior: Posterior, ess: float) -> str:
         f"the {posterior.num_particles} particles descend from {effective:.1f} (effectively) of "
         "those that they started as, and nothing shows that they have forgotten it"
     )
-
-
-def _advice(posterior: Posterior, record: SweepRecord, few_families: bool) -> str:
-    """What to change: a block, more sweeps, initial values."""
-    advice = []
-    blocks, strongest = _correlated(posterior)
-    if blocks:
-        named = ", ".join("(" + ", ".join(f'"{n}"' for n in block) + ")" for block in blocks)
-        advice.append(
-            f"move correlated latents together, DCPC(..., blocks=[{named}]) (correlation "
-            f"{strongest:.3f})"
-        )
-    if posterior.describes_history or record.num_sweeps < 4 * MIN_DRAWS:
-        advice.append(f"sweep longer, run(..., num_sweeps={max(1000, 4 * record.num_sweeps)})")
-    else:
-        advice.append("keep more sweeps (leave keep_every out), or take more particles")
-    if few_families:
-        advice.append(
-            "start nearer to the posterior, run(..., initial_values={...}), or take more particles"
-        )
-    return "; ".join(advice)
-
-
-def _correlated(posterior: Posterior, max_values: int = 16) -> tuple[list[tuple[str, ...]], float]:
-    """Groups of latents of different units that are strongly correlated, and how strongly.
-
-    Of the final particles, unconstrained, of latents with few values.
-    """
-    weights = posterior.state.log_weight.normalized().double()
-    names = [
-        name
-        for name, u in posterior.state.latents.items()
-        if u[0].numel() <= max_values and name in posterior.unit_of
-    ]
-    if weights.dim() > 1 or posterior.num_particles < 3 or len(names) < 2:
-        return [], 0.0
-    rows = {
-        name: posterior.state.latents[name].reshape(posterior.num_particles, -1).double()
-        for name in names
-    }
-    owner = [name for name in names for _ in range(rows[name].shape[1])]
-    values = torch.cat([rows[name] for name in names], 1)
-    deviations = values - (weights[:, None] * values).sum(0)
-    covariance = deviations.T @ (weights[:, None] * deviations)
-    scale = covariance.diagonal().sqrt()
-    correlation = (covariance / scale / scale[:, None]).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    unit = posterior.unit_of
-    joined = {name: {name} for name in names}
-    strongest = 0.0
-    pairs = (correlation.abs() > CORRELATED).triu(1).nonzero().tolist()
-    for i, j in pairs:
-        first, second = owner[i], owner[j]
-        if unit[first] == unit[second]:
-            continue
-        strongest = max(strongest, float(correlation[i, j]), key=abs)
-        members = {
-            name
-            for name in names
-            if unit[name] in {unit[other] for other in joined[first] | joined[second]}
-        }
-        for name in members:
-            joined[name] = members
-    blocks = {tuple(sorted(m, key=names.index)) for m in joined.values() if len(m) > 1}
-    blocks = {block for block in blocks if len({unit[name] for name in block}) > 1}
-    return sorted(blocks, key=lambda block: names.index(block[0])), strongest
 
 
 # -- moves, densities, particles, evidence ---------------------------------------------------------

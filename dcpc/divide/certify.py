@@ -23,20 +23,26 @@ NUM_PLAIN_RUNS = 2
 
 def certify_values(
     program: Program,
+    factors: Factors,
     particles: Latents,
     arguments: Arguments,
     num_runs: int = NUM_PLAIN_RUNS,
 ) -> None:
     """Compares every factor of the first particles with plain sequential runs of the model.
 
+    Args:
+        program: The whole program.
+        factors: What it gives for the particles and arguments, `(K, *batch_shape)` by site.
+        particles: Unconstrained latents.
+        arguments: The model's arguments.
+        num_runs: Number of particles to compare.
+
     Raises:
         CertificationError: Naming the site, both values, and the usual causes.
     """
     args, kwargs = arguments.rebuild(arguments.tensors)
     with torch.no_grad():
-        factors = program.select(list(program.sites))(particles, arguments.tensors)
-        count = min(num_runs, next(iter(particles.values())).shape[0])
-        for k in range(count):
+        for k in range(min(num_runs, program.num_particles)):
             particle = {name: u[k] for name, u in particles.items()}
             plain = log_factors(program.model, particle, args, kwargs, program.sites)
             for name, expected in plain.items():

@@ -30,7 +30,6 @@ from dcpc.divide.program import (
 from dcpc.divide.sites import Plate, Sites
 from dcpc.divide.target import POSTERIOR, Target
 from dcpc.divide.unit import ScoredDensity, Unit, UnitGroup, sum_to_plates
-from dcpc.errors import CertificationError, ModelError
 
 NUM_EXAMPLES = 4
 """Prior samples that a program is captured and certified with."""
@@ -109,9 +108,12 @@ class Division:
 
     def matches(self, arguments: Arguments) -> bool:
         """Whether what was captured agrees with a plain run of the model for these arguments."""
+        example = self.program.example
         try:
-            certify_values(self.program, self.program.example, arguments, num_runs=1)
-        except (CertificationError, ModelError):
+            with torch.no_grad():
+                factors = self.log_factors(example, arguments.tensors)
+            certify_values(self.program, factors, example, arguments, num_runs=1)
+        except Exception:  # what was captured for other data may fail on these in any way
             return False
         return True
 
@@ -249,7 +251,9 @@ def divide(
     else:
         depends = perturbation_dependencies(program, particles, tensors)
     if certify:
-        certify_values(program, example, arguments)
+        with torch.no_grad():
+            factors = program.select(list(program.sites))(example, tensors)
+        certify_values(program, factors, example, arguments)
         certify_graph(program, depends, particles, tensors)
     graph = SiteGraph(sites, depends)
     steps = schedule(graph, group_blocks(graph, blocks))
