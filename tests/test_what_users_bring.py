@@ -363,13 +363,3 @@ def discrete_hmm(x):
 def test_likelihoods_that_torch_cannot_vectorise_run_on_a_fast_backend(make):
     division = DCPC(make(), num_particles=4).division(X)  # also certifies
     assert division.program.name == "graph"
-
-
-def test_where_the_loop_remains_the_warning_names_the_operation():
-    def model(x):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        found = torch.stack([z, -z])
-        pyro.sample("x", dist.Normal(found[found > 0].sum(), 1.0), obs=x)
-
-    with pytest.warns(UserWarning, match=r"once per particle.*vmap.*index.*test_what_users_bring"):
-        DCPC(model, num_particles=4).init(X[0])
