@@ -17,7 +17,7 @@ NAME = "<b>&mu</b>"
 
 
 def many_sites(x):
-    for index in range(40):
+    for index in range(20):
         pyro.sample(f"z{index}", dist.Normal(0.0, 1.0))
     w = pyro.sample("w", dist.Normal(torch.zeros(5, 30), 1.0).to_event(2))
     pyro.sample("x", dist.Normal(w.sum(), 1.0), obs=x)
@@ -36,7 +36,7 @@ def posteriors():
     x = torch.tensor(1.0)
     found = {}
     for model in (many_sites, marked_up):
-        posterior = DCPC(model, num_particles=100).run(x, **options)
+        posterior = DCPC(model, num_particles=100, certify=False).run(x, **options)
         found[model] = replace(posterior, warnings=("a <i>fault</i>", "advice"))
     return found
 
@@ -74,18 +74,18 @@ def test_a_repr_has_one_short_line_per_site_and_fits_a_screen(posteriors):
     lines = repr(posteriors[many_sites]).splitlines()
     assert len(lines) <= 20
     assert max(map(len, lines)) <= 120
-    assert "25 more sites" in lines[-2]
+    assert "5 more sites" in lines[-2]
 
 
 def test_a_summary_lists_the_first_values_and_counts_the_others(posteriors):
     posterior = posteriors[many_sites]
     lines = posterior.format_summary().splitlines()
-    assert "w[0,19]" in lines[60]
-    assert lines[61] == "... and 130 more values"
+    assert "w[1,9]" in lines[60]
+    assert lines[61] == "... and 110 more values"
     table = posterior.statistics()["w"]
     row = lines[60].split()
-    assert float(row[1]) == pytest.approx(float(table["mean"][0, 19]), rel=1e-3)
-    assert float(row[6]) == pytest.approx(float(table["mcse"][0, 19]), rel=0.05)
+    assert float(row[1]) == pytest.approx(float(table["mean"][1, 9]), rel=1e-3)
+    assert float(row[6]) == pytest.approx(float(table["mcse"][1, 9]), rel=0.05)
 
 
 def test_a_summary_says_what_it_is_of_and_what_is_wrong(posteriors):

@@ -178,21 +178,27 @@ def test_gaps_that_a_later_site_looks_at_are_moved():
 
 
 def test_a_masked_prior_of_a_latent_in_use_is_flat_and_has_no_evidence():
-    """Two of four priors are masked out; their children are not: z | x ~ N(x, 1) there."""
-    keep = torch.tensor([True, False, True, False])
+    """Where the prior alone is masked out z | x ~ N(x, 1); where both are, z is nowhere at all."""
+    keep = torch.tensor([True, False, True, False, False])
+    seen = torch.tensor([True, True, True, True, False])
 
-    def model(x, keep):
-        with pyro.plate("n", 4):
+    def model(x, keep, seen):
+        with pyro.plate("n", 5):
             with poutine.mask(mask=keep):
                 z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            with poutine.mask(mask=seen):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    x = torch.tensor([1.0, 2.0, -1.0, -2.0])
+    x = torch.tensor([1.0, 2.0, -1.0, -2.0, 50.0])
     dcpc = DCPC(model, num_particles=2000)
-    posterior = dcpc.run(x, keep, num_sweeps=100, seed=0, progress=False)
-    z = posterior.samples["z"]
-    torch.testing.assert_close(z.mean(0), torch.where(keep, x / 2, x), atol=0.08, rtol=0)
-    torch.testing.assert_close(z.std(0), torch.where(keep, 0.5**0.5, 1.0), atol=0, rtol=0.06)
+    posterior = dcpc.run(x, keep, seen, num_sweeps=100, seed=0, progress=False)
+    z = posterior.samples["z"][:, seen]
+    kept, data = keep[seen], x[seen]
+    torch.testing.assert_close(z.mean(0), torch.where(kept, data / 2, data), atol=0.08, rtol=0)
+    torch.testing.assert_close(z.std(0), torch.where(kept, 0.5**0.5, 1.0), atol=0, rtol=0.06)
+    assert posterior.samples["z"][:, ~seen].abs().max() < 10
+    activity = dcpc.division(x, keep, seen).activity((x, keep, seen))
+    assert activity.latents["z"].tolist() == seen.tolist()
     with pytest.raises(EvidenceError, match="masks or scales it"):
         _ = posterior.log_evidence
 
