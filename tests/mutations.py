@@ -33,6 +33,8 @@ TESTS = [
     "tests/divide",
     "tests/test_what_users_bring.py",
     "tests/test_posterior.py",
+    "tests/test_draws.py",
+    "tests/test_convergence.py",
     "tests/test_bad_input.py",
     "tests/test_annealing.py",
     "tests/test_inference.py",
@@ -81,6 +83,7 @@ CIRCULAR = "dcpc/divide/supports/circular.py"
 INFERENCE = "dcpc/inference.py"
 INITIAL = "dcpc/initial.py"
 ANNEALING = "dcpc/annealing.py"
+CONVERGENCE = "dcpc/convergence.py"
 DATA = "dcpc/training/data.py"
 HUB = "dcpc/training/hub.py"
 PIXELS = "dcpc/training/pixels.py"
@@ -493,6 +496,8 @@ FAULTS = [
           "retargets=num_sweeps == 0", "retargets=True"),
     Fault("families are counted without their resampling", ANNEALING,
           "eve=take_particles(self.eve, ancestors, axes)", "eve=self.eve"),
+    Fault("R-hat may be anything", CONVERGENCE, "MAX_R_HAT = 1.01", "MAX_R_HAT = 9.0"),
+    Fault("few draws are enough", CONVERGENCE, "MIN_ESS = 400.0", "MIN_ESS = 4.0"),
 ]  # fmt: skip
 
 
