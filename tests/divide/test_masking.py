@@ -134,25 +134,30 @@ def test_entries_without_a_gap_stay_where_they_were_drawn(algorithm):
         assert moved[:, ~seen].any(0).all()
 
 
-def test_entries_without_a_gap_are_not_adapted_to():
-    """The conditional of a gap is N(mu, 1): its score's second moment is one, not one half."""
+@pytest.mark.parametrize("is_population", [True, False])
+def test_entries_without_a_gap_are_not_adapted_to(is_population):
+    """The conditional of a gap is N(0, 1): its score's second moment is one, not one half."""
     seen = torch.tensor([True, False]).repeat(500)
 
     def model(y, seen):
         with pyro.plate("n", len(y)):
             pyro.sample("y", dist.Normal(0.0, 1.0), obs=y, obs_mask=seen)
-        with pyro.plate("m", 2):
+        if not is_population:
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
     y = torch.where(seen, 1.0, NAN)
     dcpc = DCPC(model, num_particles=4)
+    assert bool(dcpc.division(y, seen).population) == is_population
     state = dcpc.init(y, seen)
     for _ in range(50):
         state, info = dcpc.sweep(state, y, seen)
     learned = state.adaptation["y_unobserved"].preconditioner
     moment = (learned["moment"] / learned["mass"]).flatten()
-    assert moment[~seen].mean() == pytest.approx(1.0, abs=0.1)
-    assert (moment[seen] == 0).all()
+    if is_population:  # shared by the cells
+        assert moment.item() == pytest.approx(1.0, abs=0.1)
+    else:
+        assert moment[~seen].mean() == pytest.approx(1.0, abs=0.1)
+        assert (moment[seen] == 0).all()
     accepted = float(info.statistic["y_unobserved"])
     assert 0.3 < accepted < 0.85  # the target is .574; half of it would be entries that stay
 
