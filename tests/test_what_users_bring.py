@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from dcpc import DCPC
-from dcpc.errors import CertificationError, ModelError, OptionError
+from dcpc.errors import CertificationError, DataError, ModelError, OptionError
 
 X = torch.tensor([1.0, 2.0, 4.0])
 
@@ -363,3 +363,27 @@ def discrete_hmm(x):
 def test_likelihoods_that_torch_cannot_vectorise_run_on_a_fast_backend(make):
     division = DCPC(make(), num_particles=4).division(X)  # also certifies
     assert division.program.name == "graph"
+
+
+def test_a_support_with_a_latent_in_it_is_no_fault_of_the_data():
+    """theta | x is Pareto: density 3.5 / 4 (theta / 4)^-4.5 from the largest observation on."""
+
+    def model(x):
+        theta = pyro.sample("theta", dist.Pareto(0.1, 0.5))
+        with pyro.plate("n", 3):
+            pyro.sample("x", dist.Uniform(0.0, theta), obs=x)
+
+    dcpc = DCPC(model, num_particles=2000)
+    for seed in range(6):  # the prior's draws of theta lie on both sides of the data
+        theta = dcpc.run(X, num_sweeps=20, seed=seed, progress=False).samples["theta"]
+        assert theta.min() >= 4.0
+    assert theta.median() == pytest.approx(4 * 2 ** (1 / 3.5), rel=0.03)
+
+
+def test_a_fixed_support_that_data_lie_outside_of_still_is_one():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Uniform(0.0, torch.tensor(3.0)), obs=x + 0 * z)
+
+    with pytest.raises(DataError, match=r"site 'x' lies outside the support"):
+        DCPC(model, num_particles=4).init(X[2])

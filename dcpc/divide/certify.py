@@ -52,9 +52,9 @@ def certify_values(
                         f"site '{name}': the {program.name} backend gives the log-density "
                         f"{_show(got)} of shape {tuple(got.shape)}, a plain run of the model "
                         f"{_show(expected)} of shape {tuple(expected.shape)}. Usual causes: the "
-                        "model is random outside its sample sites (dropout, a plate that draws "
-                        "its own subsample), keeps state between runs, or passes a latent "
-                        "through numpy."
+                        "model is random outside its sample sites (dropout, or a plate with "
+                        "subsample_size, which draws its own subsample: give it subsample= "
+                        "instead), keeps state between runs, or passes a latent through numpy."
                     )
 
 

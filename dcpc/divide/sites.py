@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from dcpc.divide.handlers import (
     InitialiseFlat,
@@ -130,11 +132,13 @@ def read_sites(model: Any, args: tuple, kwargs: dict) -> Sites:
         DataError: An observed value that is not masked out is NaN, or lies outside its
             distribution's support.
     """
-    with torch.no_grad(), quiet(), pyro.validation_enabled(True):
-        handled = pyro.poutine.trace(InitialiseFlat()(TensorObservations()(model)))
-        nodes: dict[str, Any] = handled.get_trace(*args, **kwargs).nodes
+    nodes = _nodes(model, args, kwargs)
+    again = cache(lambda: _nodes(model, args, kwargs))
+    with torch.no_grad(), quiet():
+        for site in nodes.values():
+            _check_delta(site)
         sites = {
-            name: _observed_site(site) if site["is_observed"] else _latent_site(site)
+            name: _observed_site(site, again) if site["is_observed"] else _latent_site(site)
             for name, site in nodes.items()
             if is_random(site)
         }
@@ -145,10 +149,15 @@ def read_sites(model: Any, args: tuple, kwargs: dict) -> Sites:
             for name, site in nodes.items()
             if is_deterministic(site)
         }
-        for site in nodes.values():
-            _check_delta(site)
     _check_some(sites)
     return Sites(sites, deterministic)
+
+
+def _nodes(model: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The messages of one ordinary run of the program, by site."""
+    with torch.no_grad(), quiet(), pyro.validation_enabled(True):
+        handled = pyro.poutine.trace(InitialiseFlat()(TensorObservations()(model)))
+        return handled.get_trace(*args, **kwargs).nodes
 
 
 def _check_some(sites: Mapping[str, Site]) -> None:
@@ -212,12 +221,12 @@ def _latent_site(msg: Any) -> Site:
     )
 
 
-def _observed_site(msg: Any) -> Site:
+def _observed_site(msg: Any, again: Callable[[], dict[str, Any]]) -> Site:
     fn, name, value = msg["fn"], msg["name"], msg["value"]
     batch_shape = torch.broadcast_shapes(
         fn.batch_shape, value.shape[: max(value.dim() - fn.event_dim, 0)]
     )
-    _check_observation(msg)
+    _check_observation(msg, again)
     scale, rescaled = plate_scale(msg)
     return Site(
         name=name,
@@ -230,8 +239,12 @@ def _observed_site(msg: Any) -> Site:
     )
 
 
-def _check_observation(msg: Any) -> None:
-    """Checks the entries of an observed value that no mask takes out."""
+def _check_observation(msg: Any, again: Callable[[], dict[str, Any]]) -> None:
+    """Checks the entries of an observed value that no mask takes out.
+
+    A support with a latent in it, as of `Uniform(0, theta)`, is no fault of the data: where they
+    lie outside of it, a particle has density zero.
+    """
     fn, name, value = msg["fn"], msg["name"], msg["value"]
     if not isinstance(value, Tensor) or value.numel() == 0:
         return
@@ -250,7 +263,7 @@ def _check_observation(msg: Any) -> None:
     except NotImplementedError:
         return
     valid = support.check(seen)
-    if not bool(valid.all()):
+    if not bool(valid.all()) and _bounds(support) == _bounds(again()[name]["fn"].support):
         outside = seen[~valid] if valid.shape == seen.shape else seen
         raise DataError(
             f"the observed value of site '{name}' lies outside the support {support} of "
@@ -258,6 +271,19 @@ def _check_observation(msg: Any) -> None:
             "the data, or choose another likelihood (validate_args=False on the distribution "
             "switches this check off)."
         )
+
+
+def _bounds(constraint: Any) -> list[Any]:
+    """The numbers in a support, which change from run to run where a latent is among them."""
+    result: list[Any] = [type(constraint)]
+    for value in vars(constraint).values():
+        if isinstance(value, constraints.Constraint):
+            result += _bounds(value)
+        elif isinstance(value, Tensor):
+            result.append(value.tolist())
+        elif isinstance(value, int | float):
+            result.append(value)
+    return result
 
 
 _NAN_MEANS_MASKED = (dist.NanMaskedNormal, dist.NanMaskedMultivariateNormal)
