@@ -72,6 +72,8 @@ class SweepRecord:
         undefined: Sites whose log-density is NaN or plus infinity near the posterior. Elsewhere
             proposals without one left a support inside the model, as they may.
         bad_scores: By unit, number of scores that were NaN or infinite at a finite log-density.
+        forgotten: By latent, independent values that a lineage has taken in the sweeps that do not
+            adapt, `(*batch, *event)`, where particles are no chains; else empty.
         active: By latent, which elements are a part of the target; latents whose elements all are
             may be left out.
     """
@@ -85,6 +87,7 @@ class SweepRecord:
     bad_share: float = 0.0
     undefined: Sequence[str] = ()
     bad_scores: Mapping[str, float] = field(default_factory=dict)
+    forgotten: Mapping[str, Tensor] = field(default_factory=dict)
     active: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -123,6 +126,7 @@ def find_problems(posterior: Posterior, record: SweepRecord) -> tuple[str, ...]:
     }
     return (
         *_draws(posterior, record, found),
+        *_lineages(posterior, record),
         *_moves(posterior, record, found),
         *_densities(record),
         *_duplicates(posterior, record),
@@ -217,6 +221,23 @@ def _few_families(posterior: Posterior, ess: float) -> str:
     )
 
 
+def _lineages(posterior: Posterior, record: SweepRecord) -> Iterator[str]:
+    """Resampled particles that have not moved far enough to forget their common ancestors."""
+    short = {}
+    for name, values in record.forgotten.items():
+        active = record.active.get(name)
+        values = values[active] if _fits(active, values) else values
+        least = _worst(values, torch.amin, math.inf)
+        if least < FORGOTTEN:
+            short[name] = f"{least:.2g}"
+    if short:
+        yield (
+            "particles are resampled, and since the warm-up a lineage has taken no more than "
+            f"{_list(short)} independent values (less than {FORGOTTEN:.0f}), so that they may all "
+            "be where few ancestors were: sweep longer, or move correlated latents in one block"
+        )
+
+
 # -- moves, densities, particles, evidence ---------------------------------------------------------
 
 
@@ -288,14 +309,26 @@ def _duplicates(posterior: Posterior, record: SweepRecord) -> Iterator[str]:
             if share < MIN_DISTINCT:
                 same[name] = f"{share:.0%}"
     if same:
+        single = any(posterior.state.latents[name].dtype == torch.float32 for name in same)
+        precision = (
+            ", or values are too near to each other for single precision; make the model double, "
+            "torch.set_default_dtype(torch.float64)"
+        )
         yield (
             f"of the particles only {_list(same)} differ: moves are hardly ever accepted; adapt "
             "longer, run(..., num_sweeps=...), or start nearer, run(..., initial_values={...})"
+            f"{precision if single else ''}"
         )
 
 
 def _evidence(posterior: Posterior) -> Iterator[str]:
     error = posterior.evidence.standard_error
+    if posterior.evidence.misses_prior_mass:
+        yield (
+            "draws of the prior show more evidence than the particles from the guide or the "
+            "initial values have found, so that these miss a part of the posterior: leave them "
+            "out, or widen them"
+        )
     if error is None or not bool(error.isinf().any()):
         return
     cells = f" in {int(error.isinf().sum())} of {error.numel()} cells" if error.dim() else ""

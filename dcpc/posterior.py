@@ -28,11 +28,19 @@ MAX_CHAINS = 16
 
 @dataclass(frozen=True)
 class Evidence:
-    """An evidence estimate, or the reason why there is none."""
+    """An evidence estimate, or the reason why there is none.
+
+    Attributes:
+        log_evidence: `log Zhat`, `(*population)`.
+        standard_error: Its standard error.
+        refusal: Why there is none.
+        misses_prior_mass: Whether draws of the prior show an evidence that is larger by far.
+    """
 
     log_evidence: Tensor | None = None
     standard_error: Tensor | None = None
     refusal: str = ""
+    misses_prior_mass: bool = False
 
 
 @dataclass(frozen=True, repr=False)

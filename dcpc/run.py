@@ -38,6 +38,12 @@ MIN_KEPT_DRAWS = 4000
 MAX_HISTORY_BYTES = 1 << 26
 """Size of a history that is kept by default: 64 MiB."""
 
+NUM_PRIOR_DRAWS = 8192
+"""Prior draws that a start elsewhere is compared with."""
+
+MAX_PRIOR_ROUNDS = 64
+"""Evaluations of the model that these may take, where there are few particles."""
+
 CONSTRAIN_AT_ONCE = 4096
 """Particles whose constrained values are computed at once."""
 
@@ -67,14 +73,38 @@ class _Frozen:
         step_size: By group name, `(n,)`.
         bad_scores: By group name, `(n,)`.
         num_bad: Log-densities that were NaN or infinite.
+        squared_moves: By latent, mean squared move of a particle, summed over the sweeps,
+            `(*batch, *event)`.
         count: Number of sweeps.
     """
 
     statistic: dict[str, Tensor] = field(default_factory=dict)
     step_size: dict[str, Tensor] = field(default_factory=dict)
     bad_scores: dict[str, Tensor] = field(default_factory=dict)
+    squared_moves: dict[str, Tensor] = field(default_factory=dict)
     num_bad: int = 0
     count: int = 0
+
+    def follow(
+        self, before: SweepState, after: SweepState, info: SweepInfo, division: Division
+    ) -> None:
+        """Adds up how far particles moved in a sweep, from where their ancestors were."""
+        for name, u in after.latents.items():
+            start = before.latents[name]
+            if info.ancestors is not None:
+                start = take_particles(start, info.ancestors, division.population_axes(name))
+            moved = (u - start).square().mean(0)
+            self.squared_moves[name] = self.squared_moves.get(name, 0.0) + moved
+
+    def forgotten(self, state: SweepState) -> dict[str, Tensor]:
+        """Independent values that a lineage has taken, `n E[move^2] / (2 Var)`, by latent.
+
+        That is how often a diffusion by such moves has forgotten where it was.
+        """
+        return {
+            name: moves / (2.0 * state.latents[name].var(0, correction=0))
+            for name, moves in self.squared_moves.items()
+        }
 
     def add(self, info: SweepInfo) -> None:
         """Counts one more sweep."""
@@ -158,8 +188,35 @@ class Run:
             annealed = self.anneal_twice()
             state, families = annealed.state, annealed.eve
             evidence = Evidence(annealed.log_evidence, annealed.log_evidence_se)
+        if evidence.log_evidence is not None and (self.uses_guide or self.initial_values):
+            evidence = replace(evidence, misses_prior_mass=self._prior_finds_more(evidence))
         state, ancestors = resample(self.division, state, self.parts, tensors, always=True)
         return Start(state, evidence, _descended(families, ancestors))
+
+    def _prior_finds_more(self, evidence: Evidence) -> bool:
+        """Whether draws of the prior alone show more evidence than a start elsewhere has found.
+
+        A guide or initial values may cover one mode of several, of which their own weights know
+        nothing. The mean likelihood of prior draws is an estimate too, and in low dimension a good
+        one: less 4 of its standard errors, it must not exceed the other plus 4 of its own.
+        """
+        assert evidence.log_evidence is not None
+        assert evidence.standard_error is not None
+        chunks = []
+        for _ in range(min(MAX_PRIOR_ROUNDS, math.ceil(NUM_PRIOR_DRAWS / self.num_particles))):
+            start = draw_from_prior(
+                self.model, self.division, self.arguments, self.num_particles, {}
+            )
+            with torch.no_grad():
+                log_joint = self.division.log_joint(start.latents, self.arguments.tensors)
+            chunks.append((log_joint - start.log_joint).nan_to_num(nan=-math.inf).double())
+        log_likelihood = torch.cat(chunks)
+        largest = log_likelihood.amax(0)
+        likelihood = (log_likelihood - largest).exp()
+        error = likelihood.std(0) / math.sqrt(len(likelihood))
+        lower = (likelihood.mean(0) - 4.0 * error).clamp(min=0.0).log() + largest
+        upper = evidence.log_evidence + 4.0 * evidence.standard_error.nan_to_num(posinf=0.0)
+        return bool((lower > upper).any())
 
     def anneal(
         self, stage: str, ladder: Sequence[Rung] | None = None, adapt: bool = True
@@ -211,6 +268,7 @@ class Run:
         self.bar.stage("sweeps", num_sweeps)
         for index in range(num_sweeps):
             adapt = index < num_warmup
+            before = state
             state, info = sweep(
                 division,
                 state,
@@ -223,6 +281,7 @@ class Run:
             num_bad += info.num_bad
             families = _descended(families, info.ancestors)
             if not adapt:
+                frozen.follow(before, state, info, division)
                 is_chains = is_chains and info.ancestors is None
                 if keep_every and (index - num_warmup) % keep_every == keep_every - 1:
                     is_chains = is_chains and equal_weights(state.log_weight)
@@ -245,9 +304,8 @@ class Run:
             families=families if is_chains or len(kept) < MIN_DRAWS else None,
             is_exact=self.parts.correction.is_exact,
         )
-        return replace(
-            posterior, warnings=find_problems(posterior, self._record(num_sweeps, frozen, state))
-        )
+        record = self._record(num_sweeps, frozen, state, is_chains)
+        return replace(posterior, warnings=find_problems(posterior, record))
 
     def _thinning(self, state: SweepState, num_sweeps: int) -> int:
         """How often to keep a sweep, for a history that is long enough, and small enough."""
@@ -258,7 +316,9 @@ class Run:
         most = min(most, MAX_HISTORY_BYTES // size)
         return math.ceil(num_sweeps / most) if most else 0
 
-    def _record(self, num_sweeps: int, frozen: _Frozen, state: SweepState) -> SweepRecord:
+    def _record(
+        self, num_sweeps: int, frozen: _Frozen, state: SweepState, is_chains: bool
+    ) -> SweepRecord:
         """How the sweeps went, for the judgement of the posterior."""
         units = self.division.units
         moved = sum(math.prod(plate.size for plate in unit.plates) for unit in units)
@@ -272,6 +332,8 @@ class Run:
             is_random=self.parts.move.is_reversible,
             bad_share=frozen.num_bad / proposals,
             undefined=self._undefined(state) if frozen.num_bad else (),
+            # Particles that are no chains share ancestors that their series may not show.
+            forgotten={} if is_chains else frozen.forgotten(state),
             bad_scores=self.division.by_unit(frozen.bad_scores),
             active=self.division.activity(self.arguments.tensors).latents,
         )

@@ -498,6 +498,12 @@ FAULTS = [
           "eve=take_particles(self.eve, ancestors, axes)", "eve=self.eve"),
     Fault("R-hat may be anything", CONVERGENCE, "MAX_R_HAT = 1.01", "MAX_R_HAT = 9.0"),
     Fault("few draws are enough", CONVERGENCE, "MIN_ESS = 400.0", "MIN_ESS = 4.0"),
+    Fault("lineages may stay where they were", CONVERGENCE,
+          "if least < FORGOTTEN:", "if least < 0.0:"),
+    Fault("a guide may miss what the prior finds", "dcpc/run.py",
+          "return bool((lower > upper).any())", "return False"),
+    Fault("data outside of a random support are refused", SITES,
+          'and _bounds(support) == _bounds(again()[name]["fn"].support)', ""),
 ]  # fmt: skip
 
 

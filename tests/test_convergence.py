@@ -126,6 +126,53 @@ def test_two_modes_that_nothing_connects_are_flagged():
     assert "bulk ESS" in text
 
 
+def test_resampled_particles_that_hardly_move_are_flagged():
+    """On a ridge of sd 7 steps are of sd .07: the cloud's own series tells nothing of that."""
+
+    def model(y):
+        a = pyro.sample("a", dist.Normal(0.0, 10.0))
+        b = pyro.sample("b", dist.Normal(0.0, 10.0))
+        with pyro.plate("n", 6):
+            pyro.sample("y", dist.Normal(a + b, 0.1), obs=y)
+
+    y = torch.tensor([1.0, 2.0, 0.5, -0.3, 1.7, 0.9])
+    posterior = run(model, y, num_particles=400, algorithm="dcpc-smc", num_sweeps=100)
+    assert any("a lineage has taken no more than" in message for message in posterior.warnings)
+
+
+def mirrored(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    pyro.sample("y", dist.Normal(mu.abs(), 0.5), obs=y)
+
+
+def narrow_guide(y):
+    pyro.sample("mu", dist.Normal(4.0, 0.5))
+
+
+def wide_guide(y):
+    pyro.sample("mu", dist.Normal(0.0, 4.0))
+
+
+@pytest.mark.parametrize(
+    ("guide", "options", "misses"),
+    [
+        (narrow_guide, {}, True),
+        (None, {"initial_values": {"mu": 4.0}}, True),
+        (wide_guide, {}, False),
+        (None, {}, False),
+    ],
+    ids=["narrow guide", "initial values", "wide guide", "prior"],
+)
+def test_a_start_that_covers_one_mode_of_two_is_flagged(guide, options, misses):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        posterior = DCPC(mirrored, guide, num_particles=200).run(
+            torch.tensor(4.0), num_sweeps=40, seed=0, progress=False, **options
+        )
+    found = any("draws of the prior show more evidence" in m for m in posterior.warnings)
+    assert found == misses
+
+
 def test_few_families_that_are_not_forgotten_are_flagged():
     """A guide whose weights leave a handful of particles, which then hardly move."""
     chain = gaussian_chain()
