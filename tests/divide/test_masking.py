@@ -162,6 +162,19 @@ def test_entries_without_a_gap_are_not_adapted_to(is_population):
     assert 0.3 < accepted < 0.85  # the target is .574; half of it would be entries that stay
 
 
+def test_a_scaled_site_with_gaps_keeps_its_step_size():
+    """It starts from a reference, whose score at what is masked out is none of the target's."""
+    y, seen = torch.tensor([0.3, -1.0, 2.0, 0.7]), torch.tensor([True, True, True, False])
+
+    def model():
+        with pyro.plate("n", 4), poutine.scale(scale=2.0):
+            value = pyro.sample("y", dist.Normal(0.0, 1.0), obs=y, obs_mask=seen)
+        pyro.sample("x", dist.Normal(value.sum(), 1.0), obs=torch.tensor(3.0))
+
+    posterior = DCPC(model, num_particles=100).run(num_sweeps=100, seed=0, progress=False)
+    assert posterior.step_size["y_unobserved"] > 0.05
+
+
 def test_gaps_that_a_later_site_looks_at_are_moved():
     """An autoregression: the gap is a latent of the joint, and its posterior is Gaussian."""
 
