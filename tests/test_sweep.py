@@ -12,10 +12,10 @@ from oracles import gaussian_chain, linear_gaussian_dag
 
 from dcpc import DCPC
 from dcpc.conquer import Langevin
-from dcpc.divide import Arguments, Target
+from dcpc.divide import Arguments, ScoredDensity, Target
 from dcpc.errors import DataError, DegenerateWeightsError
 from dcpc.recombine import LogWeights
-from dcpc.sweep import SweepState, resample, retarget
+from dcpc.sweep import SweepState, _usable, resample, retarget
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -270,3 +270,12 @@ def test_division_serves_new_data_without_dividing_again():
     expected = expected + dist.Normal(0.0, 0.3).log_prob(torch.tensor(0.0))
     expected = expected + dist.Normal(0.0, 1.0).log_prob(torch.tensor(1.0))
     torch.testing.assert_close(first.log_joint(latents, tensors), expected.expand(5, 4))
+
+
+def test_only_finite_scores_of_what_is_in_the_target_are_moved_along():
+    """A reference distribution has a score at masked elements too; nothing moves there."""
+    score = torch.tensor([[[1.0, math.nan, math.inf, -2.0]]])
+    active = torch.tensor([[[True, True, True, False]]])
+    evaluation = ScoredDensity(torch.zeros(1, 1), score)
+    assert _usable(evaluation, active).score.tolist() == [[[1.0, 0.0, 0.0, 0.0]]]
+    assert _usable(evaluation, None).score.tolist() == [[[1.0, 0.0, 0.0, -2.0]]]
