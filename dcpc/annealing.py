@@ -48,6 +48,9 @@ A Langevin move needs some `2 d^(1/3)` sweeps in d dimensions: 12 in 200, 25 in 
 What takes more mixes too slowly for the evidence to be worth the time.
 """
 
+NUM_PROBES = 10
+"""Sweeps at a rung after which it shows whether `MAX_SWEEPS` can be enough; if not, no more."""
+
 MIN_FAMILIES = 10.0
 """Effective number of families from which a standard error is reported.
 
@@ -158,7 +161,8 @@ def anneal(
     """Brings particles from temperature zero to one.
 
     An adaptive ladder repeats the sweeps of a rung until the particles have decorrelated
-    (`MAX_CORRELATION`), up to `MAX_SWEEPS` times; a given ladder says how often.
+    (`MAX_CORRELATION`), up to `MAX_SWEEPS` times, or until it shows that these would not be enough;
+    a given ladder says how often.
 
     Args:
         division: The divided model.
@@ -299,11 +303,20 @@ def _climb(
             slope = slope_of(state.latents)
             correlation = _correlation(state.log_weight, cloud.slope, slope)
             # NaN, where there is nothing to measure, ends the rung too.
-            if not correlation > MAX_CORRELATION:
+            if not correlation > MAX_CORRELATION or _is_hopeless(correlation, num_sweeps):
                 break
     return replace(cloud, state=state, slope=slope), replace(
         rung, adaptation=state.adaptation, num_sweeps=num_sweeps, correlation=correlation
     )
+
+
+def _is_hopeless(correlation: float, num_sweeps: int) -> bool:
+    """Whether a correlation falls too slowly to be low enough after `MAX_SWEEPS`.
+
+    As `r^n` with the number n of sweeps; judged once that many were made that it shows.
+    """
+    enough = MAX_CORRELATION ** (num_sweeps / MAX_SWEEPS)
+    return num_sweeps >= NUM_PROBES and correlation > enough
 
 
 def _correlation(weights: LogWeights, before: Tensor, after: Tensor) -> float:

@@ -14,9 +14,9 @@ from torch.distributions import constraints
 from dcpc import DCPC
 from dcpc.annealing import (
     MAX_CORRELATION,
-    MAX_SWEEPS,
     MIN_DECORRELATED_FAMILIES,
     MIN_FAMILIES,
+    NUM_PROBES,
     Annealed,
     anneal,
     effective_families,
@@ -379,7 +379,7 @@ def test_a_single_particle_is_swept_once_per_rung():
 def test_particles_that_cannot_move_stay_their_initial_ancestors():
     """With steps of nothing the final particles are the first ones, resampled cell by cell.
 
-    Their slopes stay what they were, so that every rung makes as many sweeps as may be.
+    Their slopes stay what they were, so that a rung gives up as soon as it may.
     """
     chain = gaussian_chain(7)
     engine = DCPC(chain.model, num_particles=30, step_size=1e-30)
@@ -391,7 +391,7 @@ def test_particles_that_cannot_move_stay_their_initial_ancestors():
         torch.testing.assert_close(annealed.state.latents[name], expected)
     assert bool((annealed.effective_families < 30).all())
     for rung in annealed.ladder[:-1]:
-        assert rung.num_sweeps == MAX_SWEEPS
+        assert rung.num_sweeps == NUM_PROBES
         assert rung.correlation == pytest.approx(1.0)
 
 
