@@ -24,7 +24,7 @@ from dcpc.divide.handlers import (
     plate_scale,
     quiet,
 )
-from dcpc.divide.masking import filled_value, is_masked
+from dcpc.divide.masking import is_masked, selected
 from dcpc.divide.supports import transform_of
 from dcpc.errors import DataError, ModelError
 
@@ -248,12 +248,14 @@ def _check_observation(msg: Any, again: Callable[[], dict[str, Any]]) -> None:
     fn, name, value = msg["fn"], msg["name"], msg["value"]
     if not isinstance(value, Tensor) or value.numel() == 0:
         return
-    seen = filled_value(msg)
     if any(isinstance(part, _NAN_MEANS_MASKED) for part in layers(fn)):
         return
-    if value.is_floating_point() and bool(seen.isnan().any()):
+    mask = selected(msg)
+    mask = torch.ones_like(value, dtype=torch.bool) if mask is None else mask
+    num_nan = int((value.isnan() & mask).sum()) if value.is_floating_point() else 0
+    if num_nan:
         raise DataError(
-            f"the observed value of site '{name}' has {int(seen.isnan().sum())} NaN among "
+            f"the observed value of site '{name}' has {num_nan} NaN among "
             f"{value.numel()} entries; remove them, or mask them with pyro.poutine.mask"
         )
     if not all(getattr(part, "_validate_args", True) for part in layers(fn)):
@@ -262,15 +264,31 @@ def _check_observation(msg: Any, again: Callable[[], dict[str, Any]]) -> None:
         support = fn.support
     except NotImplementedError:
         return
-    valid = support.check(seen)
-    if not bool(valid.all()) and _bounds(support) == _bounds(again()[name]["fn"].support):
-        outside = seen[~valid] if valid.shape == seen.shape else seen
+    outside = _outside(support, value, mask)
+    if len(outside) and _bounds(support) == _bounds(again()[name]["fn"].support):
         raise DataError(
             f"the observed value of site '{name}' lies outside the support {support} of "
-            f"{type(fn).__name__}: got, for example, {outside.flatten()[0].item():.6g}. Rescale "
+            f"{type(fn).__name__}: got, for example, {outside[0].item():.6g}. Rescale "
             "the data, or choose another likelihood (validate_args=False on the distribution "
             "switches this check off)."
         )
+
+
+def _outside(support: Any, value: Tensor, mask: Tensor) -> Tensor:
+    """Entries that a mask leaves in and that are outside of a support, `(n)`.
+
+    An event of which a part is masked out is not looked at where its entries depend on each other.
+    """
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    valid = support.check(value)
+    for _ in range(value.dim() - valid.dim()):
+        valid = valid.unsqueeze(-1)
+    if support.event_dim:
+        mask = mask.flatten(-support.event_dim).all(-1)[(..., *(None,) * support.event_dim)]
+    wrong = ~valid & mask
+    shape = torch.broadcast_shapes(value.shape, wrong.shape)
+    return value.expand(shape)[wrong.expand(shape)]
 
 
 def _bounds(constraint: Any) -> list[Any]:

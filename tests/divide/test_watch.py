@@ -145,6 +145,16 @@ def attribute_of_a_module():
     return model, lambda: setattr(model, "scale", 3.0)
 
 
+def attribute_of_a_modules_class():
+    class Model(nn.Module):
+        scale = 1.0
+
+        def forward(self, x):
+            likelihood(x, self.scale)
+
+    return Model(), lambda: setattr(Model, "scale", 3.0)
+
+
 def attribute_of_a_pyro_module():
     class Model(PyroModule):
         def __init__(self):
@@ -267,6 +277,7 @@ KINDS = [
     object_behind_a_bound_method,
     dataclass_in_a_closure,
     attribute_of_a_module,
+    attribute_of_a_modules_class,
     attribute_of_a_pyro_module,
     replaced_parameter,
     replaced_buffer_in_a_closure,
@@ -395,9 +406,11 @@ def test_true_one_and_one_point_zero_are_three_arguments():
 
     x = torch.tensor([1.0, -0.5, 2.0])
     dcpc = DCPC(model, num_particles=5)
-    for flag, scale in ((True, 3.0), (1, 1.0), (1.0, 2.0)):
-        state = dcpc.init(x, flag)
-        assert float(dcpc.loss(state, x, flag)) == pytest.approx(loss_of(state, x, scale))
+    flags = {"true": (True, 3.0), "one": (1, 1.0), "float": (1.0, 2.0)}
+    states = {name: dcpc.init(x, flag) for name, (flag, _) in flags.items()}
+    for name, (flag, scale) in flags.items():
+        loss = dcpc.loss(states[name], x, flag)
+        assert float(loss) == pytest.approx(loss_of(states[name], x, scale))
 
 
 def test_snapshots_are_equal_while_nothing_changes_and_complete_for_plain_models():
