@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dcpc.divide.supports import draw, log_density, transform_of
 from dcpc.divide.supports.circular import NUM_PROPOSALS, WrapAngle
+from dcpc.divide.supports.families import log_gamma_variate
 
 NUM_DRAWS = 4000
 
@@ -350,3 +351,10 @@ def test_skewed_angles_are_drawn_as_pyro_draws_them():
     ours, theirs = draw(fn), fn.sample()
     for k in range(2):
         assert stats.ks_2samp(ours[:, k].numpy(), theirs[:, k].numpy()).pvalue > 1e-3
+
+
+def test_gamma_variates_of_small_shape_go_on_below_the_smallest_float():
+    """P(G < x) is x^a / Gamma(a + 1) for small x: .37 at log x = -100 and a = .01."""
+    draws = log_gamma_variate(torch.full((20_000,), 0.01, dtype=torch.float32))
+    expected = math.exp(-1.0) / math.gamma(1.01)
+    assert (draws < -100).double().mean() == pytest.approx(expected, abs=0.015)

@@ -400,6 +400,15 @@ def test_a_data_frame_that_was_changed_in_place_is_seen():
     assert float(dcpc.loss(state, frame)) == pytest.approx(loss_of(state, changed, 1.0))
 
 
+def test_an_object_that_hides_its_contents_and_was_changed_in_place_is_seen():
+    """No attribute shows it: only a plain run of the model does."""
+    pair = [Opaque(torch.tensor([1.0, -0.5, 2.0])), Opaque(1.0)]
+    dcpc = DCPC(lambda pair: likelihood(pair[0].value, pair[1].value), num_particles=5)
+    state = dcpc.init(pair)
+    pair[1].value = 3.0
+    assert dcpc.loss(state, pair).item() == pytest.approx(loss_of(state, pair[0].value, 3.0))
+
+
 def test_true_one_and_one_point_zero_are_three_arguments():
     def model(x, flag):
         likelihood(x, 3.0 if flag is True else 1.0 if isinstance(flag, int) else 2.0)
