@@ -1,4 +1,4 @@
-"""What to do about a posterior whose particles have not mixed."""
+"""Advice for a posterior whose particles have not mixed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_VALUES = 16
 
 
 def advise(posterior: Posterior, num_sweeps: int, few_families: bool) -> str:
-    """What to change: a block, more sweeps, initial values.
+    """Advise a block, more sweeps, or initial values.
 
     Args:
         posterior: The posterior.

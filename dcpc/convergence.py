@@ -1,4 +1,4 @@
-"""What can be wrong with a posterior, found in its own draws."""
+"""Convergence checks of a posterior on its own draws, and the warning they raise."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ConvergenceWarning(UserWarning):
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """What the sweeps at the posterior did while nothing adapted.
+    """Diagnostics of the sweeps at the posterior that do not adapt.
 
     Attributes:
         num_sweeps: Number of sweeps, those that adapted included.

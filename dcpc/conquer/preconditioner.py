@@ -267,7 +267,8 @@ def _typical(state: State, squared: Tensor, population: int) -> Tensor:
     """
     if bool(state["mass"] > 0):
         moment = state["moment"] / state["mass"]
-        return moment.clamp(min=_tiny(moment))
+        # A value that had no score yet (it was masked out, say) has nothing to be measured against.
+        return torch.where(moment > 0, moment.clamp(min=_tiny(moment)), math.inf)
     median = squared.flatten(0, population).median(0).values
     return torch.where(median > 0, median, math.inf)
 

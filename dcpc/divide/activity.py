@@ -42,6 +42,7 @@ class Activity:
 
 def find_activity(
     program: Program,
+    masks: Mapping[str, Tensor],
     plates: Mapping[str, tuple[Plate, ...]],
     groups: Sequence[UnitGroup],
     tensors: Sequence[Tensor],
@@ -50,13 +51,14 @@ def find_activity(
 
     Args:
         program: The whole program.
+        masks: By masked latent, which batch elements its own density has.
         plates: By latent, the plates whose elements move independently.
         groups: The groups of units.
         tensors: Tensors among the model's arguments.
     """
     active: dict[str, Tensor] = {}
     flat = set()
-    for name, mask in program.masks(tensors).items():
+    for name, mask in masks.items():
         if bool(mask.all()):
             continue
         site = program.sites[name]

@@ -67,7 +67,7 @@ class Division:
         leading = {name for group in self.groups[:num_leading] for name in group.touched}
         rest = [name for name in program.sites if name not in leading]
         self._rest = program.select(rest) if rest else None
-        self._active: tuple[DataIdentity, Activity] | None = None
+        self._active: tuple[DataIdentity, dict[str, Tensor], Activity] | None = None
 
     @property
     def sites(self) -> Sites:
@@ -108,6 +108,7 @@ class Division:
 
     def matches(self, arguments: Arguments) -> bool:
         """Whether what was captured agrees with a plain run of the model for these arguments."""
+        self._active = None  # a mask of the model's own may have changed in place
         example = self.program.example
         try:
             with torch.no_grad():
@@ -121,12 +122,13 @@ class Division:
         """Which elements of masked latents these data make a part of the target."""
         if not self.sites.masked:
             return NO_MASKS
-        identity = DataIdentity(tensors)
-        if self._active is None or self._active[0] != identity:
+        identity, masks = DataIdentity(tensors), self.program.masks(tensors)
+        cached = self._active
+        if cached is None or cached[0] != identity or not _all_equal(cached[1], masks):
             plates = {name: unit.plates for unit in self.units for name in unit.sites}
-            activity = find_activity(self.program, plates, self.groups, tensors)
-            self._active = identity, activity
-        return self._active[1]
+            activity = find_activity(self.program, masks, plates, self.groups, tensors)
+            cached = self._active = identity, masks, activity
+        return cached[2]
 
     def without_prior(self, tensors: Sequence[Tensor]) -> list[str]:
         """Latents whose prior is flat, scaled or masked: it cannot be sampled or integrated."""
@@ -337,6 +339,10 @@ def _unit(graph: SiteGraph, members: tuple[str, ...], plates: tuple[Plate, ...])
         size=count,
         support=graph.sites[members[0]].support,
     )
+
+
+def _all_equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in second)
 
 
 class DataIdentity:

@@ -60,7 +60,7 @@ class Arguments:
 
     @property
     def key(self) -> tuple:
-        """What a capture depends on: structure, shapes, dtypes, devices, and plain values.
+        """Key of a capture: structure, shapes, dtypes, devices, and plain values.
 
         Of other objects it holds the type only; `watch` looks at their contents.
         """

@@ -134,6 +134,27 @@ def test_entries_without_a_gap_stay_where_they_were_drawn(algorithm):
         assert moved[:, ~seen].any(0).all()
 
 
+@pytest.mark.parametrize("backend", ["graph", "vmap"])
+def test_a_mask_of_the_model_that_changes_in_place_is_followed(backend):
+    y, seen = torch.tensor([2.0, 2.5, 1.0, 0.0]), torch.tensor([True, True, False, False])
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", 4):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y, obs_mask=seen)
+
+    dcpc = DCPC(model, num_particles=8, backend=backend, resample_threshold=0.0)
+    state = dcpc.init()
+    for _ in range(2):
+        drawn = state.latents["y_unobserved"].clone()
+        for _ in range(5):
+            state, _ = dcpc.sweep(state)
+        moved = state.latents["y_unobserved"] != drawn
+        assert not moved[:, seen].any()
+        assert moved[:, ~seen].any(0).all()
+        seen.copy_(~seen)
+
+
 @pytest.mark.parametrize("is_population", [True, False])
 def test_entries_without_a_gap_are_not_adapted_to(is_population):
     """The conditional of a gap is N(0, 1): its score's second moment is one, not one half."""
