@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from dcpc.conquer import MOVES, PRECONDITIONERS, Move, Preconditioner, SecondMoment
 from dcpc.divide.graph import SCHEDULES, Schedule
 from dcpc.errors import OptionError
+from dcpc.parts import Parts
 from dcpc.recombine import RESAMPLERS
 from dcpc.recombine.correction import CORRECTIONS, Correction
-from dcpc.sweep import Parts
 
 Part = TypeVar("Part")
 

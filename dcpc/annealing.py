@@ -12,24 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dcpc.divide import Division, Reference, Target
+from dcpc.divide import Density
 from dcpc.errors import DegenerateWeightsError
+from dcpc.parts import Adaptation, Parts
 from dcpc.recombine import LogWeights, take_particles
-from dcpc.sweep import (
-    Adaptation,
-    Parts,
-    SweepInfo,
-    SweepState,
-    restart_adaptation,
-    retarget,
-    sweep,
-)
+from dcpc.sweep import SweepState, restart_adaptation, retarget, sweep
 
 MAX_TEMPERATURES = 2000
 """Rungs after which an adaptive ladder gives up: the particles cannot follow the target."""
@@ -69,12 +60,6 @@ more than 3.4 errors, with as few as 3.3 families.
 """
 
 Progress = Callable[[float], None]
-
-
-class _Sweep(Protocol):
-    """A sweep at a fixed target."""
-
-    def __call__(self, *, state: SweepState, retargets: bool) -> tuple[SweepState, SweepInfo]: ...
 
 
 @dataclass(frozen=True)
@@ -147,13 +132,11 @@ class _Cloud:
 
 
 def anneal(
-    division: Division,
+    density: Density,
     state: SweepState,
     parts: Parts,
-    tensors: Sequence[Tensor],
     *,
     ladder: Sequence[Rung] | None = None,
-    references: Mapping[str, Reference] | None = None,
     conditional_ess: float = 0.9,
     adapt: bool = True,
     progress: Progress | None = None,
@@ -165,13 +148,11 @@ def anneal(
     a given ladder says how often.
 
     Args:
-        division: The divided model.
+        density: The density at temperature one; with references, where they replace priors.
         state: Particles drawn from the prior (or the references), weights referring to it.
         parts: What the sweeps are made of; the correction must be exact.
-        tensors: Tensors among the model's arguments.
         ladder: Temperatures in increasing order, the last one 1; None chooses them so that each
             step keeps the conditional ESS, averaged over the population, and the sweeps on it.
-        references: Starting distributions that replace priors.
         conditional_ess: Of an adaptive ladder, as a fraction of K.
         adapt: Whether proposals learn on the way. The evidence is exactly unbiased only where
             the ladder is given and nothing adapts.
@@ -181,29 +162,26 @@ def anneal(
         DegenerateWeightsError: No particle has positive density, or an adaptive ladder does not
             reach temperature one.
     """
-    references = references or {}
-    slope_of = partial(_slope, division, tensors, references)
-    slope = slope_of(state.latents) if ladder is None else None
+    slope = density.slope(state.latents) if ladder is None else None
     cloud = _Cloud(state, _particle_index(state), slope)
     climbed: list[Rung] = []
     while True:
         if ladder is None:
-            rung = _next_rung(division, cloud, climbed, conditional_ess)
+            rung = _next_rung(density, cloud, climbed, conditional_ess)
         else:
             rung = ladder[len(climbed)]
             if not adapt:
                 cloud = replace(cloud, state=replace(cloud.state, adaptation=rung.adaptation))
         if adapt:
             cloud = replace(cloud, state=restart_adaptation(cloud.state, parts))
-        target = Target(rung.temperature, references)
+        tempered = density.at(rung.temperature)
         if rung.temperature >= 1.0:
             break
-        step = partial(sweep, division, parts=parts, tensors=tensors, target=target, adapt=adapt)
-        cloud, rung = _climb(step, cloud, rung, slope_of)
+        cloud, rung = _climb(tempered, cloud, rung, parts, adapt)
         climbed.append(rung)
         if progress is not None:
             progress(rung.temperature)
-    state = retarget(division, cloud.state, tensors, target)
+    state = retarget(tempered, cloud.state)
     if progress is not None:
         progress(1.0)
     return _annealed(state, cloud.eve, (*climbed, Rung(1.0, state.adaptation)))
@@ -282,9 +260,9 @@ def _annealed(state: SweepState, eve: Tensor, ladder: tuple[Rung, ...]) -> Annea
 
 
 def _climb(
-    step: _Sweep, cloud: _Cloud, rung: Rung, slope_of: Callable[[Mapping[str, Tensor]], Tensor]
+    density: Density, cloud: _Cloud, rung: Rung, parts: Parts, adapt: bool
 ) -> tuple[_Cloud, Rung]:
-    """Reweights the particles to a rung's target and sweeps there.
+    """Reweights the particles to the density of a rung and sweeps there.
 
     As often as the rung says, or, where slopes are measured, at most: until they have forgotten
     what they were before the moves.
@@ -295,12 +273,12 @@ def _climb(
     state, correlation, num_sweeps = cloud.state, rung.correlation, 0
     slope = None
     while num_sweeps < rung.num_sweeps:
-        state, info = step(state=state, retargets=num_sweeps == 0)
+        state, info = sweep(density, state, parts, adapt=adapt, retargets=num_sweeps == 0)
         num_sweeps += 1
         if info.ancestors is not None:
             cloud = cloud.descend(info.ancestors)
         if cloud.slope is not None:
-            slope = slope_of(state.latents)
+            slope = density.slope(state.latents)
             correlation = _correlation(state.log_weight, cloud.slope, slope)
             # NaN, where there is nothing to measure, ends the rung too.
             if not correlation > MAX_CORRELATION or _is_hopeless(correlation, num_sweeps):
@@ -348,29 +326,8 @@ def _correlation(weights: LogWeights, before: Tensor, after: Tensor) -> float:
     return float(product / (left * right).sqrt())
 
 
-def _slope(
-    division: Division,
-    tensors: Sequence[Tensor],
-    references: Mapping[str, Reference],
-    latents: Mapping[str, Tensor],
-) -> Tensor:
-    """Derivative of the log-target in the temperature, `(K, *population)`.
-
-    The log-likelihood, and of latents with a reference the log-ratio of prior to reference.
-    """
-    with torch.no_grad():
-        factors = division.log_factors(latents, tensors)
-        start, end = (
-            division.over_population(
-                Target(beta, references).weigh(factors, latents, division.sites)
-            )
-            for beta in (0.0, 1.0)
-        )
-    return end - start
-
-
 def _next_rung(
-    division: Division, cloud: _Cloud, climbed: Sequence[Rung], conditional_ess: float
+    density: Density, cloud: _Cloud, climbed: Sequence[Rung], conditional_ess: float
 ) -> Rung:
     """The next rung of an adaptive ladder, with the most sweeps that may be made there.
 
@@ -384,7 +341,7 @@ def _next_rung(
     if len(climbed) >= MAX_TEMPERATURES:
         raise DegenerateWeightsError(
             f"annealing is at temperature {temperature:.3g} after {MAX_TEMPERATURES} "
-            f"rungs; sites {division.latents}: the likelihood is too sharp for the prior's "
+            f"rungs; sites {density.division.latents}: the likelihood is too sharp for the prior's "
             "particles. Use more particles, rescale the model, or give initial_values."
         )
     return Rung(temperature, num_sweeps=MAX_SWEEPS)

@@ -4,37 +4,31 @@ from __future__ import annotations
 
 import html
 import warnings
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
 
 from dcpc.algorithms import build_algorithm
-from dcpc.annealing import Annealed, spaced_ladder
+from dcpc.annealing import Annealed
+from dcpc.approach import approach
 from dcpc.conquer import Move, Preconditioner
 from dcpc.convergence import ConvergenceWarning, format_problems
-from dcpc.divide import Arguments, Division, Unit, constrained_particles, divide, read_sites
-from dcpc.divide.division import DataIdentity
+from dcpc.divide import Arguments, Division, Unit
+from dcpc.divide.cache import Divisions
 from dcpc.divide.graph import Schedule
-from dcpc.divide.model import Model, observation_means
-from dcpc.divide.program import map_particles
-from dcpc.divide.sites import Sites
-from dcpc.divide.watch import Snapshot
-from dcpc.errors import DataError, EvidenceError, OptionError
+from dcpc.divide.model import Model
+from dcpc.errors import OptionError
 from dcpc.habits import check_model_arguments, refuse
-from dcpc.initial import guide_loss
 from dcpc.posterior import Posterior, Samples
+from dcpc.problem import Problem, check_annealing
 from dcpc.progress import ProgressBar
 from dcpc.recombine.correction import Correction
-from dcpc.run import Run
-from dcpc.seeding import random_state_kept, seeded
-from dcpc.sweep import SweepInfo, SweepState, loss, sweep
+from dcpc.recorder import Recorder
+from dcpc.seeding import seeded
+from dcpc.sweep import SweepInfo, SweepState, restart_adaptation
 from dcpc.tables import html_table
-
-MAX_DIVISIONS = 16
-"""Divisions kept for different argument shapes; the least recently used one goes first."""
 
 
 class Units(list[Unit]):
@@ -152,9 +146,14 @@ class DCPC:
             )
         self.parts = self.algorithm.parts
         self.blocks = tuple(tuple(block) for block in blocks)
-        self.backend = backend
-        self.certify = certify
-        self._divisions: OrderedDict[tuple, _Captured] = OrderedDict()
+        self._divisions = Divisions(
+            model,
+            num_particles,
+            schedule=self.algorithm.schedule,
+            blocks=self.blocks,
+            backend=backend,
+            certify=certify,
+        )
         self._posterior: Posterior | None = None
 
     # -- what users call ---------------------------------------------------------------------
@@ -215,14 +214,32 @@ class DCPC:
             )
         if keep_every is not None and keep_every < 0:
             raise OptionError(f"keep_every must be at least 0, got {keep_every}")
-        _check_conditional_ess(conditional_ess)
+        check_annealing(None, conditional_ess)
         check_model_arguments(self.model, kwargs, "DCPC.run")
-        arguments = Arguments(args, kwargs)
         with seeded(seed), ProgressBar(progress) as bar:
-            run = self._run(arguments, bar, initial_values or {}, conditional_ess)
-            refusal = self._evidence_refusal(run.division, arguments.tensors)
-            start = run.approach(refusal, evidence)
-            posterior = run.sample(start, num_sweeps, num_warmup, keep_every)
+            problem = self._problem(args, kwargs, thorough=True)
+            arrival = approach(
+                problem,
+                initial_values=initial_values or {},
+                estimate_evidence=evidence,
+                conditional_ess=conditional_ess,
+                bar=bar,
+            )
+            recorder = Recorder(problem, arrival, num_sweeps, num_warmup, keep_every)
+            state = restart_adaptation(arrival.state, self.parts)
+            bar.stage("sweeps", num_sweeps)
+            for index in range(num_sweeps):
+                before = state
+                state, info = problem.sweep(
+                    before,
+                    adapt=index < num_warmup,
+                    # Step sizes need a while with the preconditioner they will be used with.
+                    adapt_preconditioner=index < num_warmup // 2,
+                    retargets=False,
+                )
+                recorder.add(before, state, info)
+                bar.advance(info)
+            posterior = recorder.posterior(state)
         self._posterior = posterior
         if posterior.warnings:
             message = format_problems(posterior.warnings)
@@ -254,16 +271,10 @@ class DCPC:
             EvidenceError: The correction is not exact, or a prior is improper.
             OptionError: An option out of range.
         """
-        if num_temperatures is not None and num_temperatures < 1:
-            raise OptionError(f"num_temperatures must be at least 1, got {num_temperatures}")
-        _check_conditional_ess(conditional_ess)
-        arguments = Arguments(args, kwargs)
-        refusal = self._evidence_refusal(self._divide(arguments), arguments.tensors)
-        if refusal:
-            raise EvidenceError(refusal)
-        ladder = None if num_temperatures is None else spaced_ladder(num_temperatures)
+        check_annealing(num_temperatures, conditional_ess)
         with seeded(seed), ProgressBar(progress) as bar:
-            return self._run(arguments, bar, {}, conditional_ess).anneal_twice(ladder)
+            problem = self._problem(args, kwargs, thorough=True)
+            return problem.anneal(num_temperatures, conditional_ess=conditional_ess, bar=bar)
 
     def get_samples(self) -> Samples:
         """Equally weighted constrained samples of the last run, `(K, *batch, *event)`."""
@@ -296,222 +307,45 @@ class DCPC:
 
     # -- the functional level, for training --------------------------------------------------
 
+    def bind(self, *args: Any, **kwargs: Any) -> Problem:
+        """The model bound to these arguments: what `init`, `sweep` and `loss` work on.
+
+        Divisions are kept by the arguments' shapes and looked up cheaply; whether the data can be
+        handled is checked by `Problem.init`.
+
+        Raises:
+            ModelError, DataError, CertificationError: The model or data cannot be handled.
+        """
+        return self._problem(args, kwargs)
+
     def division(self, *args: Any, **kwargs: Any) -> Division:
         """The divided model for arguments of this shape, from a cache."""
-        return self._divide(Arguments(args, kwargs))
+        return self.bind(*args, **kwargs).division
 
     def init(self, *args: Any, **kwargs: Any) -> SweepState:
-        """Particles from the guide, or else the prior, whose weights refer to it."""
-        with ProgressBar(False) as bar:
-            return self._run(Arguments(args, kwargs), bar).start()
+        """Particles as from `Problem.init`."""
+        return self._problem(args, kwargs, thorough=True).init()
 
     def sweep(
         self, state: SweepState, *args: Any, adapt: bool = True, **kwargs: Any
     ) -> tuple[SweepState, SweepInfo]:
-        """Reweights the particles to the present parameters, then moves every unit once.
-
-        Args:
-            state: Particles and weights.
-            *args: Arguments of the model.
-            adapt: Whether step sizes and preconditioners learn from the sweep.
-
-        Raises:
-            DataError: The state's particles do not fit these arguments.
-            DegenerateWeightsError: No particle of a population cell has positive density.
-        """
-        arguments = Arguments(args, kwargs)
-        division = self._divide(arguments)
-        self._check_state(division, state)
-        return sweep(
-            division,
-            state,
-            self.parts,
-            arguments.tensors,
-            adapt=adapt,
-            retargets=self.parts.correction.is_exact,
-        )
+        """A sweep as by `Problem.sweep`."""
+        return self.bind(*args, **kwargs).sweep(state, adapt=adapt)
 
     def loss(self, state: SweepState, *args: Any, **kwargs: Any) -> Tensor:
-        """`- sum_cells sum_k W_k log p(x, z_k)`: its gradient trains the model's parameters."""
-        arguments = Arguments(args, kwargs)
-        division = self._divide(arguments)
-        self._check_state(division, state)
-        return loss(division, state, arguments.tensors)
-
-    def guide_loss(self, state: SweepState, *args: Any, **kwargs: Any) -> Tensor:
-        """`- sum_k W_k log q(z_k | x)`: its gradient trains the guide on the particles.
-
-        Raises:
-            OptionError: There is no guide.
-        """
-        if self.guide is None:
-            raise OptionError("there is no guide to train; give one: DCPC(model, guide, ...)")
-        arguments = Arguments(args, kwargs)
-        division = self._divide(arguments)
-        self._check_state(division, state)
-        values = self.constrain(state.latents, *args, **kwargs)
-        return guide_loss(self.guide, division, arguments, state, values)
-
-    def constrain(self, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Samples:
-        """Constrained values of unconstrained latents `(K, *batch, *event)`."""
-        return constrained_particles(self.model, Arguments(args, kwargs), latents)
-
-    def observation_means(self, state: SweepState, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior mean of every observed site's mean: the reconstruction of the data.
-
-        The distributions' means (`fn.mean`) are averaged over the particles by their weights.
-
-        Returns:
-            By observed site, `(*batch, *event)`.
-        """
-        arguments = Arguments(args, kwargs)
-        division = self._divide(arguments)
-        self._check_state(division, state)
-        means = map_particles(
-            lambda latents: observation_means(self.model, latents, args, kwargs),
-            dict(state.latents),
-        )
-        weights = state.log_weight.normalized()
-        result = {}
-        for name, mean in means.items():
-            batch_dims = len(division.sites[name].batch_shape)
-            shape = [mean.shape[0]] + [1] * (mean.dim() - 1)
-            for plate in division.population:
-                shape[1 + batch_dims + plate.dim] = plate.size
-            result[name] = (weights.reshape(shape) * mean).sum(0)
-        return result
+        """The loss as by `Problem.loss`."""
+        return self.bind(*args, **kwargs).loss(state)
 
     # -- internals ---------------------------------------------------------------------------
 
-    def _divide(self, arguments: Arguments, sites: Sites | None = None) -> Division:
-        """The divided model for these arguments: as captured before, where that still holds.
-
-        Args:
-            arguments: The model's arguments.
-            sites: Its sites for these very arguments, where they were read anew; then what was
-                captured is compared with a plain run, whatever seems to be unchanged.
-        """
-        snapshot = Snapshot(self.model, arguments.objects)
-        key = (arguments.key, snapshot.modes)
-        captured = self._divisions.get(key)
-        with random_state_kept():
-            if captured is not None and captured.holds(snapshot, arguments, sites):
-                self._divisions.move_to_end(key)
-                return captured.division
-            args, kwargs = arguments.rebuild(arguments.tensors)
-            division = divide(
-                self.model,
-                arguments,
-                sites or read_sites(self.model, args, kwargs),
-                self.num_particles,
-                schedule=self.algorithm.schedule,
-                blocks=self.blocks,
-                backend=self.backend,
-                certify=self.certify,
-            )
-        # The first run may have created parameters.
-        snapshot = Snapshot(self.model, arguments.objects)
-        data = DataIdentity((*arguments.tensors, *snapshot.tensors))
-        self._divisions[key] = _Captured(division, snapshot, data)
-        if len(self._divisions) > MAX_DIVISIONS:
-            self._divisions.popitem(last=False)
-        return division
-
-    def _run(
-        self,
-        arguments: Arguments,
-        bar: ProgressBar,
-        initial_values: Mapping[str, Tensor] | None = None,
-        conditional_ess: float = 0.9,
-    ) -> Run:
-        with random_state_kept():
-            sites = read_sites(self.model, *arguments.rebuild(arguments.tensors))
-        division = self._divide(arguments, sites)
-        self._check_subsampling(division)
-        return Run(
-            self.model,
-            self.guide,
-            division,
-            arguments,
-            self.parts,
-            self.num_particles,
-            bar,
-            initial_values or {},
-            conditional_ess,
-        )
-
-    def _check_subsampling(self, division: Division) -> None:
-        """Refuses exact corrections where a plate subsamples latents next to global ones."""
-        scaled = [name for name in division.latents if division.sites[name].scale != 1.0]
-        others = {site.scale for site in division.sites.values()}
-        if self.parts.correction.is_exact and scaled and len(others) > 1:
-            plates = sorted({p.name for name in scaled for p in division.sites[name].plates})
-            rest = [name for name in division.latents if name not in scaled]
-            raise OptionError(
-                f"site(s) {scaled} are latents in a plate that subsamples (one of {plates}), "
-                f"beside others outside of it ({rest or 'observed sites'}): their scaled "
-                "conditionals belong to no joint density, so that no correction is exact; pass "
-                "all the data (no subsample_size), or use an algorithm that is not exact, such as "
-                "algorithm='pgd'"
-            )
-
-    def _evidence_refusal(self, division: Division, tensors: Sequence[Tensor]) -> str:
-        """Why there is no evidence estimate; empty if there is one."""
-        flat = division.without_prior(tensors)
-        if flat:
-            return (
-                f"the prior of site(s) {flat} is flat (improper), or a handler masks or scales it, "
-                "so that the evidence is defined only up to an arbitrary factor; give them a "
-                "proper prior to compare models"
-            )
-        if not self.parts.correction.is_exact:
-            return (
-                f"algorithm {self.algorithm.name!r} does not leave the posterior invariant, so it "
-                "has no evidence estimate; use DCPC(model, num_particles=...).anneal(...) on the "
-                "same model"
-            )
-        return ""
-
-    def _check_state(self, division: Division, state: SweepState) -> None:
-        for name in division.latents:
-            expected = (self.num_particles, *division.sites[name].unconstrained_shape)
-            got = tuple(state.latents[name].shape) if name in state.latents else None
-            if got != expected:
-                raise DataError(
-                    f"the particles of site '{name}' have shape {got}, but the model's arguments "
-                    f"ask for {expected}; a state belongs to the data it was initialised with: "
-                    "call init(...) again for data of another shape"
-                )
+    def _problem(self, args: tuple, kwargs: dict, *, thorough: bool = False) -> Problem:
+        arguments = Arguments(args, kwargs)
+        return Problem(self._divisions, arguments, self.algorithm, self.guide, thorough=thorough)
 
     def _last(self) -> Posterior:
         if self._posterior is None:
             raise OptionError("there is no posterior yet; call run(...) first")
         return self._posterior
-
-
-@dataclass
-class _Captured:
-    """A division in the cache, and what has to be the same for it to be used again."""
-
-    division: Division
-    snapshot: Snapshot
-    data: DataIdentity
-
-    def holds(self, snapshot: Snapshot, arguments: Arguments, sites: Sites | None) -> bool:
-        """Whether the division is that of the model as it is now, for these arguments."""
-        if snapshot != self.snapshot or (sites is not None and sites != self.division.sites):
-            return False
-        unsure = not snapshot.is_complete or sites is not None
-        if self.division.program.reads_data:
-            data = DataIdentity((*arguments.tensors, *snapshot.tensors))
-            unsure = unsure or data != self.data
-            self.data = data
-        return not unsure or self.division.matches(arguments)
-
-
-def _check_conditional_ess(value: float) -> None:
-    if not 0.0 < value < 1.0:
-        raise OptionError(f"conditional_ess must lie in (0, 1), got {value!r}")
 
 
 __all__ = ["DCPC", "Units"]

@@ -25,7 +25,7 @@ from dcpc.annealing import (
     spaced_ladder,
 )
 from dcpc.conquer import Langevin
-from dcpc.divide import Reference, Target
+from dcpc.divide import Reference
 from dcpc.errors import EvidenceError, OptionError
 from dcpc.recombine import LogWeights
 from dcpc.sweep import SweepState, sweep
@@ -207,11 +207,11 @@ def test_adaptive_ladder_keeps_the_conditional_ess_that_was_asked_for(monkeypatc
     engine = DCPC(exact.model, num_particles=100)
     torch.manual_seed(0)
     state = engine.init()
-    division = engine.division()
-    annealed = anneal(division, state, engine.parts, (), conditional_ess=0.8)
+    density = engine.bind().density
+    annealed = anneal(density, state, engine.parts, conditional_ess=0.8)
     first = annealed.ladder[0].temperature
-    factors = division.log_factors(state.latents, ())
-    likelihood = sum(v for name, v in factors.items() if division.sites[name].is_observed)
+    factors, sites = density.log_factors(state.latents), density.division.sites
+    likelihood = sum(v for name, v in factors.items() if sites[name].is_observed)
     w = (first * likelihood).exp()
     kept = float(w.mean() ** 2 / w.square().mean())
     assert kept == pytest.approx(0.8, abs=1e-3)
@@ -248,13 +248,13 @@ def test_reference_hands_over_to_the_prior_as_the_temperature_rises():
     """`r(u)^(1 - beta) p(u)^beta`, and the likelihood to the power of beta."""
     chain = gaussian_chain()
     engine = DCPC(chain.model, num_particles=6)
-    state, division = engine.init(*chain.args), engine.division(*chain.args)
-    factors = division.log_factors(state.latents, chain.args)
+    state, density = engine.init(*chain.args), engine.bind(*chain.args).density
+    factors = density.log_factors(state.latents)
     z1 = state.latents["z1"]
     start = dist.Normal(0.4, 1.5).log_prob(z1)
     references = {"z1": Reference(torch.tensor(0.4), 1.5)}
     for beta in (0.0, 0.3, 0.9, 1.0):
-        got = Target(beta, references).weigh(factors, state.latents, division.sites)
+        got = density.at(beta, references).log_factors(state.latents)
         torch.testing.assert_close(got["z1"], (1 - beta) * start + beta * factors["z1"])
         torch.testing.assert_close(got["z2"], factors["z2"])
         torch.testing.assert_close(got["x"], beta * factors["x"])
@@ -268,7 +268,7 @@ def test_second_annealing_run_has_the_pilots_ladder_and_frozen_proposals(monkeyp
         results.append(anneal(*args, **kwargs))
         return results[-1]
 
-    monkeypatch.setattr("dcpc.run.anneal", spy)
+    monkeypatch.setattr("dcpc.problem.anneal", spy)
     exact = linear_gaussian_dag(1)
     DCPC(exact.model, num_particles=50).anneal(seed=0)
     pilot, second = results
@@ -287,9 +287,10 @@ def test_second_annealing_run_makes_the_sweeps_of_the_pilot(monkeypatch):
     """As many at every temperature, of which the first alone reweights, in both runs."""
     made = []
 
-    def spy(*args, **kwargs):
-        made.append((kwargs["adapt"], kwargs["target"].temperature, kwargs["retargets"]))
-        return sweep(*args, **kwargs)
+    def spy(density, *args, **kwargs):
+        temperature = density.tempering.temperature
+        made.append((kwargs["adapt"], temperature, kwargs["retargets"]))
+        return sweep(density, *args, **kwargs)
 
     monkeypatch.setattr("dcpc.annealing.sweep", spy)
     exact = linear_gaussian_dag(1)
@@ -385,7 +386,7 @@ def test_particles_that_cannot_move_stay_their_initial_ancestors():
     engine = DCPC(chain.model, num_particles=30, step_size=1e-30)
     torch.manual_seed(0)
     start = engine.init(*chain.args)
-    annealed = anneal(engine.division(*chain.args), start, engine.parts, chain.args)
+    annealed = anneal(engine.bind(*chain.args).density, start, engine.parts)
     for name in chain.names:
         expected = start.latents[name].gather(0, annealed.eve)
         torch.testing.assert_close(annealed.state.latents[name], expected)

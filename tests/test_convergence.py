@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyro
@@ -15,11 +16,10 @@ import torch
 from oracles import conjugate_pairs, gaussian_chain, linear_gaussian_dag
 from torch import Tensor
 
-import dcpc
 from dcpc import DCPC, ConvergenceWarning, Posterior
 from dcpc.convergence import SweepRecord, find_problems, format_problems
+from dcpc.problem import Problem
 from dcpc.recombine import LogWeights
-from dcpc.run import Run
 from dcpc.sweep import SweepState
 
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -217,12 +217,12 @@ def test_a_density_that_is_nan_names_the_site():
 
 def test_an_evidence_without_an_error_is_flagged(monkeypatch):
     chain = gaussian_chain()
-    anneal = Run.anneal_twice
+    anneal = Problem.anneal_twice
 
     def few_families(self, *args):
-        return dcpc.run.replace(anneal(self, *args), log_evidence_se=torch.tensor(float("inf")))
+        return replace(anneal(self, *args), log_evidence_se=torch.tensor(float("inf")))
 
-    monkeypatch.setattr(Run, "anneal_twice", few_families)
+    monkeypatch.setattr(Problem, "anneal_twice", few_families)
     posterior = run(chain.model, *chain.args, num_particles=1000, num_sweeps=100)
     (message,) = posterior.warnings
     assert "evidence estimate is not reliable" in message

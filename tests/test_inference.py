@@ -153,7 +153,7 @@ class Overconfident(Metropolis):
     """Metropolis with a tempered ratio: a sampler of the wrong target."""
 
     def apply(self, proposed: ProposedMove) -> Outcome:
-        after = proposed.evaluate(proposed.proposal.value)
+        after = proposed.unit.evaluate(proposed.proposal.value)
         ratio, bad = proposed.log_ratio(after)
         gained = after.log_density - proposed.before.log_density
         accepted = torch.rand_like(ratio).log() < ratio + 0.8 * gained
@@ -419,7 +419,7 @@ def test_observation_means_average_the_decoder_over_the_particles():
 
     engine = DCPC(model, num_particles=2000, algorithm="dcpc-smc")
     posterior = engine.run(x, num_sweeps=30, seed=0, progress=False)
-    got = engine.observation_means(posterior.state, x)["x"]
+    got = engine.bind(x).observation_means(posterior.state)["x"]
     torch.testing.assert_close(got, posterior.mean()["z"])
     assert got.shape == (2,)
 

@@ -185,17 +185,17 @@ def test_a_thin_history_is_kept_by_default(num_particles, num_sweeps, kept):
 
 
 def test_the_history_that_is_kept_by_default_is_bounded(monkeypatch):
-    monkeypatch.setattr("dcpc.run.MAX_HISTORY_BYTES", 2 * 8 * 50 * 30)
+    monkeypatch.setattr("dcpc.recorder.MAX_HISTORY_BYTES", 2 * 8 * 50 * 30)
     posterior = run(num_particles=50)
     assert 16 <= posterior.num_kept <= 30
-    monkeypatch.setattr("dcpc.run.MAX_HISTORY_BYTES", 100)
+    monkeypatch.setattr("dcpc.recorder.MAX_HISTORY_BYTES", 100)
     assert run(num_particles=50).history == {}
     assert run(num_particles=50, keep_every=20).num_kept == 10
 
 
 def test_histories_are_constrained_in_parts(monkeypatch):
     whole = run(num_particles=10, keep_every=20)
-    monkeypatch.setattr("dcpc.run.CONSTRAIN_AT_ONCE", 30)
+    monkeypatch.setattr("dcpc.recorder.CONSTRAIN_AT_ONCE", 30)
     torch.testing.assert_close(run(num_particles=10, keep_every=20).history, whole.history)
 
 

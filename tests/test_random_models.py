@@ -23,7 +23,7 @@ from random_models import random_model
 from zoo import CASES
 
 from dcpc import DCPC
-from dcpc.divide.program import Arguments
+from dcpc.divide import Arguments, Density
 from dcpc.errors import EvidenceError
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -89,7 +89,7 @@ class Divided:
 
     def log_joint(self, latents) -> torch.Tensor:
         """`(K,)`, summed over the population."""
-        joint = self.division.log_joint(latents, self.tensors)
+        joint = Density(self.division, self.tensors).log_joint(latents)
         return joint.reshape(len(joint), -1).sum(-1)
 
     def log_density(self, group, value, latents) -> torch.Tensor:

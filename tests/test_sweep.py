@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -12,10 +13,10 @@ from oracles import gaussian_chain, linear_gaussian_dag
 
 from dcpc import DCPC
 from dcpc.conquer import Langevin
-from dcpc.divide import Arguments, ScoredDensity, Target
+from dcpc.divide import Conditional, Density, ScoredDensity
 from dcpc.errors import DataError, DegenerateWeightsError
 from dcpc.recombine import LogWeights
-from dcpc.sweep import SweepState, _usable, resample, retarget
+from dcpc.sweep import SweepState, resample, retarget
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -46,7 +47,7 @@ def test_log_joint_that_particles_carry_is_that_of_their_values(algorithm, seed)
     state = engine.init()
     for _ in range(4):
         state, _ = engine.sweep(state)
-        expected = engine.division().log_joint(state.latents, ())
+        expected = engine.bind().density.log_joint(state.latents)
         torch.testing.assert_close(state.log_joint, expected)
 
 
@@ -57,7 +58,7 @@ def test_log_joint_is_carried_per_population_cell_too():
     assert state.log_joint.shape == (5, 6)
     for _ in range(3):
         state, _ = engine.sweep(state, *chain.args)
-        expected = engine.division(*chain.args).log_joint(state.latents, chain.args)
+        expected = engine.bind(*chain.args).density.log_joint(state.latents)
         torch.testing.assert_close(state.log_joint, expected)
 
 
@@ -71,11 +72,10 @@ def test_weights_take_the_ratio_when_the_parameters_move():
     engine = DCPC(model, num_particles=30, resample_threshold=0.0)
     state = engine.init(x)
     state, _ = engine.sweep(state, x)
-    division = engine.division(x)
     old, z = state.log_weight.log_weight, state.latents["z"]
     with torch.no_grad():
         pyro.param("loc").add_(0.4)
-    new = retarget(division, state, (x,)).log_weight.log_weight
+    new = retarget(engine.bind(x).density, state).log_weight.log_weight
     expected = dist.Normal(0.4, 1.0).log_prob(z) - dist.Normal(0.0, 1.0).log_prob(z)
     torch.testing.assert_close(new - old, expected)
     swept, _ = engine.sweep(state, x)
@@ -86,14 +86,14 @@ def test_tempering_applies_to_likelihoods_only():
     exact = linear_gaussian_dag(1)
     engine = DCPC(exact.model, num_particles=7)
     state = engine.init()
-    division = engine.division()
-    factors = division.log_factors(state.latents, ())
+    density = engine.bind().density
+    factors = density.log_factors(state.latents)
     for beta in (0.0, 0.3, 1.0):
         expected = sum(
             (beta if site.is_observed else 1.0) * factors[name]
-            for name, site in division.sites.items()
+            for name, site in density.division.sites.items()
         )
-        got = division.log_joint(state.latents, (), Target(beta))
+        got = density.at(beta).log_joint(state.latents)
         torch.testing.assert_close(got, expected)
 
 
@@ -101,20 +101,16 @@ def test_unit_densities_are_tempered_like_the_joint():
     exact = linear_gaussian_dag(2)
     engine = DCPC(exact.model, num_particles=7)
     state = engine.init()
-    division = engine.division()
-    target = Target(0.3)
-    for group in division.groups:
+    density = engine.bind().density.at(0.3)
+    for group in density.division.groups:
+        conditional = density.conditional(group, state.latents)
         value = group.pack(state.latents)
         for position in range(len(group.units)):
             moved = value.clone()
             moved[..., position, :] += 0.5
             latents = {**state.latents, **group.unpack(moved)}
-            change = group.log_density(moved, state.latents, (), target) - group.log_density(
-                value, state.latents, (), target
-            )
-            expected = division.log_joint(latents, (), target) - division.log_joint(
-                state.latents, (), target
-            )
+            change = conditional.log_density(moved) - conditional.log_density(value)
+            expected = density.log_joint(latents) - density.log_joint(state.latents)
             torch.testing.assert_close(change[..., position], expected)
 
 
@@ -129,8 +125,8 @@ def test_resampling_moves_whole_particles_of_the_cells_that_need_it():
     log_weight = torch.zeros(4, 3)
     log_weight[:, 1] = torch.tensor([0.0, -50.0, -50.0, -50.0])
     state = weighted_state(engine, chain.args, log_weight)
-    division = engine.division(*chain.args)
-    after, ancestors = resample(division, state, engine.parts, chain.args)
+    density = engine.bind(*chain.args).density
+    after, ancestors = resample(density, state, engine.parts)
     assert ancestors[:, 1].tolist() == [0, 0, 0, 0]
     for cell in (0, 2):
         assert ancestors[:, cell].tolist() == [0, 1, 2, 3]
@@ -147,7 +143,7 @@ def test_info_reports_the_resampling_and_the_ess_before_it():
     chain = gaussian_chain()
     engine = DCPC(chain.model, num_particles=4, algorithm="dcpc-smc")
     state = engine.init(*chain.args)
-    log_joint = engine.division(*chain.args).log_joint(state.latents, chain.args)
+    log_joint = engine.bind(*chain.args).density.log_joint(state.latents)
     skewed = torch.tensor([0.0, -40.0, -40.0, -40.0])
     state = SweepState(state.latents, LogWeights(skewed), log_joint)
     _, info = engine.sweep(state, *chain.args)
@@ -265,11 +261,11 @@ def test_division_serves_new_data_without_dividing_again():
     first = engine.division(torch.zeros(4))
     assert engine.division(torch.ones(4)) is first
     latents = {"z1": torch.zeros(5, 4), "z2": torch.zeros(5, 4)}
-    tensors = Arguments((torch.ones(4),), {}).tensors
     expected = dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.0))
     expected = expected + dist.Normal(0.0, 0.3).log_prob(torch.tensor(0.0))
     expected = expected + dist.Normal(0.0, 1.0).log_prob(torch.tensor(1.0))
-    torch.testing.assert_close(first.log_joint(latents, tensors), expected.expand(5, 4))
+    density = Density(first, (torch.ones(4),))
+    torch.testing.assert_close(density.log_joint(latents), expected.expand(5, 4))
 
 
 def test_only_finite_scores_of_what_is_in_the_target_are_moved_along():
@@ -277,5 +273,6 @@ def test_only_finite_scores_of_what_is_in_the_target_are_moved_along():
     score = torch.tensor([[[1.0, math.nan, math.inf, -2.0]]])
     active = torch.tensor([[[True, True, True, False]]])
     evaluation = ScoredDensity(torch.zeros(1, 1), score)
-    assert _usable(evaluation, active).score.tolist() == [[[1.0, 0.0, 0.0, 0.0]]]
-    assert _usable(evaluation, None).score.tolist() == [[[1.0, 0.0, 0.0, -2.0]]]
+    unit = Conditional(None, None, {}, active)
+    assert unit.usable(evaluation).score.tolist() == [[[1.0, 0.0, 0.0, 0.0]]]
+    assert replace(unit, active=None).usable(evaluation).score.tolist() == [[[1.0, 0.0, 0.0, -2.0]]]

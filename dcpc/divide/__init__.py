@@ -1,18 +1,21 @@
 """Divide: a Pyro program becomes complete-conditional units, each with its own program."""
 
+from dcpc.divide.density import Conditional, Density
 from dcpc.divide.division import Division, divide
 from dcpc.divide.program import Arguments, constrained_particles, prior_particles
 from dcpc.divide.sites import read_sites
-from dcpc.divide.target import POSTERIOR, Reference, Target
+from dcpc.divide.tempering import POSTERIOR, Reference, Tempering
 from dcpc.divide.unit import ScoredDensity, Unit, UnitGroup
 
 __all__ = [
     "POSTERIOR",
     "Arguments",
+    "Conditional",
+    "Density",
     "Division",
     "Reference",
     "ScoredDensity",
-    "Target",
+    "Tempering",
     "Unit",
     "UnitGroup",
     "constrained_particles",

@@ -28,8 +28,7 @@ from dcpc.divide.program import (
     prior_particles,
 )
 from dcpc.divide.sites import Plate, Sites
-from dcpc.divide.target import POSTERIOR, Target
-from dcpc.divide.unit import ScoredDensity, Unit, UnitGroup, sum_to_plates
+from dcpc.divide.unit import Unit, UnitGroup, sum_to_plates
 
 NUM_EXAMPLES = 4
 """Prior samples that a program is captured and certified with."""
@@ -130,17 +129,6 @@ class Division:
             cached = self._active = identity, masks, activity
         return cached[2]
 
-    def without_prior(self, tensors: Sequence[Tensor]) -> list[str]:
-        """Latents whose prior is flat, scaled or masked: it cannot be sampled or integrated."""
-        activity = self.activity(tensors)
-        return [
-            name
-            for name in self.latents
-            if self.sites[name].is_improper
-            or name in activity.flat
-            or (self.sites[name].is_rescaled and activity.has_active(name))
-        ]
-
     def by_unit(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Splits numbers `(n,)` by group name into one number by unit name."""
         return {
@@ -154,37 +142,11 @@ class Division:
         """Log-factors of all sites at `K` particles, each `(K, *batch_shape)`."""
         return self._whole(latents, tensors)
 
-    def log_joint(
-        self, latents: Latents, tensors: Sequence[Tensor], target: Target = POSTERIOR
-    ) -> Tensor:
-        """Log-density of the target by population cell, `(K, *population)`.
-
-        Where the population plate subsamples, a cell's density is that of its own datum.
-        """
-        factors = target.weigh(self.log_factors(latents, tensors), latents, self.sites)
-        return self.over_population(factors)
-
-    def evaluate_leading(
-        self, latents: Latents, tensors: Sequence[Tensor], target: Target = POSTERIOR
-    ) -> tuple[dict[str, ScoredDensity], Tensor]:
-        """The groups that move first, evaluated where they are, and the log-density of the target.
-
-        Their log-densities are parts of it, which spares a pass through the model.
-
-        Returns:
-            Evaluations by group name, and `(K, *population)` as from `log_joint`.
-        """
-        evaluations = {}
-        log_joint = torch.zeros((), device=next(iter(latents.values())).device)
-        for group in self.groups[: self.num_leading]:
-            evaluation = group.evaluate(group.pack(latents), latents, tensors, target)
-            evaluations[group.name] = evaluation
-            log_joint = log_joint + group.over_population(evaluation.log_density)
-        if self._rest is not None:
-            with torch.no_grad():
-                rest = target.weigh(self._rest(latents, tensors), latents, self.sites)
-                log_joint = log_joint + self.over_population(rest)
-        return evaluations, log_joint
+    def log_factors_apart_from_leading(
+        self, latents: Latents, tensors: Sequence[Tensor]
+    ) -> Factors:
+        """Log-factors that no unit of the schedule's first step touches."""
+        return self._rest(latents, tensors) if self._rest is not None else {}
 
     def over_population(self, factors: Factors, *, scaled: bool = False) -> Tensor:
         """Sum of log-factors by population cell, `(K, *population)`.

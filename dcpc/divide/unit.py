@@ -13,7 +13,7 @@ from dcpc.divide.graph import Members, SiteGraph
 from dcpc.divide.model import Latents
 from dcpc.divide.program import Factors, Program
 from dcpc.divide.sites import Plate, Site
-from dcpc.divide.target import POSTERIOR, Target
+from dcpc.divide.tempering import POSTERIOR, Tempering
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class ScoredDensity:
 
     log_density: Tensor
     score: Tensor
+
+    def count_bad_scores(self) -> Tensor:
+        """Number of scores of each unit `(n,)` that are not finite where the log-density is."""
+        bad = ~self.score.isfinite().all(-1) & self.log_density.isfinite()
+        return bad.flatten(0, -2).sum(0)
 
 
 class UnitGroup:
@@ -123,7 +128,7 @@ class UnitGroup:
         value: Tensor,
         latents: Latents,
         tensors: Sequence[Tensor],
-        target: Target = POSTERIOR,
+        tempering: Tempering = POSTERIOR,
     ) -> Tensor:
         """Complete conditional `log p(z_i | pa) + log|det J| + sum_c log p(c | pa(c))`.
 
@@ -131,13 +136,13 @@ class UnitGroup:
             value: Packed values `(K, *plates, n, d)` of the units.
             latents: All latents; those of this group are replaced by `value`.
             tensors: Tensors among the model's arguments.
-            target: The density to take the factors of.
+            tempering: How the factors are weighed.
 
         Returns:
             `(K, *plates, n)`, up to a constant in `value`.
         """
         everything = {**latents, **self.unpack(value)}
-        factors = target.weigh(self._factors(everything, tensors), everything, self._sites)
+        factors = tempering.weigh(self._factors(everything, tensors), everything, self._sites)
         densities = []
         for unit, touched in zip(self.units, self._touched, strict=True):
             own = self._sites[unit.sites[0]].scale
@@ -154,12 +159,12 @@ class UnitGroup:
         value: Tensor,
         latents: Latents,
         tensors: Sequence[Tensor],
-        target: Target = POSTERIOR,
+        tempering: Tempering = POSTERIOR,
     ) -> ScoredDensity:
         """Log-density and its gradient with respect to the value, the prediction error."""
         with torch.enable_grad():
             leaf = value.detach().requires_grad_()
-            log_density = self.log_density(leaf, latents, tensors, target)
+            log_density = self.log_density(leaf, latents, tensors, tempering)
             (score,) = torch.autograd.grad(log_density.sum(), leaf)
         return ScoredDensity(log_density.detach(), score)
 

@@ -95,13 +95,12 @@ class ImportanceSampler:
         return torch.cat(parts, 1)
 
     def _weigh(self, x: Tensor, num_samples: int) -> Tensor:
-        division = self._inference.division(x)
-        self._check(division, len(x))
+        problem = self._inference.bind(x)
+        self._check(problem.division, len(x))
         chunks = []
-        for _ in range(-(-num_samples // self._inference.num_particles)):
-            state = self._inference.init(x)
-            with torch.no_grad():
-                chunks.append(division.log_joint(state.latents, (x,)) - state.log_joint)
+        for _ in range(-(-num_samples // problem.num_particles)):
+            state = problem.init()
+            chunks.append(problem.density.log_joint(state.latents) - state.log_joint)
         # The samples are independent, so that the surplus of the last chunk may go.
         return torch.cat(chunks)[:num_samples]
 

@@ -142,7 +142,7 @@ def complete(
             annealed = inference.anneal(
                 *part, num_temperatures=num_temperatures, seed=derived_seed(seed, number)
             )
-            predicted = inference.observation_means(annealed.state, *part)
+            predicted = inference.bind(*part).observation_means(annealed.state)
             means.append(matching_site(predicted, part[0]).detach())
             ess.append(annealed.state.log_weight.ess())
     mean, hidden = torch.cat(means), ~visible.flatten(1)

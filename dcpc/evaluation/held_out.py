@@ -115,7 +115,7 @@ def evaluate(
     with gradients_allowed():
         x = x.clone()
         annealed = inference.anneal(x, num_temperatures=num_temperatures, seed=seed)
-        means = inference.observation_means(annealed.state, x)
+        means = inference.bind(x).observation_means(annealed.state)
     mean = matching_site(means, x).detach()
     pixels, predicted = (to_unit(v, intensity_range).flatten(1) for v in (x, mean))
     log_evidence, ess = annealed.log_evidence, annealed.state.log_weight.ess()

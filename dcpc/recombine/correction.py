@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dcpc.conquer import Metric, Move, Proposal
-from dcpc.divide import ScoredDensity, UnitGroup
+from dcpc.divide import Conditional, ScoredDensity, UnitGroup
 from dcpc.errors import OptionError
 from dcpc.recombine.resampling import Resampler, take_particles
 from dcpc.recombine.weights import LogWeights, zero_density
@@ -27,31 +27,30 @@ class ProposedMove:
     """Everything that a correction may ask of a proposed move of a group.
 
     Attributes:
-        group: The units.
-        value: Their current values `(K, *plates, n, d)`.
+        unit: The group's complete conditionals. Values that are not active are where they were in
+            the proposal, too, and are not counted.
+        value: Its current values `(K, *plates, n, d)`.
         before: Log-density and score there.
         move: The kind of move; with step size `(n,)` and metric.
         proposal: The proposed values.
-        evaluate: Log-density and score at given values.
-        log_density_at: The log-density alone, which costs less.
         log_weight: The particles' weights before the move.
         resampler: Scheme to resample with.
-        active: Which values are a part of the target, `(1, *plates, n, d)`; None for all. The
-            others are where they were in the proposal, too, and are not counted.
     """
 
-    group: UnitGroup
+    unit: Conditional
     value: Tensor
     before: ScoredDensity
     move: Move
     proposal: Proposal
     step_size: Tensor
     metric: Metric
-    evaluate: Callable[[Tensor], ScoredDensity]
-    log_density_at: Callable[[Tensor], Tensor]
     log_weight: LogWeights
     resampler: Resampler
-    active: Tensor | None = None
+
+    @property
+    def group(self) -> UnitGroup:
+        """The units that move."""
+        return self.unit.group
 
     def mean_acceptance(self, log_acceptance: Tensor) -> Tensor:
         """Mean acceptance probability `(n,)` of the units that have something to move.
@@ -60,9 +59,10 @@ class ProposedMove:
             log_acceptance: Logarithms `(K, *plates, n)`, at most zero where it matters.
         """
         acceptance = log_acceptance.clamp(max=0.0).exp()
-        if self.active is None:
+        active = self.unit.active
+        if active is None:
             return acceptance.flatten(0, -2).mean(0)
-        counted = self.active.any(-1).to(acceptance.dtype).expand(acceptance.shape)
+        counted = active.any(-1).to(acceptance.dtype).expand(acceptance.shape)
         total = (acceptance * counted).flatten(0, -2).sum(0)
         return total / counted.flatten(0, -2).sum(0)
 
@@ -143,7 +143,7 @@ class Metropolis(Correction):
     target: float | None = 0.574
 
     def apply(self, proposed: ProposedMove) -> Outcome:
-        after = proposed.evaluate(proposed.proposal.value)
+        after = proposed.unit.evaluate(proposed.proposal.value)
         ratio, bad = proposed.log_ratio(after)
         accepted = torch.rand_like(ratio).log_() < ratio
         gained = torch.where(accepted, after.log_density - proposed.before.log_density, 0.0)
@@ -187,7 +187,7 @@ class Weight(Correction):
             raise OptionError(f"bound must be finite and at least 0, got {self.bound!r}")
 
     def apply(self, proposed: ProposedMove) -> Outcome:
-        after = proposed.evaluate(proposed.proposal.value)
+        after = proposed.unit.evaluate(proposed.proposal.value)
         ratio, bad = proposed.log_ratio(after)
         group = proposed.group
         acceptance = (ratio + self.bound).clamp(max=0.0).exp()
@@ -226,7 +226,7 @@ class Resample(Correction):
 
     def apply(self, proposed: ProposedMove) -> Outcome:
         group = proposed.group
-        density, bad = zero_density(proposed.log_density_at(proposed.proposal.value))
+        density, bad = zero_density(proposed.unit.log_density(proposed.proposal.value))
         local = density - proposed.proposal.log_forward
         spare = tuple(range(1 + group.population, local.dim() - 1))
         if spare:

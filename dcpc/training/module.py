@@ -18,7 +18,9 @@ from dcpc.conquer import Langevin
 from dcpc.divide.handlers import quiet
 from dcpc.errors import ModelError, OptionError, require_at_least
 from dcpc.inference import DCPC
-from dcpc.sweep import Adaptation, SweepInfo, SweepState
+from dcpc.parts import Adaptation
+from dcpc.problem import Problem
+from dcpc.sweep import SweepInfo, SweepState
 from dcpc.training.data import Batch
 from dcpc.training.generative import GenerativeModule
 from dcpc.training.measured import STATE_KEY, Schedule
@@ -180,19 +182,20 @@ class ParticleModule(GenerativeModule):
         if self.is_warming_up:
             return self._warm_up(x)
         with self.stream(self._num_steps):
-            axes = datum_axes(self.inference.division(x), len(x))
-            tied = self._are_tied(x)
-            state = replace(self._recall(x, index, axes), adaptation=self.adaptation)
+            problem = self.inference.bind(x)
+            axes = datum_axes(problem.division, len(x))
+            tied = self._are_tied(problem, len(x))
+            state = replace(self._recall(problem, index, axes, tied), adaptation=self.adaptation)
             is_first_visit = not bool(self.store.visited(index).all())
             for _ in range(self.first_visit_sweeps if is_first_visit else 0):
-                state, _ = self.inference.sweep(state, x)
+                state, _ = problem.sweep(state)
             for _ in range(self.sweeps_per_step):
-                state, info = self.inference.sweep(state, x)
+                state, info = problem.sweep(state)
                 if not self.automatic_optimization:
-                    losses = self._losses(state, x)
+                    losses = self._losses(problem, state, x)
                     self._step_parameters(_total(losses))
             if self.automatic_optimization:
-                losses = self._losses(state, x)
+                losses = self._losses(problem, state, x)
         self.store.write(index, spread(state, len(x)) if tied else state, axes)
         self.adaptation = state.adaptation
         self.last_sweep = info
@@ -222,21 +225,24 @@ class ParticleModule(GenerativeModule):
         """Minus the evidence lower bound of a batch per datum, in nats."""
         return Trace_ELBO().differentiable_loss(model, self.guide, x) / len(x)
 
-    def _recall(self, x: Tensor, index: Tensor, axes: Mapping[str, int]) -> SweepState:
+    def _recall(
+        self, problem: Problem, index: Tensor, axes: Mapping[str, int], tied: bool
+    ) -> SweepState:
         """The stored particles; fresh ones at a first visit, or where the encoder starts all."""
         assert self.store is not None
         if self.guide is not None and self.restart:
-            return self._draw(x)
-        if self._are_tied(x):
-            return gather(self.store.read(index, lambda: spread(self._draw(x), len(x)), axes))
-        return self.store.read(index, lambda: self._draw(x), axes)
+            return self._draw(problem)
+        if tied:
+            fresh = self.store.read(index, lambda: spread(self._draw(problem), len(index)), axes)
+            return gather(fresh)
+        return self.store.read(index, lambda: self._draw(problem), axes)
 
-    def _are_tied(self, x: Tensor) -> bool:
+    def _are_tied(self, problem: Problem, num_data: int) -> bool:
         """Whether the data of a batch share one density, as under batch normalisation."""
-        tied = not self.inference.division(x).population
+        tied = not problem.division.population
         if tied and self.inference.parts.correction.is_exact:
             raise ModelError(
-                f"the {len(x)} data of a batch are not independent given the parameters (is a "
+                f"the {num_data} data of a batch are not independent given the parameters (is a "
                 "layer normalised over the batch?), so that algorithm "
                 f"{self.inference.algorithm.name!r} would weigh whole batches, and particles per "
                 "datum have no weights of their own. Normalise otherwise (norm='group'), or train "
@@ -244,16 +250,16 @@ class ParticleModule(GenerativeModule):
             )
         return tied
 
-    def _draw(self, x: Tensor) -> SweepState:
+    def _draw(self, problem: Problem) -> SweepState:
         """Fresh particles; from a stream of its own, since resuming may draw once more."""
         with self.stream(self._num_steps, 1):
-            return self.inference.init(x)
+            return problem.init()
 
-    def _losses(self, state: SweepState, x: Tensor) -> dict[str, Tensor]:
+    def _losses(self, problem: Problem, state: SweepState, x: Tensor) -> dict[str, Tensor]:
         """The model's loss per datum, and the guide's if it learns from the particles."""
-        losses = {"loss": self.inference.loss(state, x) / len(x)}
+        losses = {"loss": problem.loss(state) / len(x)}
         if self.guide is not None and not self.warm_up_epochs:
-            losses["guide_loss"] = self.inference.guide_loss(state, x) / len(x)
+            losses["guide_loss"] = problem.guide_loss(state) / len(x)
         elif self.guide is not None and self.restart:
             # Single particles are noisy teachers: what has learned by the bound goes on by it.
             frozen = {name: value.detach() for name, value in self.model.named_parameters()}

@@ -12,7 +12,6 @@ from pyro import poutine
 from pyro.infer.mcmc.util import initialize_model
 
 from dcpc import DCPC
-from dcpc.divide import Arguments
 from dcpc.errors import DataError, EvidenceError
 
 NAN = math.nan
@@ -280,9 +279,8 @@ def test_the_joint_is_minus_the_potential_of_pyro_under_scales_and_masks(scale, 
 
     x = torch.tensor([1.0, 2.0, 0.5])
     dcpc = DCPC(model, num_particles=4)
-    division, tensors = dcpc.division(x), Arguments((x,), {}).tensors
     u = {"top": torch.randn(4), "z": torch.randn(4, 3)}
-    joint = division.log_joint(u, tensors)
+    joint = dcpc.bind(x).density.log_joint(u)
     for k in range(4):
         expected = -pyro_potential(model, (x,), {name: value[k] for name, value in u.items()})
         assert joint[k].sum().item() == pytest.approx(expected, rel=1e-10)

@@ -23,8 +23,7 @@ K = 3
 
 def log_joint(engine: DCPC, latents, *args, **kwargs) -> torch.Tensor:
     """The log-joint of K particles by the package."""
-    division = engine.division(*args, **kwargs)
-    return division.log_joint(latents, Arguments(args, kwargs).tensors).detach()
+    return engine.bind(*args, **kwargs).density.log_joint(latents)
 
 
 def plain(model, latents, *args, **kwargs) -> torch.Tensor:

@@ -145,7 +145,7 @@ def test_sweeps_and_losses_run_on_the_captured_program(algorithm: str, likelihoo
         assert gradient is not None, name
         assert bool(gradient.isfinite().all()), name
     assert bool(model.scale.raw.grad != 0)
-    means = inference.observation_means(state, x)["x"]
+    means = inference.bind(x).observation_means(state)["x"]
     assert means.shape == x.shape
     assert bool((means.abs() <= 1).all())
 

@@ -70,7 +70,7 @@ def test_particles_of_the_exact_encoder_have_the_log_evidence_as_weight() -> Non
     model, x = LinearGaussian(), torch.randn(5, 1, 2, 2)
     inference = DCPC(model, exact_encoder(model), num_particles=6)
     state = inference.init(x)
-    weights = retarget(inference.division(x), state, (x,)).log_weight.log_weight
+    weights = retarget(inference.bind(x).density, state).log_weight.log_weight
     assert torch.allclose(weights, model.log_evidence(x).expand(6, 5))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -41,6 +42,18 @@ class Group:
         return value.flatten(1 + self.population).sum(-1)
 
 
+@dataclass
+class Unit:
+    """Complete conditionals without a model."""
+
+    group: Group
+    evaluate: Callable[[Tensor], ScoredDensity]
+    active: Tensor | None = None
+
+    def log_density(self, value: Tensor) -> Tensor:
+        return self.evaluate(value).log_density
+
+
 def log_density(value: Tensor) -> Tensor:
     return (-0.25 * value**4 + value).sum(-1)
 
@@ -58,15 +71,13 @@ def proposed(population: int = 1, resampler=systematic, seed: int = 0, spoil=Non
     cells = (CELLS,) if population else ()
     after = evaluate if spoil is None else spoil
     return ProposedMove(
-        Group(population),
+        Unit(Group(population), after),
         value,
         before,
         Langevin(),
         proposal,
         eta,
         metric,
-        after,
-        lambda u: after(u).log_density,
         LogWeights(torch.randn(K, *cells)),
         resampler,
     )
@@ -138,12 +149,12 @@ def test_bounded_weights_are_proper(bound):
     proposal = Langevin().propose(value, before.score, eta, metric, lambda u: normal(u).score)
     move = replace(
         proposed(seed=1),
+        unit=Unit(Group(1), normal),
         value=value,
         before=before,
         proposal=proposal,
         step_size=eta,
         metric=metric,
-        evaluate=normal,
         log_weight=LogWeights(torch.zeros(count, 1)),
     )
     outcome = Weight(bound=bound).apply(move)

@@ -13,6 +13,7 @@ from pytorch_lightning import Callback, Trainer
 
 from dcpc.algorithms import PRESETS
 from dcpc.errors import ModelError, OptionError
+from dcpc.problem import Problem
 from dcpc.training import ParticleModule, StoreError
 from dcpc.training.checkpoint import CheckpointError, read_checkpoint
 
@@ -180,8 +181,8 @@ def test_first_visits_get_their_extra_sweeps(
     deep_module: Callable, images: type, trainer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, count = deep_module(first_visit_sweeps=4), []
-    sweep = module.inference.sweep
-    monkeypatch.setattr(module.inference, "sweep", lambda *args: count.append(1) or sweep(*args))
+    sweep = Problem.sweep
+    monkeypatch.setattr(Problem, "sweep", lambda *args: count.append(1) or sweep(*args))
     trainer(max_epochs=2).fit(module, datamodule=images(batch_size=20))
     assert len(count) == (4 + 1) + 1
 

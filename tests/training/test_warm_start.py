@@ -13,11 +13,23 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 from dcpc.errors import OptionError
+from dcpc.problem import Problem
+from dcpc.sweep import SweepState
 from dcpc.training import AmortisedModule, ParticleModule
 from experiments.deep_latent_gaussian import DeepLatentGaussian
 from experiments.encoders import MLPEncoder
 
 SIZES, SHAPE = [2, 3], [1, 2, 2]
+
+
+def counting(init: Callable[[Problem], SweepState], drawn: list[int]) -> Callable[..., SweepState]:
+    """`Problem.init` that notes for how many data particles were drawn."""
+
+    def counted(problem: Problem) -> SweepState:
+        drawn.append(len(problem.arguments.tensors[0]))
+        return init(problem)
+
+    return counted
 
 
 def deep(**options: object) -> ParticleModule:
@@ -52,7 +64,7 @@ def test_the_guides_loss_is_the_cross_entropy_of_particles_at_known_places(
     module = ParticleModule(shifted_gaussian(), guide, num_particles=3)
     x = torch.rand(5, 1, 2, 2)
     state = module.inference.init(x)
-    losses = module._losses(state, x)
+    losses = module._losses(module.inference.bind(x), state, x)
     rows, z = x.flatten(1), state.latents["z"]
     log_q = torch.distributions.Normal(0.5 * rows + 0.1, 0.7).log_prob(z).sum(-1)
     log_p = torch.distributions.Normal(0.0, 1.0).log_prob(torch.stack((z, rows - z))).sum((0, -1))
@@ -64,7 +76,7 @@ def test_the_guides_loss_is_the_cross_entropy_of_particles_at_known_places(
 def test_neither_loss_teaches_the_other_network(images: type) -> None:
     module = deep()
     x = torch.rand(6, 1, 2, 2)
-    losses = module._losses(module.inference.init(x), x)
+    losses = module._losses(module.inference.bind(x), module.inference.init(x), x)
     for name, learns, rests in (
         ("loss", module.model, module.guide),
         ("guide_loss", module.guide, module.model),
@@ -97,8 +109,7 @@ def test_particles_come_from_the_encoder_at_the_first_visit_or_at_every_visit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module, drawn = deep(algorithm=algorithm, restart=restart), []
-    init = module.inference.init
-    monkeypatch.setattr(module.inference, "init", lambda x: drawn.append(len(x)) or init(x))
+    monkeypatch.setattr(Problem, "init", counting(Problem.init, drawn))
     trainer(max_epochs=3).fit(module, datamodule=images(batch_size=20))
     assert drawn == [20] * visits
 
@@ -109,8 +120,7 @@ def test_a_warm_up_trains_as_the_autoencoder_does_and_then_makes_particles(
     torch.manual_seed(0)
     rival = AmortisedModule(DeepLatentGaussian(SIZES, SHAPE), MLPEncoder(SIZES, SHAPE, 4))
     module, drawn = deep(warm_up_epochs=2), []
-    init = module.inference.init
-    monkeypatch.setattr(module.inference, "init", lambda x: drawn.append(len(x)) or init(x))
+    monkeypatch.setattr(Problem, "init", counting(Problem.init, drawn))
     for one, epochs in ((rival, 2), (module, 2)):
         torch.manual_seed(11)
         trainer(max_epochs=epochs).fit(one, datamodule=images(batch_size=10))
@@ -121,8 +131,7 @@ def test_a_warm_up_trains_as_the_autoencoder_does_and_then_makes_particles(
     assert not module.store.visited(torch.arange(20)).any()
 
     module = deep(warm_up_epochs=2)
-    init = module.inference.init
-    monkeypatch.setattr(module.inference, "init", lambda x: drawn.append(len(x)) or init(x))
+    monkeypatch.setattr(Problem, "init", counting(Problem.init, drawn))
     trainer(max_epochs=4).fit(module, datamodule=images(batch_size=10))
     assert drawn == [10, 10]
     assert module.store.visited(torch.arange(20)).all()
@@ -156,7 +165,7 @@ def test_a_warm_guide_that_particles_start_from_ascends_its_bound_alone() -> Non
     module, x = deep(warm_up_epochs=1, restart=True), torch.rand(6, 1, 2, 2)
     state = module.inference.init(x)
     torch.manual_seed(3)
-    losses = module._losses(state, x)
+    losses = module._losses(module.inference.bind(x), state, x)
     assert set(losses) == {"loss", "negative_elbo"}
     torch.manual_seed(3)
     bound = Trace_ELBO().differentiable_loss(module.model, module.guide, x) / len(x)

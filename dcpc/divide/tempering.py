@@ -1,4 +1,4 @@
-"""The density that particles are moved on: the joint, or a tempered version of it."""
+"""Tempering: how factors are weighed on the way from the prior to the posterior."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Target:
-    """The tempered joint density `p(z) p(x | z)^beta`.
+class Tempering:
+    """Weights of the factors in the tempered density `p(z) p(x | z)^beta`.
 
     A latent with a reference distribution `r` starts from it instead of its prior: its own
     factor becomes `r(u)^(1 - beta) p(u | pa)^beta`.
@@ -51,7 +51,7 @@ class Target:
     references: Mapping[str, Reference] = field(default_factory=dict)
 
     def weigh(self, factors: Factors, latents: Latents, sites: Mapping[str, Site]) -> Factors:
-        """Log-factors of the target from those of the joint, all `(K, *batch_shape)`."""
+        """Log-factors of the tempered density from those of the joint, all `(K, *batch_shape)`."""
         beta = self.temperature
         if beta == 1.0:
             return factors
@@ -68,5 +68,5 @@ class Target:
         return weighed
 
 
-POSTERIOR = Target()
+POSTERIOR = Tempering()
 """The joint density itself, which is the posterior up to the evidence."""

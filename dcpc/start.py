@@ -13,7 +13,7 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from dcpc.divide import Arguments, Division, Reference, Target, prior_particles
+from dcpc.divide import Arguments, Density, Division, Reference, prior_particles
 from dcpc.divide.handlers import transform_of
 from dcpc.divide.model import Model, constrained_shapes, unconstrain
 from dcpc.divide.program import map_particles
@@ -33,10 +33,7 @@ INITIAL_SCALE = 1.0
 
 
 def starting_references(
-    model: Model,
-    division: Division,
-    arguments: Arguments,
-    initial_values: Mapping[str, Tensor],
+    density: Density, arguments: Arguments, initial_values: Mapping[str, Tensor]
 ) -> dict[str, Reference]:
     """Starting distributions of the latents with flat priors or with initial values.
 
@@ -46,13 +43,14 @@ def starting_references(
     Raises:
         OptionError: A name that is not a latent, or a value that the site cannot have.
     """
-    args, kwargs = arguments.rebuild(arguments.tensors)
-    given = _unconstrained(model, division, initial_values, args, kwargs)
-    references = {name: Reference(u, INITIAL_SCALE) for name, u in given.items()}
-    missing = [n for n in division.without_prior(arguments.tensors) if n not in references]
+    division, references = density.division, {}
+    if initial_values:
+        given = _unconstrained(division, initial_values, *arguments.rebuild(arguments.tensors))
+        references = {name: Reference(u, INITIAL_SCALE) for name, u in given.items()}
+    missing = [name for name in density.without_prior() if name not in references]
     if not missing:
         return references
-    draws = prior_particles(model, division.sites, arguments, NUM_REFERENCE_DRAWS)
+    draws = prior_particles(division.program.model, division.sites, arguments, NUM_REFERENCE_DRAWS)
     for name in missing:
         if division.sites[name].is_improper:
             references[name] = Reference(torch.zeros_like(draws[name][0]), REFERENCE_SCALE)
@@ -63,11 +61,7 @@ def starting_references(
 
 
 def _unconstrained(
-    model: Model,
-    division: Division,
-    values: Mapping[str, Tensor],
-    args: tuple,
-    kwargs: dict,
+    division: Division, values: Mapping[str, Tensor], args: tuple, kwargs: dict
 ) -> dict[str, Tensor]:
     """Unconstrained initial values, checked one by one.
 
@@ -95,6 +89,7 @@ def _unconstrained(
                 f"initial_values['{name}'] has NaN or infinite entries; give finite values"
             )
         tensors[name] = tensor
+    model = division.program.model
     supports = constrained_shapes(model, args, kwargs, list(tensors))
     for name, tensor in tensors.items():
         shape, support = supports[name]
@@ -118,29 +113,19 @@ def _unconstrained(
     return given
 
 
-def draw_from_prior(
-    model: Model,
-    division: Division,
-    arguments: Arguments,
-    num_particles: int,
-    references: Mapping[str, Reference],
-) -> SweepState:
+def draw_from_prior(density: Density, arguments: Arguments, num_particles: int) -> SweepState:
     """Independent particles from the prior, or from references where a latent has one."""
-    latents = prior_particles(model, division.sites, arguments, num_particles)
-    for name, reference in references.items():
+    program = density.division.program
+    latents = prior_particles(program.model, program.sites, arguments, num_particles)
+    for name, reference in density.tempering.references.items():
         noise = torch.randn_like(latents[name])
         latents[name] = reference.loc + reference.scale * noise
-    with torch.no_grad():
-        log_joint = division.log_joint(latents, arguments.tensors, Target(0.0, references))
+    log_joint = density.at(0.0).log_joint(latents)
     return SweepState(latents, LogWeights(torch.zeros_like(log_joint)), log_joint)
 
 
 def draw_from_guide(
-    model: Model,
-    guide: Model,
-    division: Division,
-    arguments: Arguments,
-    num_particles: int,
+    guide: Model, division: Division, arguments: Arguments, num_particles: int
 ) -> SweepState:
     """Independent particles from a guide; the state refers to its log-density.
 
@@ -158,7 +143,7 @@ def draw_from_guide(
                     f"the guide does not sample latent site(s) {sorted(missing)}; it samples "
                     f"{list(trace.stochastic_nodes)}"
                 )
-            replayed = pyro.poutine.trace(pyro.poutine.replay(model, trace))
+            replayed = pyro.poutine.trace(pyro.poutine.replay(division.program.model, trace))
             nodes = replayed.get_trace(*args, **kwargs).nodes
             terms = [_log_density(trace, division)]
         drawn = {}

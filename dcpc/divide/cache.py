@@ -1,0 +1,118 @@
+"""Divisions of a model, kept as long as they hold."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dcpc.divide.division import DataIdentity, Division, divide
+from dcpc.divide.graph import Schedule
+from dcpc.divide.model import Model
+from dcpc.divide.program import Arguments
+from dcpc.divide.sites import Sites, read_sites
+from dcpc.divide.watch import Snapshot
+from dcpc.seeding import random_state_kept
+
+MAX_DIVISIONS = 16
+"""Divisions kept for different argument shapes; the least recently used one goes first."""
+
+
+class Divisions:
+    """The divisions of a model for the shapes of arguments that it was called with.
+
+    Args:
+        model: The Pyro program.
+        num_particles: K.
+        schedule: What moves when.
+        blocks: Latents to move jointly.
+        backend: `auto`, `graph`, `vmap` or `loop`.
+        certify: Whether new divisions are compared with plain runs of the model.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        num_particles: int,
+        *,
+        schedule: Schedule,
+        blocks: Sequence[Sequence[str]] = (),
+        backend: str = "auto",
+        certify: bool = True,
+    ) -> None:
+        self.model = model
+        self.num_particles = num_particles
+        self._schedule = schedule
+        self._blocks = blocks
+        self._backend = backend
+        self._certify = certify
+        self._captured: OrderedDict[tuple, _Captured] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Number of divisions that are kept."""
+        return len(self._captured)
+
+    def find(self, arguments: Arguments, *, thorough: bool = False) -> Division:
+        """The divided model for these arguments: as captured before, where that still holds.
+
+        Args:
+            arguments: The model's arguments.
+            thorough: Whether its sites and data are checked by a run of the model, and what was
+                captured is compared with another one, whatever seems to be unchanged.
+
+        Raises:
+            ModelError, DataError, CertificationError: The model or data cannot be handled.
+        """
+        sites = self._read(arguments) if thorough else None
+        snapshot = Snapshot(self.model, arguments.objects)
+        key = (arguments.key, snapshot.modes)
+        captured = self._captured.get(key)
+        if captured is not None and captured.holds(snapshot, arguments, sites):
+            self._captured.move_to_end(key)
+            return captured.division
+        sites = sites or self._read(arguments)
+        with random_state_kept():
+            division = divide(
+                self.model,
+                arguments,
+                sites,
+                self.num_particles,
+                schedule=self._schedule,
+                blocks=self._blocks,
+                backend=self._backend,
+                certify=self._certify,
+            )
+        # The first run may have created parameters.
+        snapshot = Snapshot(self.model, arguments.objects)
+        data = DataIdentity((*arguments.tensors, *snapshot.tensors))
+        self._captured[key] = _Captured(division, snapshot, data)
+        if len(self._captured) > MAX_DIVISIONS:
+            self._captured.popitem(last=False)
+        return division
+
+    def _read(self, arguments: Arguments) -> Sites:
+        with random_state_kept():
+            return read_sites(self.model, *arguments.rebuild(arguments.tensors))
+
+
+@dataclass
+class _Captured:
+    """A division in the cache, and what has to be the same for it to be used again."""
+
+    division: Division
+    snapshot: Snapshot
+    data: DataIdentity
+
+    def holds(self, snapshot: Snapshot, arguments: Arguments, sites: Sites | None) -> bool:
+        """Whether the division is that of the model as it is now, for these arguments."""
+        if snapshot != self.snapshot or (sites is not None and sites != self.division.sites):
+            return False
+        unsure = not snapshot.is_complete or sites is not None
+        if self.division.program.reads_data:
+            data = DataIdentity((*arguments.tensors, *snapshot.tensors))
+            unsure = unsure or data != self.data
+            self.data = data
+        if not unsure:
+            return True
+        with random_state_kept():
+            return self.division.matches(arguments)

@@ -1,0 +1,162 @@
+"""The density that particles are moved on: a divided model, its data, and a temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dcpc.divide.division import Division
+from dcpc.divide.model import Latents
+from dcpc.divide.program import Factors
+from dcpc.divide.tempering import POSTERIOR, Reference, Tempering
+from dcpc.divide.unit import ScoredDensity, UnitGroup
+
+
+@dataclass(frozen=True)
+class Density:
+    """The unnormalised density of a model's latents given its data, `p(z) p(x | z)^beta`.
+
+    Attributes:
+        division: The divided model.
+        tensors: Tensors among the model's arguments.
+        tempering: The temperature, and the distributions that replace priors.
+    """
+
+    division: Division
+    tensors: tuple[Tensor, ...]
+    tempering: Tempering = POSTERIOR
+
+    def at(self, temperature: float, references: Mapping[str, Reference] | None = None) -> Density:
+        """The density at another temperature; with other references, if they are given."""
+        references = self.tempering.references if references is None else references
+        return replace(self, tempering=Tempering(temperature, references))
+
+    def log_factors(self, latents: Latents) -> Factors:
+        """Tempered log-factors of all sites at `K` particles, each `(K, *batch_shape)`."""
+        return self._temper(self.division.log_factors(latents, self.tensors), latents)
+
+    def log_joint(self, latents: Latents) -> Tensor:
+        """Log-density by population cell, `(K, *population)`, without gradients.
+
+        Where the population plate subsamples, a cell's density is that of its own datum.
+        """
+        with torch.no_grad():
+            return self.division.over_population(self.log_factors(latents))
+
+    def slope(self, latents: Latents) -> Tensor:
+        """Derivative of the log-density in the temperature, `(K, *population)`.
+
+        The log-likelihood, plus the log-ratio of prior to reference of latents that have one.
+        """
+        ends = self.at(0.0), self.at(1.0)
+        with torch.no_grad():
+            factors = self.division.log_factors(latents, self.tensors)
+            start, end = (
+                self.division.over_population(density._temper(factors, latents)) for density in ends
+            )
+        return end - start
+
+    def evaluate_leading(self, latents: Latents) -> tuple[dict[str, ScoredDensity], Tensor]:
+        """The groups that move first, evaluated where they are, and the log-density of everything.
+
+        Their log-densities are parts of it, which spares a pass through the model.
+
+        Returns:
+            Evaluations by group name, and `(K, *population)` as from `log_joint`.
+        """
+        evaluations = {}
+        log_joint = torch.zeros((), device=next(iter(latents.values())).device)
+        for group in self.division.groups[: self.division.num_leading]:
+            evaluation = group.evaluate(group.pack(latents), latents, self.tensors, self.tempering)
+            evaluations[group.name] = evaluation
+            log_joint = log_joint + group.over_population(evaluation.log_density)
+        with torch.no_grad():
+            rest = self.division.log_factors_apart_from_leading(latents, self.tensors)
+            if rest:
+                log_joint = log_joint + self.division.over_population(self._temper(rest, latents))
+        return evaluations, log_joint
+
+    def conditional(
+        self, group: UnitGroup, latents: Latents, active: Tensor | None = None
+    ) -> Conditional:
+        """The complete conditionals of a group of units, with the other latents where they are."""
+        return Conditional(self, group, latents, active)
+
+    def active_values(self) -> dict[str, Tensor]:
+        """By name of a group, which values the data make a part of the density.
+
+        Boolean `(1, *plates, n, d)`; groups that are all active are left out.
+        """
+        return self.division.activity(self.tensors).groups
+
+    def without_prior(self) -> list[str]:
+        """Latents whose prior is flat, scaled or masked: it cannot be sampled or integrated."""
+        sites, activity = self.division.sites, self.division.activity(self.tensors)
+        return [
+            name
+            for name in self.division.latents
+            if sites[name].is_improper
+            or name in activity.flat
+            or (sites[name].is_rescaled and activity.has_active(name))
+        ]
+
+    def _temper(self, factors: Factors, latents: Latents) -> Factors:
+        return self.tempering.weigh(factors, latents, self.division.sites)
+
+
+@dataclass(frozen=True)
+class Conditional:
+    """Complete conditionals of a group of units, as functions of the group's packed values.
+
+    Attributes:
+        density: The density that they belong to.
+        group: The units.
+        latents: All latents; the group's own are replaced by the values that are asked about.
+        active: Which values are a part of the density, `(1, *plates, n, d)`; None for all.
+    """
+
+    density: Density
+    group: UnitGroup
+    latents: Latents
+    active: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor:
+        """The group's present values `(K, *plates, n, d)`."""
+        return self.group.pack(self.latents)
+
+    def log_density(self, value: Tensor) -> Tensor:
+        """Log-densities `(K, *plates, n)`, without gradients."""
+        with torch.no_grad():
+            return self.group.log_density(
+                value, self.latents, self.density.tensors, self.density.tempering
+            )
+
+    def evaluate_raw(self, value: Tensor) -> ScoredDensity:
+        """Log-densities and scores as they are, NaN and infinite ones included."""
+        return self.group.evaluate(
+            value, self.latents, self.density.tensors, self.density.tempering
+        )
+
+    def evaluate(self, value: Tensor) -> ScoredDensity:
+        """Log-densities and scores to move along."""
+        return self.usable(self.evaluate_raw(value))
+
+    def score(self, value: Tensor) -> Tensor:
+        """Scores to move along, `(K, *plates, n, d)`."""
+        return self.evaluate(value).score
+
+    def usable(self, evaluation: ScoredDensity) -> ScoredDensity:
+        """The evaluation with zero in the place of scores that nothing moves along.
+
+        Those that are NaN or infinite, at both ends of a move alike, so that it stays reversible
+        where only the score is bad; and those of inactive values, of which a reference
+        distribution may have one: they stay, and must not count in the ratio of a move.
+        """
+        score = evaluation.score.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        if self.active is not None:
+            score = torch.where(self.active, score, 0.0)
+        return replace(evaluation, score=score)

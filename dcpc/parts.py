@@ -1,0 +1,104 @@
+"""The exchangeable parts of a sweep, and what they learn about a group of units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from dcpc.conquer import DualAveraging, Move, Preconditioner
+from dcpc.divide import UnitGroup
+from dcpc.recombine import Resampler
+from dcpc.recombine.correction import Correction
+
+DEFAULT_STEP_SIZE = 0.01
+"""Step size of the corrections that have no target to adapt it to."""
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """Adaptation state of a group of units, as dicts of tensors."""
+
+    preconditioner: dict[str, Tensor]
+    step_size: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The exchangeable parts of a sweep.
+
+    Attributes:
+        move: Proposal.
+        correction: What makes it a sampler.
+        preconditioner: Scale of the proposal.
+        resampler: Resampling scheme.
+        resample_threshold: Whole particles are resampled in the population cells where ESS / K
+            is below it.
+        step_size: Fixed step size, or None for one that is adapted where the correction has a
+            target, else the default of 0.01.
+        dual_averaging: The rule of adaptation.
+    """
+
+    move: Move
+    correction: Correction
+    preconditioner: Preconditioner
+    resampler: Resampler
+    resample_threshold: float = 0.5
+    step_size: float | None = None
+    dual_averaging: DualAveraging = field(default_factory=DualAveraging)
+
+    @property
+    def adapts_step_size(self) -> bool:
+        """Whether the step size is adapted."""
+        return self.step_size is None and self.correction.target is not None
+
+    def initial_step_size(self, group: UnitGroup) -> float:
+        """Before adaptation: `d^(-1/3)`, the scaling of MALA's optimum with dimension."""
+        if self.step_size is not None:
+            return self.step_size
+        return group.size ** (-1.0 / 3.0) if self.adapts_step_size else DEFAULT_STEP_SIZE
+
+    def init_adaptation(self, group: UnitGroup, score: Tensor) -> Adaptation:
+        """Adaptation state before any sweep.
+
+        Args:
+            group: The units.
+            score: Any scores `(K, *plates, n, d)` of theirs, for shapes.
+        """
+        step_size = score.new_full((len(group.units),), self.initial_step_size(group))
+        return Adaptation(
+            preconditioner=self.preconditioner.init(score, group.population),
+            step_size=self.dual_averaging.init(step_size),
+        )
+
+    def learn_preconditioner(
+        self, learned: Adaptation, group: UnitGroup, score: Tensor, active: Tensor | None
+    ) -> Adaptation:
+        """Adaptation state after seeing the scores `(K, *plates, n, d)` of a sweep.
+
+        Args:
+            learned: The state before.
+            group: The units.
+            score: Their scores, zero where values are not active.
+            active: Which values are a part of the density, `(1, *plates, n, d)`; None for all.
+        """
+        if active is not None:
+            # The mean of squares over the population's cells becomes one over the active cells.
+            share = active.to(score.dtype)
+            if group.population:
+                share = share.mean(tuple(range(1, 1 + group.population)), keepdim=True)
+            score = score / share.clamp(min=1e-12).sqrt()
+        state = self.preconditioner.update(learned.preconditioner, score, group.population)
+        return replace(learned, preconditioner=state)
+
+    def learn_step_size(self, learned: Adaptation, statistic: Tensor | None) -> Adaptation:
+        """Adaptation state after a sweep in which the correction's statistic `(n,)` was this."""
+        if not self.adapts_step_size or statistic is None:
+            return learned
+        assert self.correction.target is not None
+        error = self.correction.target - statistic
+        return replace(learned, step_size=self.dual_averaging.update(learned.step_size, error))
+
+    def restart(self, learned: Adaptation) -> Adaptation:
+        """Lets the step size adapt anew from where it is: the density has changed."""
+        return replace(learned, step_size=self.dual_averaging.restart(learned.step_size))

@@ -1,0 +1,305 @@
+"""A model bound to its data: the problem that is solved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from dcpc.algorithms import Algorithm
+from dcpc.annealing import Annealed, Rung, anneal, spaced_ladder
+from dcpc.divide import Arguments, Density, Division, constrained_particles
+from dcpc.divide.cache import Divisions
+from dcpc.divide.model import Model, observation_means
+from dcpc.divide.program import map_particles
+from dcpc.errors import DataError, EvidenceError, OptionError
+from dcpc.parts import Parts
+from dcpc.progress import ProgressBar
+from dcpc.start import draw_from_guide, draw_from_prior, guide_loss, starting_references
+from dcpc.sweep import SweepInfo, SweepState, loss, sweep
+
+
+class Problem:
+    """A divided model bound to the arguments of a call; made by `DCPC.bind`.
+
+    It holds as long as the arguments and the model's Python state do; parameters may change, since
+    they are read at every sweep. Bind again for every batch: where the shapes are known, that
+    costs some 50 microseconds.
+
+    Args:
+        divisions: The model's divisions.
+        arguments: The model's arguments.
+        algorithm: What sweeps are made of.
+        guide: A Pyro program that particles may start from.
+        thorough: Whether the sites and the data are looked at anew, and what was captured before
+            is compared with a plain run of the model.
+
+    Attributes:
+        arguments: The model's arguments.
+        algorithm: What sweeps are made of.
+        guide: A Pyro program that particles may start from.
+        density: The posterior, up to the evidence.
+
+    Raises:
+        ModelError, DataError, CertificationError: The model or data cannot be handled.
+        OptionError: The data are a subsample that exact corrections cannot handle.
+    """
+
+    def __init__(
+        self,
+        divisions: Divisions,
+        arguments: Arguments,
+        algorithm: Algorithm,
+        guide: Model | None = None,
+        *,
+        thorough: bool = False,
+    ) -> None:
+        self._divisions = divisions
+        self.arguments = arguments
+        self.algorithm = algorithm
+        self.guide = guide
+        self.density = self._find(thorough)
+        self._is_checked = thorough
+
+    @property
+    def parts(self) -> Parts:
+        """What sweeps are made of."""
+        return self.algorithm.parts
+
+    @property
+    def division(self) -> Division:
+        """The divided model."""
+        return self.density.division
+
+    @property
+    def num_particles(self) -> int:
+        """K."""
+        return self._divisions.num_particles
+
+    def init(self) -> SweepState:
+        """Particles from the guide, or else the prior, whose weights refer to it."""
+        self._check()
+        if self.guide is not None:
+            return draw_from_guide(self.guide, self.division, self.arguments, self.num_particles)
+        return self.draw_from_prior(self.starting_density({}))
+
+    def sweep(
+        self,
+        state: SweepState,
+        *,
+        adapt: bool = True,
+        adapt_preconditioner: bool = True,
+        retargets: bool = True,
+    ) -> tuple[SweepState, SweepInfo]:
+        """Reweights the particles to the present parameters, then moves every unit once.
+
+        Args:
+            state: Particles and weights.
+            adapt: Whether step sizes and preconditioners learn from the sweep.
+            adapt_preconditioner: Set to False to let only the step sizes learn.
+            retargets: Set to False where the weights refer to this very density already.
+
+        Raises:
+            DataError: The state's particles do not fit these arguments.
+            DegenerateWeightsError: No particle of a population cell has positive density.
+        """
+        self._check_state(state)
+        return sweep(
+            self.density,
+            state,
+            self.parts,
+            adapt=adapt,
+            adapt_preconditioner=adapt_preconditioner,
+            retargets=retargets and self.parts.correction.is_exact,
+        )
+
+    def loss(self, state: SweepState) -> Tensor:
+        """`- sum_cells sum_k W_k log p(x, z_k)`: its gradient trains the model's parameters."""
+        self._check_state(state)
+        return loss(self.density, state)
+
+    def guide_loss(self, state: SweepState) -> Tensor:
+        """`- sum_k W_k log q(z_k | x)`: its gradient trains the guide on the particles.
+
+        Raises:
+            OptionError: There is no guide.
+        """
+        if self.guide is None:
+            raise OptionError("there is no guide to train; give one: DCPC(model, guide, ...)")
+        self._check_state(state)
+        values = self.constrain(state.latents)
+        return guide_loss(self.guide, self.division, self.arguments, state, values)
+
+    def anneal(
+        self,
+        num_temperatures: int | None = None,
+        *,
+        conditional_ess: float = 0.9,
+        bar: ProgressBar | None = None,
+    ) -> Annealed:
+        """Evidence by annealing from the prior, and particles at the posterior.
+
+        A pilot adapts the proposals, and chooses the temperatures and the sweeps at each unless the
+        number of temperatures is given; the second run, with everything fixed, is the estimate.
+
+        Args:
+            num_temperatures: Length of a fixed ladder `(t / T)^3`; None to adapt it.
+            conditional_ess: Of an adaptive ladder.
+            bar: Where progress is shown.
+
+        Raises:
+            EvidenceError: The correction is not exact, or a prior is improper.
+            OptionError: An option out of range.
+        """
+        check_annealing(num_temperatures, conditional_ess)
+        self._check()
+        refusal = self.evidence_refusal()
+        if refusal:
+            raise EvidenceError(refusal)
+        ladder = None if num_temperatures is None else spaced_ladder(num_temperatures)
+        start = self.starting_density({})
+        return self.anneal_twice(start, conditional_ess, bar or ProgressBar(False), ladder)
+
+    def anneal_twice(
+        self,
+        start: Density,
+        conditional_ess: float,
+        bar: ProgressBar,
+        ladder: Sequence[Rung] | None = None,
+    ) -> Annealed:
+        """A pilot that adapts, then a run in which nothing does and `Zhat` is unbiased."""
+        pilot = self.anneal_once(start, "annealing, pilot", conditional_ess, bar, ladder)
+        return self.anneal_once(start, "annealing", conditional_ess, bar, pilot.ladder, adapt=False)
+
+    def anneal_once(
+        self,
+        start: Density,
+        stage: str,
+        conditional_ess: float,
+        bar: ProgressBar,
+        ladder: Sequence[Rung] | None = None,
+        adapt: bool = True,
+    ) -> Annealed:
+        """Brings particles from the prior (or the references) to the posterior."""
+        bar.stage(stage)
+        return anneal(
+            start,
+            self.draw_from_prior(start),
+            self.parts,
+            ladder=ladder,
+            conditional_ess=conditional_ess,
+            adapt=adapt,
+            progress=bar.temperature,
+        )
+
+    def starting_density(self, initial_values: Mapping[str, Tensor]) -> Density:
+        """The density, with references for latents with flat priors or with initial values.
+
+        Args:
+            initial_values: Constrained values by site.
+
+        Raises:
+            OptionError: A name that is not a latent, or a value that the site cannot have.
+        """
+        references = starting_references(self.density, self.arguments, initial_values)
+        return self.density.at(1.0, references)
+
+    def draw_from_prior(self, density: Density) -> SweepState:
+        """Independent particles from the prior, or from references where a latent has one."""
+        return draw_from_prior(density, self.arguments, self.num_particles)
+
+    def constrain(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Constrained values of unconstrained latents `(K, *batch, *event)`."""
+        return constrained_particles(self._divisions.model, self.arguments, latents)
+
+    def observation_means(self, state: SweepState) -> dict[str, Tensor]:
+        """Posterior mean of every observed site's mean: the reconstruction of the data.
+
+        The distributions' means (`fn.mean`) are averaged over the particles by their weights.
+
+        Returns:
+            By observed site, `(*batch, *event)`.
+        """
+        self._check_state(state)
+        division, model = self.division, self._divisions.model
+        args, kwargs = self.arguments.rebuild(self.arguments.tensors)
+        means = map_particles(
+            lambda latents: observation_means(model, latents, args, kwargs), dict(state.latents)
+        )
+        weights = state.log_weight.normalized()
+        result = {}
+        for name, mean in means.items():
+            batch_dims = len(division.sites[name].batch_shape)
+            shape = [mean.shape[0]] + [1] * (mean.dim() - 1)
+            for plate in division.population:
+                shape[1 + batch_dims + plate.dim] = plate.size
+            result[name] = (weights.reshape(shape) * mean).sum(0)
+        return result
+
+    def evidence_refusal(self) -> str:
+        """Why there is no evidence estimate; empty if there is one."""
+        flat = self.density.without_prior()
+        if flat:
+            return (
+                f"the prior of site(s) {flat} is flat (improper), or a handler masks or scales it, "
+                "so that the evidence is defined only up to an arbitrary factor; give them a "
+                "proper prior to compare models"
+            )
+        if not self.parts.correction.is_exact:
+            return (
+                f"algorithm {self.algorithm.name!r} does not leave the posterior invariant, so it "
+                "has no evidence estimate; use DCPC(model, num_particles=...).anneal(...) on the "
+                "same model"
+            )
+        return ""
+
+    def _find(self, thorough: bool) -> Density:
+        division = self._divisions.find(self.arguments, thorough=thorough)
+        if thorough:
+            _check_subsampling(division, self.parts)
+        return Density(division, self.arguments.tensors)
+
+    def _check(self) -> None:
+        """The thorough look, once."""
+        if not self._is_checked:
+            self.density = self._find(thorough=True)
+            self._is_checked = True
+
+    def _check_state(self, state: SweepState) -> None:
+        for name in self.division.latents:
+            expected = (self.num_particles, *self.division.sites[name].unconstrained_shape)
+            got = tuple(state.latents[name].shape) if name in state.latents else None
+            if got != expected:
+                raise DataError(
+                    f"the particles of site '{name}' have shape {got}, but the model's arguments "
+                    f"ask for {expected}; a state belongs to the data it was initialised with: "
+                    "call init(...) again for data of another shape"
+                )
+
+
+def check_annealing(num_temperatures: int | None, conditional_ess: float) -> None:
+    """Checks the options of annealing.
+
+    Raises:
+        OptionError: One of them is out of range.
+    """
+    if num_temperatures is not None and num_temperatures < 1:
+        raise OptionError(f"num_temperatures must be at least 1, got {num_temperatures}")
+    if not 0.0 < conditional_ess < 1.0:
+        raise OptionError(f"conditional_ess must lie in (0, 1), got {conditional_ess!r}")
+
+
+def _check_subsampling(division: Division, parts: Parts) -> None:
+    """Refuses exact corrections where a plate subsamples latents next to global ones."""
+    scaled = [name for name in division.latents if division.sites[name].scale != 1.0]
+    others = {site.scale for site in division.sites.values()}
+    if parts.correction.is_exact and scaled and len(others) > 1:
+        plates = sorted({p.name for name in scaled for p in division.sites[name].plates})
+        rest = [name for name in division.latents if name not in scaled]
+        raise OptionError(
+            f"site(s) {scaled} are latents in a plate that subsamples (one of {plates}), "
+            f"beside others outside of it ({rest or 'observed sites'}): their scaled "
+            "conditionals belong to no joint density, so that no correction is exact; pass "
+            "all the data (no subsample_size), or use an algorithm that is not exact, such as "
+            "algorithm='pgd'"
+        )
