@@ -7,8 +7,9 @@ by their names in the trace. Neither the captured program nor the packing of uni
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -16,6 +17,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from dcpc.divide.doubled import double_precision, doubled
 from dcpc.divide.graph import SiteGraph
 from dcpc.divide.handlers import TensorObservations, Undetached, quiet
 from dcpc.divide.masking import filled_value
@@ -50,6 +52,9 @@ def certify_moves(
     changed: every element's log-density has to change as the joint does, and those of the elements
     that stay have to stay. The score is compared with autograd of the joint.
 
+    A model in single precision is compared in double precision as well, where it can be run in it,
+    so that the wrong term of one datum does not hide in the rounding of a sum over many.
+
     Args:
         particles: At least two particles from the prior.
         arguments: The model's arguments.
@@ -60,6 +65,7 @@ def certify_moves(
     base = {name: _moderate(u[:1], program.sites[name]) for name, u in particles.items()}
     other = {name: _moderate(u[1:2] + 0.3, program.sites[name]) for name, u in particles.items()}
     reference = _Joint(program, graph, arguments)
+    in_double = _in_double(reference, base)
     at_base = reference.terms(base)
     for group in groups:
         half = torch.rand(group.plate_shape) < 0.5
@@ -68,7 +74,9 @@ def certify_moves(
             changed = {**base, **_mixed(group, base, other, chosen, program.sites)}
             got = reference.change(group, base, changed)
             expected = reference.expected_change(group, at_base, reference.terms(changed))
-            _compare_changes(group, got, expected)
+            _compare_changes(group, got, expected, 1e-4 * (1.0 + expected.size.nan_to_num()))
+            if in_double is not None:
+                in_double.compare_changes(group, changed, expected)
     for group in groups:
         _compare_scores(group, base, reference)
 
@@ -93,6 +101,14 @@ class _Terms:
         if site.name in self.log_dets:
             terms.append((site.scale / scale, self.log_dets[site.name].double()))
         return terms
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Change of the joint by element `(*plates, n)`, and the size of the terms in it."""
+
+    change: Tensor
+    size: Tensor
 
 
 @dataclass(frozen=True)
@@ -127,10 +143,8 @@ class _Joint:
                 values.append(group.log_density(group.pack(rows), rows, tensors)[0].double())
         return values[1] - values[0]
 
-    def expected_change(
-        self, group: UnitGroup, before: _Terms, after: _Terms
-    ) -> tuple[Tensor, Tensor]:
-        """Change of the joint by element `(*plates, n)`, and the size of the terms in it."""
+    def expected_change(self, group: UnitGroup, before: _Terms, after: _Terms) -> _Change:
+        """Change of the joint by element, and the size of the terms in it."""
         changes, sizes = [], []
         for unit in group.units:
             change = size = torch.zeros(group.plate_shape, dtype=torch.float64)
@@ -145,7 +159,7 @@ class _Joint:
                     size = size + weight * _by_plate(old.abs() + new.abs(), frames, group.plates)
             changes.append(change)
             sizes.append(size)
-        return torch.stack(changes, -1), torch.stack(sizes, -1)
+        return _Change(torch.stack(changes, -1), torch.stack(sizes, -1))
 
     def scores(self, group: UnitGroup, latents: Latents) -> Tensor:
         """Gradient of the joint, packed as the group's score is: `(*plates, n, d)`."""
@@ -255,11 +269,58 @@ def _tolerance(value: Tensor) -> float:
     return 1e-3 if value.dtype == torch.float32 else 1e-7
 
 
-def _compare_changes(group: UnitGroup, got: Tensor, expected: tuple[Tensor, Tensor]) -> None:
-    change, size = expected
-    got = got.cpu()
-    comparable = change.isfinite() & size.isfinite()
-    allowed = 1e-4 * (1.0 + size.nan_to_num())
+@dataclass(frozen=True)
+class _InDouble:
+    """The comparison of changes in double precision.
+
+    Attributes:
+        reference: The joint, of arguments in double precision.
+        base: The particle that is moved.
+        at_base: The joint's terms there.
+    """
+
+    reference: _Joint
+    base: Latents
+    at_base: _Terms
+
+    def compare_changes(self, group: UnitGroup, changed: Latents, single: _Change) -> None:
+        """Compares a group's changes with the joint's, both in double precision.
+
+        Rounding is what the joint's own change in single precision is off by; a captured program
+        may hold as much of it, in numbers that it took out of its data and in clamps to the last
+        digit of a precision.
+        """
+        changed = {name: doubled(u) for name, u in changed.items()}
+        try:
+            with double_precision():
+                got = self.reference.change(group, self.base, changed)
+                terms = self.reference.terms(changed)
+                expected = self.reference.expected_change(group, self.at_base, terms)
+        except Exception:  # an operation that wants single precision: the other comparison stands
+            return
+        rounding = (single.change - expected.change).abs().nan_to_num(nan=math.inf)
+        allowed = 1e-7 * (1.0 + expected.size.nan_to_num()) + 10.0 * rounding
+        _compare_changes(group, got, expected, allowed)
+
+
+def _in_double(reference: _Joint, base: Latents) -> _InDouble | None:
+    """The comparison in double precision; None of models that are in it or cannot be run in it."""
+    if all(u.dtype == torch.float64 for u in base.values()):
+        return None
+    base = {name: doubled(u) for name, u in base.items()}
+    arguments = reference.arguments
+    arguments = arguments.replace(tuple(doubled(t) for t in arguments.tensors))
+    reference = replace(reference, arguments=arguments)
+    try:
+        with double_precision():
+            return _InDouble(reference, base, reference.terms(base))
+    except Exception:  # an operation that wants single precision
+        return None
+
+
+def _compare_changes(group: UnitGroup, got: Tensor, expected: _Change, allowed: Tensor) -> None:
+    change, got = expected.change, got.cpu()
+    comparable = change.isfinite() & expected.size.isfinite()
     wrong = comparable & ~((got - change).abs() <= allowed)
     if bool(wrong.any()):
         index = tuple(int(i) for i in wrong.nonzero()[0])

@@ -58,6 +58,10 @@ class Arguments:
         ]
         return pytree.tree_unflatten(leaves, self._structure)
 
+    def replace(self, tensors: Sequence[Tensor]) -> Arguments:
+        """Arguments like these, with other tensors."""
+        return Arguments(*self.rebuild(tensors))
+
     @property
     def key(self) -> tuple:
         """Key of a capture: structure, shapes, dtypes, devices, and plain values.

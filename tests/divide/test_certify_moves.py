@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -11,6 +12,7 @@ from zoo import CASES
 
 from dcpc import DCPC
 from dcpc.divide import handlers, unit
+from dcpc.divide.doubled import NotDoubledError, double_precision
 from dcpc.divide.program import GraphProgram
 from dcpc.errors import CertificationError
 
@@ -110,3 +112,79 @@ def test_the_certificate_can_be_left_out(monkeypatch):
         "dcpc.divide.division.certify_moves", lambda *_: pytest.fail("it was certified")
     )
     DCPC(nested, num_particles=3, certify=False).division(X)
+
+
+def one_of_many(x):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("n", len(x)):
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+def test_one_datum_of_many_that_is_left_out_does_not_pass_in_single_precision(monkeypatch):
+    """Its term is smaller than the rounding of the sum over all: double precision tells."""
+    original = GraphProgram.select
+
+    def without_the_first(self, names, *, for_score=False):
+        run = original(self, names, for_score=for_score)
+
+        def spoilt(latents, tensors):
+            factors = dict(run(latents, tensors))
+            if for_score and "x" in factors:
+                kept = (torch.arange(factors["x"].shape[-1]) > 0).to(factors["x"])
+                factors["x"] = factors["x"] * kept
+            return factors
+
+        return spoilt
+
+    torch.manual_seed(0)
+    x = torch.randn(20_000)
+    DCPC(one_of_many, num_particles=3).division(x)
+    monkeypatch.setattr(GraphProgram, "select", without_the_first)
+    with pytest.raises(CertificationError, match=r"unit 'mean', element \(\).*changes by"):
+        DCPC(one_of_many, num_particles=3).division(x)
+
+
+def saturated(x):
+    """A link whose probabilities clamp to the last digit of the precision they are captured in."""
+    slope = pyro.sample("slope", dist.Normal(0.0, 30.0))
+    with pyro.plate("n", len(x)):
+        pyro.sample("y", dist.Bernoulli(torch.sigmoid(slope * x)), obs=(x > 0).to(x))
+
+
+def standardised(x):
+    """A capture holds the numbers that it took out of its data, as they were rounded."""
+    slope = pyro.sample("slope", dist.Normal(0.0, float(x.std())))
+    with pyro.plate("n", len(x)):
+        pyro.sample("x", dist.Normal(slope * 1e3, x.abs().max().item()), obs=x)
+
+
+def in_place(x):
+    """Writes to a tensor of a fixed precision, which has no double."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    table = torch.from_numpy(np.zeros(3, dtype=np.float32))
+    table[0] = 1.0
+    pyro.sample("x", dist.Normal(z * table[0], 1.0), obs=x[0])
+
+
+@pytest.mark.parametrize("model", [saturated, standardised, in_place])
+@pytest.mark.parametrize("backend", ["graph", "vmap", "loop"])
+def test_what_belongs_to_a_precision_is_no_disagreement(model, backend):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        DCPC(model, num_particles=3, backend=backend).division(10 * torch.randn(50))
+
+
+def test_doubled_programs_see_doubles_only():
+    layer, x = torch.nn.Linear(3, 2), torch.randn(5, 3)
+    with double_precision():
+        assert torch.ones(2).dtype == torch.float64
+        assert (torch.tensor([1, 2]).float() / 3).dtype == torch.float64
+        assert x.to(torch.float32).dtype == torch.float64
+        got = layer(x)
+        with pytest.raises(NotDoubledError, match="add_"):
+            x.add_(1.0)
+        with pytest.raises(NotDoubledError, match="__setitem__"):
+            x[0] = 1.0
+    expected = x.double() @ layer.weight.double().T + layer.bias.double()
+    torch.testing.assert_close(got, expected, rtol=1e-14, atol=0.0)
+    assert torch.get_default_dtype() == torch.float32

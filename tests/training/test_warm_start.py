@@ -131,7 +131,6 @@ def test_a_warm_up_trains_as_the_autoencoder_does_and_then_makes_particles(
     assert not module.store.visited(torch.arange(20)).any()
 
     module = deep(warm_up_epochs=2)
-    monkeypatch.setattr(Problem, "init", counting(Problem.init, drawn))
     trainer(max_epochs=4).fit(module, datamodule=images(batch_size=10))
     assert drawn == [10, 10]
     assert module.store.visited(torch.arange(20)).all()
