@@ -1,7 +1,7 @@
 """Breaks the package on purpose, one line at a time, and demands that the fast suite notices.
 
     python tests/mutations.py            all faults
-    python tests/mutations.py drift      those whose description or file contains "drift"
+    python tests/mutations.py drift      those whose description contains "drift"
     python tests/mutations.py --list     what there is
 
 The tests must pass in a copy of the repository. Then each fault is applied to it, and the tests run
@@ -11,6 +11,8 @@ until the first failure. The script fails if a fault survives, or if its text is
 from __future__ import annotations
 
 import argparse
+import ast
+import functools
 import os
 import re
 import shutil
@@ -23,6 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+
+SOURCES = ["dcpc", "experiments"]
+"""Where faults are put."""
 
 TESTS = [
     "tests/test_distributions.py",
@@ -53,457 +58,460 @@ TESTS = [
 
 @dataclass(frozen=True)
 class Fault:
-    """One line of the package, and what to put in its place."""
+    """A piece of code, and what to put in its place.
+
+    The piece is found by its tokens, wherever it is: moved and reformatted code stays found.
+
+    Attributes:
+        what: What is wrong then.
+        old: The piece.
+        new: Its replacement.
+        within: Name of the class or function around it, where it occurs more than once.
+    """
 
     what: str
-    path: str
     old: str
     new: str
+    within: str = ""
+
+    def find(self, root: Path) -> list[tuple[Path, int, int]]:
+        """Files below `root` that hold the piece, with its start and end."""
+        tokens = re.findall(r"\w+|[^\w\s]", self.old)
+        pattern = re.compile(r"\s*".join(re.escape(token) for token in tokens))
+        found = []
+        for path, source in _sources(root):
+            found += [
+                (path, first + match.start(), first + match.end())
+                for first, part in self._parts(source)
+                for match in pattern.finditer(part)
+            ]
+        return found
+
+    def _parts(self, source: str) -> list[tuple[int, str]]:
+        """The parts of a file to look at, with their offsets."""
+        if not self.within:
+            return [(0, source)]
+        if self.within not in source:
+            return []
+        starts = [0, *(match.end() for match in re.finditer("\n", source))]
+        return [
+            (starts[node.lineno - 1], source[starts[node.lineno - 1] : starts[node.end_lineno]])
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == self.within
+        ]
 
 
-LANGEVIN = "dcpc/conquer/langevin.py"
-PRECONDITIONER = "dcpc/conquer/preconditioner.py"
-CORRECTION = "dcpc/recombine/correction.py"
-WEIGHTS = "dcpc/recombine/weights.py"
-RESAMPLING = "dcpc/recombine/resampling.py"
-HANDLERS = "dcpc/divide/handlers.py"
-GRAPH = "dcpc/divide/graph.py"
-UNIT = "dcpc/divide/unit.py"
-CAPTURE = "dcpc/divide/capture.py"
-PROGRAM = "dcpc/divide/program.py"
-TARGET = "dcpc/divide/target.py"
-SWEEP = "dcpc/sweep.py"
-SITES = "dcpc/divide/sites.py"
-MASKING = "dcpc/divide/masking.py"
-ACTIVITY = "dcpc/divide/activity.py"
-WATCH = "dcpc/divide/watch.py"
-CERTIFY_MOVES = "dcpc/divide/certify_moves.py"
-FAMILIES = "dcpc/divide/supports/families.py"
-CIRCULAR = "dcpc/divide/supports/circular.py"
-INFERENCE = "dcpc/inference.py"
-INITIAL = "dcpc/initial.py"
-ANNEALING = "dcpc/annealing.py"
-CONVERGENCE = "dcpc/convergence.py"
-DATA = "dcpc/training/data.py"
-HUB = "dcpc/training/hub.py"
-PIXELS = "dcpc/training/pixels.py"
-CALLBACKS = "dcpc/training/callbacks.py"
-MEASURED = "dcpc/training/measured.py"
-AMORTISED = "dcpc/training/amortised.py"
-MODULE = "dcpc/training/module.py"
-KERNELS = "dcpc/kernels.py"
-BOUNDS = "dcpc/evaluation/bounds.py"
-COMPLETION = "dcpc/evaluation/completion.py"
-PSEUDO = "dcpc/evaluation/pseudo_posterior.py"
-FRECHET = "dcpc/evaluation/frechet.py"
-NEIGHBOURS = "dcpc/evaluation/neighbours.py"
-FROZEN = "dcpc/evaluation/frozen.py"
-INTENSITIES = "dcpc/evaluation/intensities.py"
-HEAD = "experiments/head_to_head_training.py"
-NETWORK = "dcpc/networks/network.py"
-NODES = "dcpc/networks/nodes.py"
-GAUSSIAN_NODES = "dcpc/networks/gaussian_nodes.py"
-RELAXATION = "dcpc/networks/relaxation.py"
-RULES = "dcpc/networks/rules.py"
-EQUILIBRIUM = "dcpc/networks/equilibrium.py"
-ENERGY_BASED = "dcpc/networks/energy_based.py"
-PARAMETERS = "dcpc/networks/parameters.py"
-NETWORK_WEIGHTS = "dcpc/networks/weights.py"
-GRADIENTS = "dcpc/networks/gradients.py"
+@functools.cache
+def _sources(root: Path) -> list[tuple[Path, str]]:
+    """The files that faults are put into, as they are without one."""
+    paths = [path for folder in SOURCES for path in sorted((root / folder).rglob("*.py"))]
+    return [(path, path.read_text()) for path in paths]
+
 
 FAULTS = [
-    Fault("the drift points down the density", LANGEVIN,
+    Fault("the drift points down the density",
           "torch.addcmul((2 * eta).sqrt() * noise, eta, metric",
           "torch.addcmul((2 * eta).sqrt() * noise, -eta, metric"),
-    Fault("the noise has half the variance", LANGEVIN, "(2 * eta).sqrt()", "eta.sqrt()"),
-    Fault("backward density without its drift", LANGEVIN,
+    Fault("the noise has half the variance", "(2 * eta).sqrt()", "eta.sqrt()"),
+    Fault("backward density without its drift",
           "residual = torch.addcmul(proposal.displacement, eta,",
           "residual = torch.addcmul(proposal.displacement, 0 * eta,"),
-    Fault("later leapfrog steps kick with half the force", LANGEVIN,
+    Fault("later leapfrog steps kick with half the force",
           "displacement = torch.addcmul(displacement, 2 * eta,",
           "displacement = torch.addcmul(displacement, eta,"),
-    Fault("normaliser of the proposal without the preconditioner", LANGEVIN,
+    Fault("normaliser of the proposal without the preconditioner",
           ".log() - metric.half_log_det()", ".log()"),
-    Fault("particle variance without 1/K", PRECONDITIONER,
+    Fault("particle variance without 1/K",
           "+ 1.0 / score.shape[0]", "+ 1e-9"),
-    Fault("particle variance not scaled to mean one", PRECONDITIONER,
+    Fault("particle variance not scaled to mean one",
           "(precision / precision.mean(-1, keepdim=True)).sqrt()", "precision.sqrt()"),
-    Fault("second moment to twice the power", PRECONDITIONER,
+    Fault("second moment to twice the power",
           ".pow(-0.5 * self.exponent)", ".pow(-1.0 * self.exponent)"),
-    Fault("metropolis without log q backward", CORRECTION,
+    Fault("metropolis without log q backward",
           "self.before.log_density + log_backward - self",
           "self.before.log_density - self"),
-    Fault("metropolis accepts everything", CORRECTION,
+    Fault("metropolis accepts everything",
           "accepted = torch.rand_like(ratio).log_() < ratio",
           "accepted = torch.rand_like(ratio).log_() < ratio + 100"),
-    Fault("rejected moves still change the log-joint", CORRECTION,
+    Fault("rejected moves still change the log-joint",
           "torch.where(accepted, after.log_density - proposed.before.log_density, 0.0)",
-          "after.log_density - proposed.before.log_density"),
-    Fault("weight forgets the densities' ratio", CORRECTION,
+          "after.log_density - proposed.before.log_density", within="Metropolis"),
+    Fault("weight forgets the densities' ratio",
           "log_weight=group.over_population(increment)",
           "log_weight=group.over_population(gained)"),
-    Fault("weights of accepted moves are not clipped", CORRECTION,
+    Fault("weights of accepted moves are not clipped",
           "ratio.clamp(-self.bound, self.bound)", "ratio"),
-    Fault("rejected moves change the weight", CORRECTION,
+    Fault("rejected moves change the weight",
           "increment = torch.where(accepted, ratio.clamp(-self.bound, self.bound), 0.0)",
           "increment = ratio.clamp(-self.bound, self.bound)"),
-    Fault("few particles that diverge together lengthen their steps", CORRECTION,
+    Fault("few particles that diverge together lengthen their steps",
           "ess / ratio.shape[0] * proposed.mean_acceptance(ratio + self.bound)",
           "ess / ratio.shape[0]"),
-    Fault("the paper's local weight without the proposal", CORRECTION,
+    Fault("the paper's local weight without the proposal",
           "local = density - proposed.proposal.log_forward", "local = density"),
-    Fault("the paper's weights without the local densities", CORRECTION,
+    Fault("the paper's weights without the local densities",
           "(weights.log_mean() - kept)", "weights.log_mean().expand_as(kept)"),
-    Fault("weights not reset after resampling", SWEEP,
+    Fault("weights not reset after resampling",
           "log_weight=weights.reset_to_mean(low)", "log_weight=weights"),
-    Fault("weights reset to one, which loses the evidence", WEIGHTS,
+    Fault("weights reset to one, which loses the evidence",
           "reset = self.log_mean().expand_as(self.log_weight)",
           "reset = 0 * self.log_mean().expand_as(self.log_weight)"),
-    Fault("log-mean without the number of particles", WEIGHTS,
+    Fault("log-mean without the number of particles",
           "torch.logsumexp(self.log_weight, 0) - math.log(self.num_particles)",
-          "torch.logsumexp(self.log_weight, 0)"),
-    Fault("NaN kept as a log-density", WEIGHTS,
+          "torch.logsumexp(self.log_weight, 0)", within="LogWeights"),
+    Fault("NaN kept as a log-density",
           "bad = ~(log_density.abs() < math.inf)", "bad = log_density == math.inf"),
-    Fault("resampling without the log-joint", SWEEP,
+    Fault("resampling without the log-joint",
           "latents=latents, log_joint=log_joint, log_weight=weights",
           "latents=latents, log_weight=weights"),
-    Fault("resampling of all cells where one is low", SWEEP,
+    Fault("resampling of all cells where one is low",
           "ancestors = torch.where(low, parts.resampler(normalized), stay)",
           "ancestors = parts.resampler(normalized)"),
-    Fault("the target's change does not reach the weights", SWEEP,
+    Fault("the target's change does not reach the weights",
           "state.log_weight.add(log_joint - state.log_joint)",
           "state.log_weight.add(0 * log_joint)"),
-    Fault("the loss with the wrong sign", SWEEP,
-          "return -(state", "return (state"),
-    Fault("the loss without the dataset's size", SWEEP,
-          "division.over_population(factors, scaled=True)", "division.over_population(factors)"),
-    Fault("no Jacobian", HANDLERS,
+    Fault("the loss with the wrong sign",
+          "return -(state", "return (state", within="loss"),
+    Fault("the loss without the dataset's size",
+          "over_population(density.log_factors(latents), scaled=True)",
+          "over_population(density.log_factors(latents))"),
+    Fault("no Jacobian",
           "log_factor if log_det is None else log_factor + log_det", "log_factor"),
-    Fault("Jacobian with the wrong sign", HANDLERS,
+    Fault("Jacobian with the wrong sign",
           "log_factor if log_det is None else log_factor + log_det",
           "log_factor if log_det is None else log_factor - log_det"),
-    Fault("scale ignored", HANDLERS,
+    Fault("scale ignored",
           "else log_prob * scale", "else log_prob"),
-    Fault("a unit without one of its children", GRAPH,
+    Fault("a unit without one of its children",
           "return [name for name in self.sites if name in touched]",
           "return [name for name in self.sites if name in touched][: max(1, len(touched) - 1)]"),
-    Fault("children without the observed sites", GRAPH,
+    Fault("children without the observed sites",
           "if latents & set(members)\n", "if latents & set(members) and name in self.latents\n"),
-    Fault("blanket without co-parents", GRAPH,
+    Fault("blanket without co-parents",
           "(self.parents(members) | children | co_parents)",
           "(self.parents(members) | children)"),
-    Fault("all units have one colour", GRAPH,
+    Fault("all units have one colour",
           "classes.setdefault(colour[index], [])", "classes.setdefault(0, [])"),
-    Fault("sequential schedule from the roots down", GRAPH,
+    Fault("sequential schedule from the roots down",
           "return [[unit] for unit in reversed(units)]", "return [[unit] for unit in units]"),
-    Fault("log-density scaled by the subsample", UNIT,
+    Fault("log-density scaled by the subsample",
           "return reduced if relative == 1.0 else reduced * relative", "return reduced"),
-    Fault("plates in the wrong order", UNIT,
+    Fault("plates in the wrong order",
           "return [1 + len(site.batch_shape) + plate.dim for plate in self.plates]",
           "return [1 + len(site.batch_shape) + p.dim for p in reversed(self.plates)]"),
-    Fault("detach blocks the score", CAPTURE,
+    Fault("detach blocks the score",
           "and node.target is torch.ops.aten.detach.default:", "and node.target is None:"),
-    Fault("writes to one index scatter to repeated indices", CAPTURE,
+    Fault("writes to one index scatter to repeated indices",
           "node.target = _select_scatter", "pass"),
-    Fault("shape-only uses count as edges", CAPTURE,
+    Fault("shape-only uses count as edges",
           "elif _reads_shape_only(node):", "elif False:"),
-    Fault("capture not keyed on non-tensor arguments", PROGRAM,
+    Fault("capture not keyed on non-tensor arguments",
           "tuple(plain_key(leaf) if is_plain(leaf) else type(leaf) for leaf in self._static)",
           "()"),
-    Fault("captures of several training modes are one", INFERENCE,
+    Fault("captures of several training modes are one",
           "key = (arguments.key, snapshot.modes)", "key = (arguments.key, ())"),
-    Fault("latents' factors are tempered too", TARGET,
+    Fault("latents' factors are tempered too",
           "                weighed[name] = value\n",
           "                weighed[name] = beta * value\n"),
-    Fault("likelihood not tempered", TARGET,
+    Fault("likelihood not tempered",
           "beta * value if beta > 0 else value.new_zeros(value.shape)", "value"),
-    Fault("references keep their weight to the end", TARGET,
+    Fault("references keep their weight to the end",
           "(1.0 - beta) * start + (beta * value if beta > 0 else 0.0)",
           "start + (beta * value if beta > 0 else 0.0)"),
-    Fault("plates are always independent", "dcpc/divide/certify.py",
+    Fault("plates are always independent",
           "return not bool(changed.any())", "return True"),
-    Fault("values are not certified", "dcpc/divide/certify.py",
+    Fault("values are not certified",
           "if got.shape != expected.shape or bool(differs(got, expected).any()):",
           "if got.shape != expected.shape:"),
-    Fault("dual averaging away from the target", "dcpc/conquer/step_size.py",
+    Fault("dual averaging away from the target",
           'state["centre"] - count.sqrt()', 'state["centre"] + count.sqrt()'),
-    Fault("frozen steps use the last value, not the average", "dcpc/conquer/step_size.py",
+    Fault("frozen steps use the last value, not the average",
           '"log_step" if adapting else "log_average"', '"log_step" if adapting else "log_step"'),
-    Fault("weighted mean without weights", "dcpc/posterior.py",
+    Fault("weighted mean without weights",
           "(self._weights(name) * z).sum(0) for", "z.mean(0) for"),
-    Fault("the standard error ignores families", "dcpc/annealing.py",
+    Fault("the standard error ignores families",
           ".scatter_add_(0, eve, normalized)", ".copy_(normalized)"),
-    Fault("the second annealing run goes on adapting", "dcpc/run.py",
+    Fault("the second annealing run goes on adapting",
           "pilot.ladder, adapt=False)", "pilot.ladder, adapt=True)"),
-    Fault("systematic resampling drops the last particle", RESAMPLING,
+    Fault("systematic resampling drops the last particle",
           "return _invert_cdf(rows, (slots + uniform) / rows.shape[-1]).movedim(-1, 0)",
           "return (_invert_cdf(rows, (slots + uniform) / rows.shape[-1]).movedim(-1, 0)"
           " % max(1, rows.shape[-1] - 1))"),
-    Fault("held-out images are also trained on", DATA,
+    Fault("held-out images are also trained on",
           "return order[num_held_out:], order[:num_held_out]",
           "return order, order[:num_held_out]"),
-    Fault("the binary draws of an epoch are those of the first", DATA,
+    Fault("the binary draws of an epoch are those of the first",
           "self.follow(epoch)", "self.follow(0)"),
-    Fault("the cap on training images also moves the held-out ones", HUB,
+    Fault("the cap on training images also moves the held-out ones",
           "training, held_out = super().split(num_images)",
           "training, held_out = super().split(self.num_training or num_images)"),
-    Fault("the cache forgets the size", HUB, "x{self.size or 'original'}", "xoriginal"),
-    Fault("the cache forgets the columns", HUB, ", *columns]", "]"),
-    Fault("the cache forgets when files changed", HUB, "stat.st_mtime_ns", "0"),
-    Fault("levels over 256", PIXELS, "LEVELS = 255", "LEVELS = 256"),
-    Fault("all images have the same binary draws", PIXELS, "(0, row, 0, 0)", "(0, 0, 0, 0)"),
-    Fault("binary draws ignore the epoch", PIXELS,
+    Fault("the cache forgets the size", "x{self.size or 'original'}", "xoriginal"),
+    Fault("the cache forgets the columns", ", *columns]", "]", within="_cached_file"),
+    Fault("the cache forgets when files changed", "stat.st_mtime_ns", "0"),
+    Fault("levels over 256", "LEVELS = 255", "LEVELS = 256"),
+    Fault("all images have the same binary draws", "(0, row, 0, 0)", "(0, 0, 0, 0)"),
+    Fault("binary draws ignore the epoch",
           "[self.seed % 2**64, self.epoch]", "[self.seed % 2**64, 0]"),
-    Fault("binary draws overlap from image to image", PIXELS, "(0, row, 0, 0)", "(row, 0, 0, 0)"),
-    Fault("a failed decoding leaves its file", PIXELS, "place.unlink(missing_ok=True)", "pass"),
-    Fault("colours in the order of the file", PIXELS,
+    Fault("binary draws overlap from image to image", "(0, row, 0, 0)", "(row, 0, 0, 0)"),
+    Fault("a failed decoding leaves its file", "place.unlink(missing_ok=True)", "pass"),
+    Fault("colours in the order of the file",
           "array.transpose(2, 0, 1)", "array.transpose(2, 0, 1)[::-1]"),
-    Fault("pictures in [0, 1] whatever the data's range", CALLBACKS,
+    Fault("pictures in [0, 1] whatever the data's range",
           "image_grid(pictures, columns, pl_module.intensity_range)",
           "image_grid(pictures, columns)"),
-    Fault("the monitor counts the optimiser's steps", CALLBACKS,
+    Fault("the monitor counts the optimiser's steps",
           "return trainer.fit_loop.total_batch_idx + 1", "return trainer.global_step"),
-    Fault("the encoder does not learn from the particles", MODULE,
-          'losses["guide_loss"] = self.inference.guide_loss(state, x) / len(x)', "pass"),
-    Fault("lpc keeps its particles", MODULE,
+    Fault("the encoder does not learn from the particles",
+          'losses["guide_loss"] = problem.guide_loss(state) / len(x)', "pass"),
+    Fault("lpc keeps its particles",
           "preset.warm_starts_every_visit if restart is None", "False if restart is None"),
-    Fault("the autoencoder's loss is that of the whole batch", AMORTISED,
-          "self.guide, x) / len(x)", "self.guide, x)"),
-    Fault("the learning rate ends at a half", MEASURED,
+    Fault("the autoencoder's loss is that of the whole batch",
+          "self.guide, x) / len(x)", "self.guide, x)", within="AmortisedModule"),
+    Fault("the learning rate ends at a half",
           "done.append(self._num_steps / total)", "done.append(0.5 * self._num_steps / total)"),
-    Fault("every step draws the same numbers", MEASURED,
+    Fault("every step draws the same numbers",
           "derived_seed(self._seed, *key)", "derived_seed(self._seed)"),
-    Fault("the solve by blocks forgets the blocks above", KERNELS,
+    Fault("the solve by blocks forgets the blocks above",
           "solved[:, above], scale_tril[block, above].mT, alpha=-1",
           "solved[:, above], scale_tril[block, above].mT, alpha=0"),
-    Fault("the derivative of the solve is not triangular", KERNELS,
+    Fault("the derivative of the solve is not triangular",
           "        return -outer.tril(), by_rows",
           "        return -outer, by_rows"),
-    Fault("the Bernoulli's derivative has no sigmoid", KERNELS,
+    Fault("the Bernoulli's derivative has no sigmoid",
           "lambda value, logits: value - logits.sigmoid()",
           "lambda value, logits: value - logits"),
-    Fault("the score carries gradients of parameters", CAPTURE,
+    Fault("the score carries gradients of parameters",
           'if node.op == "get_attr" and not learns:', 'if node.op == "nothing":'),
-    Fault("bounds average log-weights", BOUNDS,
+    Fault("bounds average log-weights",
           "LogWeights(log_weights).log_mean())", "log_weights.mean(0))"),
-    Fault("bounds leave the guide's density out", BOUNDS,
-          "chunks.append(division.log_joint(state.latents, (x,)) - state.log_joint)",
-          "chunks.append(division.log_joint(state.latents, (x,)))"),
-    Fault("completion sees the hidden pixels", COMPLETION,
+    Fault("bounds leave the guide's density out",
+          "chunks.append(problem.density.log_joint(state.latents) - state.log_joint)",
+          "chunks.append(problem.density.log_joint(state.latents))"),
+    Fault("completion sees the hidden pixels",
           "shown = torch.where(visible, x, intensity_range[0])",
           "shown = x"),
-    Fault("completion scores the visible pixels", COMPLETION,
+    Fault("completion scores the visible pixels",
           "hidden_mse=(squares * hidden).sum(1) / hidden.sum(1)",
           "hidden_mse=squares.mean(1)"),
-    Fault("the covariance as its own Cholesky factor", PSEUDO,
+    Fault("the covariance as its own Cholesky factor",
           "torch.linalg.cholesky(_joined(f.covariances_ for f in fits)).to(dtype)",
           "_joined(f.covariances_ for f in fits).tril().to(dtype)"),
-    Fault("all classes share their mixture", PSEUDO,
+    Fault("all classes share their mixture",
           "chosen = self.labels == label if len(self.labels) else ~chosen",
           "chosen = chosen"),
-    Fault("the Frechet distance with half its overlap", FRECHET,
+    Fault("the Frechet distance with half its overlap",
           "cov2.trace() - 2.0 * overlap",
           "cov2.trace() - overlap"),
-    Fault("neighbours of later chunks counted from zero", NEIGHBOURS,
+    Fault("neighbours of later chunks counted from zero",
           "torch.arange(start, start + len(chunk), device=rows.device)",
           "torch.arange(len(chunk), device=rows.device)"),
-    Fault("frozen particles averaged without their weights", FROZEN,
+    Fault("frozen particles averaged without their weights",
           "parts.append(_average(weights[:, rows].to(means), means))",
           "parts.append(means.mean(0))"),
-    Fault("intensities from -1 to 1 are not scaled", INTENSITIES,
+    Fault("intensities from -1 to 1 are not scaled",
           "    return (values - black) / (white - black)",
           "    return values"),
-    Fault("resampled particles keep their old evaluations", SWEEP,
-          "evaluations = {name: _take(e, ancestors) for name, e in evaluations.items()}", "pass"),
-    Fault("the log-joint without the factors that move later", "dcpc/divide/division.py",
-          "log_joint = log_joint + self.over_population(rest)", "pass"),
-    Fault("a Metropolis sweep counts one gradient", HEAD,
+    Fault("resampled particles keep their old evaluations",
+          "evaluations = {name: _take(e, info.ancestors) for name, e in evaluations.items()}",
+          "pass"),
+    Fault("the log-joint without the factors that move later",
+          "log_joint = log_joint + self.division.over_population(self._temper(rest, latents))",
+          "pass"),
+    Fault("a Metropolis sweep counts one gradient",
           "per_latent += inference.parts.correction.scores_proposal", "per_latent += 0"),
-    Fault("the paper's correction counts a score that it does not take", CORRECTION,
+    Fault("the paper's correction counts a score that it does not take",
           'reproduce the paper.\n    """\n\n    is_exact: ClassVar[bool] = False\n'
           "    scores_proposal: ClassVar[bool] = False",
           'reproduce the paper.\n    """\n\n    is_exact: ClassVar[bool] = False\n'
           "    scores_proposal: ClassVar[bool] = True"),
-    Fault("several leapfrog steps have one length", LANGEVIN,
+    Fault("several leapfrog steps have one length",
           "factor = 1.0 + JITTER", "factor = 1.0 + 0.0"),
-    Fault("bad scores are zero at one end of a move only", "dcpc/sweep.py",
-          "return _usable(group.evaluate(value, latents, tensors, target), active)",
-          "return group.evaluate(value, latents, tensors, target)"),
-    Fault("held-out data are moved by single steps", "dcpc/evaluation/held_out.py",
+    Fault("bad scores are zero at one end of a move only",
+          "return self.usable(self.evaluate_raw(value))", "return self.evaluate_raw(value)"),
+    Fault("held-out data are moved by single steps",
           "LEAPFROG_STEPS = 4", "LEAPFROG_STEPS = 1"),
-    Fault("a batch's evidence is given to each of its data whole", "dcpc/evaluation/held_out.py",
+    Fault("a batch's evidence is given to each of its data whole",
           "(log_evidence / len(x)).expand", "log_evidence.expand"),
-    Fault("training stops when the first budget is spent", HEAD,
+    Fault("training stops when the first budget is spent",
           "trainer.should_stop = len(self.kept) == len(self.sizes)",
           "trainer.should_stop = bool(self.kept)"),
-    Fault("leapfrog steps count one gradient", HEAD,
+    Fault("leapfrog steps count one gradient",
           "per_latent = move.leapfrog_steps if isinstance(move, Langevin) else 1",
           "per_latent = 1"),
     Fault("the table by gradients shows what was learned by time",
-          "experiments/head_to_head_report.py",
           'run["spent"][budget] for run', 'run["spent"]["seconds"] for run'),
-    Fault("a warm guide goes on learning from single particles", MODULE,
+    Fault("a warm guide goes on learning from single particles",
           "if self.guide is not None and not self.warm_up_epochs:", "if self.guide is not None:"),
-    Fault("the bound of a warm guide teaches the model", MODULE,
-          "{name: value.detach() for", "{name: value for"),
-    Fault("errors do not pull at the value before", NETWORK,
+    Fault("the bound of a warm guide teaches the model",
+          "{name: value.detach() for", "{name: value for", within="ParticleModule"),
+    Fault("errors do not pull at the value before",
           "prediction = stage.predict(before.value)",
           "prediction = stage.predict(before.value.detach())"),
-    Fault("the input's drive outlives a step of the weights", RULES,
+    Fault("the input's drive outlives a step of the weights",
           "if drive is None or phase.weights:", "if drive is None:"),
-    Fault("the input's drive is constant though the input moves", RELAXATION,
+    Fault("the input's drive is constant though the input moves",
           "phase.weights or network.free_nodes([0])", "phase.weights"),
-    Fault("weights descend the sum over the samples", RELAXATION,
+    Fault("weights descend the sum over the samples",
           "None if gradient is None else gradient / len(energy)", "gradient"),
-    Fault("values descend the mean over the samples", RELAXATION,
+    Fault("values descend the mean over the samples",
           "torch.autograd.grad(energy.sum(), [", "torch.autograd.grad(energy.mean(), ["),
-    Fault("a clamped value moves", NODES,
+    Fault("a clamped value moves",
           "not (self.is_clamped or self.is_frozen)", "not self.is_frozen"),
-    Fault("a frozen value moves", NODES,
+    Fault("a frozen value moves",
           "not (self.is_clamped or self.is_frozen)", "not self.is_clamped"),
-    Fault("values are saved with the weights", NODES,
+    Fault("values are saved with the weights",
           'destination.pop(f"{prefix}value", None)', "pass"),
-    Fault("a shared variance is counted once for all units", GAUSSIAN_NODES,
+    Fault("a shared variance is counted once for all units",
           "0.5 * self.logvar.expand(value.shape[1:]).sum()", "0.5 * self.logvar.sum()"),
-    Fault("the precision-weighted error is whitened once", GAUSSIAN_NODES,
+    Fault("the precision-weighted error is whitened once",
           "self.whiten_transposed(self.whiten(value - prediction))",
           "self.whiten(value - prediction)"),
-    Fault("Z-IL with the inference's own step size", RULES,
+    Fault("Z-IL with the inference's own step size",
           "UNIT_STEP = sgd(1.0)", "UNIT_STEP = sgd(0.5)"),
-    Fault("incremental learning counts from its first step", RULES,
+    Fault("incremental learning counts from its first step",
           "(step - self.first) % self.every == 0", "step % self.every == 0"),
-    Fault("a second nudge starts where the first one ended", EQUILIBRIUM,
+    Fault("a second nudge starts where the first one ended",
           "node.init(value)", "pass"),
-    Fault("symmetric nudging divides by beta", EQUILIBRIUM,
+    Fault("symmetric nudging divides by beta",
           "(nudged - other) / (self.beta - start)", "(nudged - other) / self.beta"),
-    Fault("targets broadcast against the output", RULES,
+    Fault("targets broadcast against the output",
           "if y.shape != output.shape:", "if False:"),
-    Fault("a value optimiser may mix samples", RELAXATION,
+    Fault("a value optimiser may mix samples",
           "if not torch.equal(*moved):", "if False:"),
-    Fault("an energy counts as finite if its entries are", RELAXATION,
+    Fault("an energy counts as finite if its entries are",
           "bad = bad or [max(means, key=lambda name: abs(means[name]))]", "pass"),
-    Fault("a change that is no number is the end of a relaxation", RELAXATION,
+    Fault("a change that is no number is the end of a relaxation",
           "if not math.isfinite(change):", "if False:"),
-    Fault("the Hopfield energy has no half", ENERGY_BASED,
+    Fault("the Hopfield energy has no half",
           "0.5 * node.value.square().sum(1)", "node.value.square().sum(1)"),
-    Fault("what one side declares is the other's by default", PARAMETERS,
+    Fault("what one side declares is the other's by default",
           "elif name in others:", "elif False:"),
-    Fault("weights of another network are loaded as far as they fit", NETWORK_WEIGHTS,
-          "if misfit is not None:", "if False:"),
-    Fault("an in-place layer overwrites its input", GRADIENTS,
+    Fault("weights of another network are loaded as far as they fit",
+          "if misfit is not None:", "if False:", within="load_weights"),
+    Fault("an in-place layer overwrites its input",
           "activations.append(module(activations[-1].clone()))",
           "activations.append(module(activations[-1]))"),
-    Fault("a variance scales the error as a standard deviation", GAUSSIAN_NODES,
+    Fault("a variance scales the error as a standard deviation",
           "(-0.5 * self.logvar).exp()", "(-self.logvar).exp()"),
-    Fault("the nudge has unit strength", NETWORK,
+    Fault("the nudge has unit strength",
           'parts["cost"] = strength * cost', 'parts["cost"] = cost'),
-    Fault("strict beliefs ignore init", GRADIENTS,
+    Fault("strict beliefs ignore init",
           "beliefs[1:-1] = _initial_beliefs(init, activations)",
           "_initial_beliefs(init, activations)"),
-    Fault("strict errors are an update old", GRADIENTS,
-          "        errors = _errors(passes, beliefs, loss_fn, y)\n        _require",
-          "        _require"),
-    Fault("dropout is drawn anew at every evaluation", GRADIENTS,
+    Fault("strict errors are an update old",
+          "errors = _errors(passes, beliefs, loss_fn, y)\n        _require_finite(errors, step)",
+          "_require_finite(errors, step)"),
+    Fault("dropout is drawn anew at every evaluation",
           "_set_random_state(self._noise, leaf)", "pass"),
-    Fault("batch statistics are counted at every evaluation", GRADIENTS,
+    Fault("batch statistics are counted at every evaluation",
           "buffer.clone() for name, buffer", "buffer for name, buffer"),
-    Fault("gradients of before take part in the first step", RULES,
+    Fault("gradients of before take part in the first step",
           "        optimizer.zero_grad()\n        return self._learn",
           "        return self._learn"),
-    Fault("a layer that occurs twice is evaluated once", NETWORK,
+    Fault("a layer that occurs twice is evaluated once",
           "for index, module in enumerate(self.layers)",
           "for index, module in self.layers.named_children()"),
-    Fault("a relaxation needs gradients to be allowed", RELAXATION,
+    Fault("a relaxation needs gradients to be allowed",
           "@torch.enable_grad()\ndef move", "def move"),
-    Fault("predictions are made with dropout", "dcpc/training/classifier.py",
+    Fault("predictions are made with dropout",
           "self.network.eval()", "pass"),
-    Fault("a shared layer keeps its last gradient", GRADIENTS,
+    Fault("a shared layer keeps its last gradient",
           "gradients.get(parameter, 0) + gradient", "gradient"),
-    Fault("elements in the order of axes instead of plates", UNIT,
+    Fault("elements in the order of axes instead of plates",
           "return factor.permute(0, *(1 + order.index(axis) for axis in axes))", "return factor"),
-    Fault("a scaled Jacobian", HANDLERS,
+    Fault("a scaled Jacobian",
           "log_factor if log_det is None else log_factor + log_det",
           "log_prob if log_det is None else _rescaled(log_prob + log_det, msg['scale'], 1.0)"),
-    Fault("a subsample's scale is left in its factors", HANDLERS,
+    Fault("a subsample's scale is left in its factors",
           "scale = scale / by_plates\n", "scale = scale / 1.0\n"),
-    Fault("what is masked out is evaluated where it is", MASKING,
+    Fault("what is masked out is evaluated where it is",
           'return torch.where(chosen, msg["value"], feasible_value(msg["fn"], msg["value"]))',
           'return msg["value"]'),
-    Fault("masks of handlers are not applied", MASKING,
+    Fault("masks of handlers are not applied",
           "return torch.where(mask, log_prob, log_prob.new_zeros(()))", "return log_prob"),
-    Fault("masks inside of distributions are not looked at", MASKING,
+    Fault("masks inside of distributions are not looked at",
           "yield part._mask, part.event_dim", "pass"),
-    Fault("bad entries behind a mask hide those beside it", SITES,
+    Fault("bad entries behind a mask hide those beside it",
           "num_nan = int((value.isnan() & mask).sum())",
           "num_nan = int(mask.all() * value.isnan().sum())"),
-    Fault("masked elements that others look at stay", ACTIVITY,
+    Fault("masked elements that others look at stay",
           "active[name] = _like_value(mask | needed, site)",
           "active[name] = _like_value(mask, site)"),
-    Fault("a masked prior in use is not flat", ACTIVITY, "flat.add(name)", "pass"),
-    Fault("masked elements are moved", SWEEP,
-          "stays = torch.where(active, proposal.value, value)", "stays = proposal.value"),
-    Fault("masked elements count in the preconditioner", SWEEP,
+    Fault("a masked prior in use is not flat", "flat.add(name)", "pass"),
+    Fault("masked elements are moved",
+          "proposal = replace(proposal, value=torch.where(unit.active, proposal.value, value))",
+          "pass"),
+    Fault("masked elements count in the preconditioner",
           "score = score / share.clamp(min=1e-12).sqrt()", "pass"),
-    Fault("a reference's score at masked elements counts", SWEEP,
-          "score = torch.where(active, score, 0.0)", "pass"),
-    Fault("masked elements count as accepted", CORRECTION,
-          "if self.active is None:\n            return acceptance",
+    Fault("a reference's score at masked elements counts",
+          "score = torch.where(self.active, score, 0.0)", "pass"),
+    Fault("masked elements count as accepted",
+          "if active is None:\n            return acceptance",
           "if True:\n            return acceptance"),
-    Fault("scores that are bad go uncounted", SWEEP,
-          "bad = ~evaluation.score.isfinite().all(-1) & evaluation.log_density.isfinite()",
-          "bad = ~evaluation.log_density.isfinite()"),
-    Fault("one and True are one argument", WATCH,
+    Fault("scores that are bad go uncounted",
+          "bad = ~self.score.isfinite().all(-1) & self.log_density.isfinite()",
+          "bad = ~self.log_density.isfinite()"),
+    Fault("one and True are one argument",
           "return type(value), value\n", "return value\n"),
-    Fault("globals of a model are not watched", WATCH,
+    Fault("globals of a model are not watched",
           "self._visit_global(function.__globals__[name], _names(function.__code__))", "pass"),
-    Fault("closures of a model are not watched", WATCH,
+    Fault("closures of a model are not watched",
           "self._visit(cell.cell_contents)", "cell.cell_contents"),
-    Fault("attributes of classes are not watched", WATCH,
+    Fault("attributes of classes are not watched",
           "self._visit_class(type(module))", "pass"),
-    Fault("buffers are not watched", WATCH, '("_parameters", "_buffers")', '("_parameters",)'),
-    Fault("a capture of objects is not compared with a plain run", INFERENCE,
-          "unsure = not snapshot.is_complete or sites is not None", "unsure = False"),
-    Fault("a capture that read its data serves other data", INFERENCE,
+    Fault("buffers are not watched", '("_parameters", "_buffers")', '("_parameters",)'),
+    Fault("a capture of objects is not compared with a plain run",
+          "unsure = thorough or not snapshot.is_complete", "unsure = False"),
+    Fault("a capture that read its data serves other data",
           "unsure = unsure or data != self.data", "pass"),
-    Fault("numbers taken from data go unnoticed", CAPTURE,
+    Fault("numbers taken from data go unnoticed",
           "self.reads.found = True\n            with disable", "with disable"),
-    Fault("global and local latents of a subsample are moved", INFERENCE,
-          "if self.parts.correction.is_exact and scaled and len(others) > 1:", "if False:"),
-    Fault("a rescaled prior has an evidence", "dcpc/divide/division.py",
-          "or (self.sites[name].is_rescaled and activity.has_active(name))", ""),
-    Fault("changes of the joint are not certified", CERTIFY_MOVES,
+    Fault("global and local latents of a subsample are moved",
+          "if parts.correction.is_exact and scaled and len(others) > 1:", "if False:"),
+    Fault("a rescaled prior has an evidence",
+          "or (sites[name].is_rescaled and activity.has_active(name))", ""),
+    Fault("changes of the joint are not certified",
           "wrong = comparable & ~((got - change).abs() <= allowed)",
           "wrong = comparable & ~((got - change).abs() <= 1e9 * allowed)"),
-    Fault("scores are not certified", CERTIFY_MOVES,
+    Fault("changes in double precision may be off by as much as rounding in single precision",
+          "allowed = 1e-7 * (1.0 + expected.size.nan_to_num()) + 10.0 * rounding",
+          "allowed = 1e-4 * (1.0 + expected.size.nan_to_num()) + 10.0 * rounding"),
+    Fault("numbers that a precision rounds are a disagreement",
+          "allowed = 1e-7 * (1.0 + expected.size.nan_to_num()) + 10.0 * rounding",
+          "allowed = 1e-9 * (1.0 + expected.size.nan_to_num())"),
+    Fault("a copy is written to in double precision",
+          "if writes and args and isinstance(args[0], Tensor)", "if False and args"),
+    Fault("binding never looks at the data anew", "if not self._is_checked:", "if False:"),
+    Fault("scores are not certified",
           "_compare_scores(group, base, reference)\n", "pass\n"),
-    Fault("a NaN score at a finite density passes", CERTIFY_MOVES,
+    Fault("a NaN score at a finite density passes",
           "bad = density.isfinite().unsqueeze(-1) & ~score.isfinite()",
           "bad = density.isfinite().unsqueeze(-1) & (score != score) & False"),
-    Fault("a Beta's upper edge is flat", FAMILIES,
+    Fault("a Beta's upper edge is flat",
           "(b - 1) * logsigmoid(-u) - log_beta",
           "(b - 1) * logsigmoid(-u.clamp(max=16.6)) - log_beta"),
-    Fault("small gamma shapes are not boosted", FAMILIES,
+    Fault("small gamma shapes are not boosted",
           "return torch._standard_gamma(shape + 1).log() - exponential_variate(shape) / shape",
           "return torch._standard_gamma(shape).log()"),
-    Fault("angles leave the circle", CIRCULAR,
+    Fault("angles leave the circle",
           "return torch.where(x.abs() <= math.pi, x, wrapped)", "return x"),
-    Fault("initial values outside of the support are taken", INITIAL,
+    Fault("initial values outside of the support are taken",
           "if not bool(support.check(tensor).all()):", "if False:"),
-    Fault("an evidence of few families has an error", ANNEALING,
+    Fault("an evidence of few families has an error",
           "return error.masked_fill(too_few, math.inf)", "return error"),
-    Fault("one sweep per rung, however correlated the particles", ANNEALING,
+    Fault("one sweep per rung, however correlated the particles",
           "while num_sweeps < rung.num_sweeps:", "while num_sweeps < 1:"),
-    Fault("every sweep of a rung reweights", ANNEALING,
+    Fault("every sweep of a rung reweights",
           "retargets=num_sweeps == 0", "retargets=True"),
-    Fault("families are counted without their resampling", ANNEALING,
+    Fault("families are counted without their resampling",
           "eve=take_particles(self.eve, ancestors, axes)", "eve=self.eve"),
-    Fault("R-hat may be anything", CONVERGENCE, "MAX_R_HAT = 1.01", "MAX_R_HAT = 9.0"),
-    Fault("few draws are enough", CONVERGENCE, "MIN_ESS = 400.0", "MIN_ESS = 4.0"),
-    Fault("lineages may stay where they were", CONVERGENCE,
+    Fault("R-hat may be anything", "MAX_R_HAT = 1.01", "MAX_R_HAT = 9.0"),
+    Fault("few draws are enough", "MIN_ESS = 400.0", "MIN_ESS = 4.0"),
+    Fault("lineages may stay where they were",
           "if least < FORGOTTEN:", "if least < 0.0:"),
-    Fault("a guide may miss what the prior finds", "dcpc/run.py",
+    Fault("a guide may miss what the prior finds",
           "return bool((lower > upper).any())", "return False"),
-    Fault("data outside of a random support are refused", SITES,
+    Fault("data outside of a random support are refused",
           'and _bounds(support) == _bounds(again()[name]["fn"].support)', ""),
 ]  # fmt: skip
 
@@ -520,13 +528,14 @@ def failure(workdir: Path, tests: Sequence[str]) -> str | None:
 
 def survives(fault: Fault, workdir: Path) -> str | None:
     """Runs the suite on the broken copy; a reason if the fault is not noticed."""
-    path = workdir / fault.path
+    found = fault.find(workdir)
+    if len(found) != 1:
+        return f"found {len(found)} times"
+    path, start, end = found[0]
     source = path.read_text()
-    if fault.old not in source:
-        return f"text not found in {fault.path}"
-    path.write_text(source.replace(fault.old, fault.new, 1))
+    path.write_text(source[:start] + fault.new + source[end:])
     try:
-        place = Path(fault.path).with_suffix("").parts[1]
+        place = path.relative_to(workdir).with_suffix("").parts[1]
         tests = [test for test in TESTS if (workdir / test).exists()]
         tests.sort(key=lambda test: place not in test)  # where it should be noticed, first
         output = failure(workdir, tests)
@@ -546,7 +555,7 @@ def main() -> None:
     parser.add_argument("select", nargs="?", default="")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
-    chosen = [fault for fault in FAULTS if options.select in f"{fault.what} {fault.path}"]
+    chosen = [fault for fault in FAULTS if options.select in fault.what]
     if options.list:
         print("\n".join(fault.what for fault in chosen))
         return

@@ -10,7 +10,7 @@ from dcpc.divide.division import DataIdentity, Division, divide
 from dcpc.divide.graph import Schedule
 from dcpc.divide.model import Model
 from dcpc.divide.program import Arguments
-from dcpc.divide.sites import Sites, read_sites
+from dcpc.divide.sites import read_sites
 from dcpc.divide.watch import Snapshot
 from dcpc.seeding import random_state_kept
 
@@ -57,25 +57,23 @@ class Divisions:
 
         Args:
             arguments: The model's arguments.
-            thorough: Whether its sites and data are checked by a run of the model, and what was
-                captured is compared with another one, whatever seems to be unchanged.
+            thorough: Whether the sites, the data and what was captured are compared with a run of
+                the model, whatever seems to be unchanged.
 
         Raises:
             ModelError, DataError, CertificationError: The model or data cannot be handled.
         """
-        sites = self._read(arguments) if thorough else None
         snapshot = Snapshot(self.model, arguments.objects)
         key = (arguments.key, snapshot.modes)
         captured = self._captured.get(key)
-        if captured is not None and captured.holds(snapshot, arguments, sites):
+        if captured is not None and captured.holds(snapshot, arguments, thorough):
             self._captured.move_to_end(key)
             return captured.division
-        sites = sites or self._read(arguments)
         with random_state_kept():
             division = divide(
                 self.model,
                 arguments,
-                sites,
+                read_sites(self.model, *arguments.rebuild(arguments.tensors)),
                 self.num_particles,
                 schedule=self._schedule,
                 blocks=self._blocks,
@@ -90,10 +88,6 @@ class Divisions:
             self._captured.popitem(last=False)
         return division
 
-    def _read(self, arguments: Arguments) -> Sites:
-        with random_state_kept():
-            return read_sites(self.model, *arguments.rebuild(arguments.tensors))
-
 
 @dataclass
 class _Captured:
@@ -103,11 +97,11 @@ class _Captured:
     snapshot: Snapshot
     data: DataIdentity
 
-    def holds(self, snapshot: Snapshot, arguments: Arguments, sites: Sites | None) -> bool:
+    def holds(self, snapshot: Snapshot, arguments: Arguments, thorough: bool) -> bool:
         """Whether the division is that of the model as it is now, for these arguments."""
-        if snapshot != self.snapshot or (sites is not None and sites != self.division.sites):
+        if snapshot != self.snapshot:
             return False
-        unsure = not snapshot.is_complete or sites is not None
+        unsure = thorough or not snapshot.is_complete
         if self.division.program.reads_data:
             data = DataIdentity((*arguments.tensors, *snapshot.tensors))
             unsure = unsure or data != self.data

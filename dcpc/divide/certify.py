@@ -26,7 +26,6 @@ def certify_values(
     factors: Factors,
     particles: Latents,
     arguments: Arguments,
-    num_runs: int = NUM_PLAIN_RUNS,
 ) -> None:
     """Compares every factor of the first particles with plain sequential runs of the model.
 
@@ -35,27 +34,35 @@ def certify_values(
         factors: What it gives for the particles and arguments, `(K, *batch_shape)` by site.
         particles: Unconstrained latents.
         arguments: The model's arguments.
-        num_runs: Number of particles to compare.
 
     Raises:
         CertificationError: Naming the site, both values, and the usual causes.
     """
     args, kwargs = arguments.rebuild(arguments.tensors)
     with torch.no_grad():
-        for k in range(min(num_runs, program.num_particles)):
+        for k in range(min(NUM_PLAIN_RUNS, program.num_particles)):
             particle = {name: u[k] for name, u in particles.items()}
             plain = log_factors(program.model, particle, args, kwargs, program.sites)
-            for name, expected in plain.items():
-                got = factors[name][k]
-                if got.shape != expected.shape or bool(differs(got, expected).any()):
-                    raise CertificationError(
-                        f"site '{name}': the {program.name} backend gives the log-density "
-                        f"{_show(got)} of shape {tuple(got.shape)}, a plain run of the model "
-                        f"{_show(expected)} of shape {tuple(expected.shape)}. Usual causes: the "
-                        "model is random outside its sample sites (dropout, or a plate with "
-                        "subsample_size, which draws its own subsample: give it subsample= "
-                        "instead), keeps state between runs, or passes a latent through numpy."
-                    )
+            compare_values(program, {name: value[k] for name, value in factors.items()}, plain)
+
+
+def compare_values(program: Program, factors: Factors, plain: Factors) -> None:
+    """Compares one particle's factors with those of a plain run of the model.
+
+    Raises:
+        CertificationError: Naming the site, both values, and the usual causes.
+    """
+    for name, expected in plain.items():
+        got = factors[name]
+        if got.shape != expected.shape or bool(differs(got, expected).any()):
+            raise CertificationError(
+                f"site '{name}': the {program.name} backend gives the log-density "
+                f"{_show(got)} of shape {tuple(got.shape)}, a plain run of the model "
+                f"{_show(expected)} of shape {tuple(expected.shape)}. Usual causes: the "
+                "model is random outside its sample sites (dropout, or a plate with "
+                "subsample_size, which draws its own subsample: give it subsample= "
+                "instead), keeps state between runs, or passes a latent through numpy."
+            )
 
 
 def changed_factors(

@@ -12,11 +12,13 @@ from dcpc.divide.activity import Activity, find_activity
 from dcpc.divide.certify import (
     certify_graph,
     certify_values,
+    compare_values,
     independent_plates,
     perturbation_dependencies,
 )
 from dcpc.divide.certify_moves import certify_moves
 from dcpc.divide.graph import Members, Schedule, SiteGraph, coloured, group_blocks
+from dcpc.divide.handlers import Substitute
 from dcpc.divide.model import Latents, Model
 from dcpc.divide.program import (
     Arguments,
@@ -27,8 +29,9 @@ from dcpc.divide.program import (
     build_program,
     prior_particles,
 )
-from dcpc.divide.sites import Plate, Sites
+from dcpc.divide.sites import Plate, Sites, read_sites
 from dcpc.divide.unit import Unit, UnitGroup, sum_to_plates
+from dcpc.errors import DataError
 
 NUM_EXAMPLES = 4
 """Prior samples that a program is captured and certified with."""
@@ -106,16 +109,26 @@ class Division:
         return axes
 
     def matches(self, arguments: Arguments) -> bool:
-        """Whether what was captured agrees with a plain run of the model for these arguments."""
+        """Whether what was captured agrees with a plain run of the model for these arguments.
+
+        Raises:
+            DataError: An observed value is NaN, or outside its distribution's support.
+        """
         self._active = None  # a mask of the model's own may have changed in place
-        example = self.program.example
+        particle = {name: u[0] for name, u in self.program.example.items()}
+        plain = Substitute(particle, self.sites)
         try:
+            sites = read_sites(self.program.model, *arguments.rebuild(arguments.tensors), plain)
             with torch.no_grad():
-                factors = self.log_factors(example, arguments.tensors)
-            certify_values(self.program, factors, example, arguments, num_runs=1)
+                factors = self.log_factors(self.program.example, arguments.tensors)
+            first = {name: value[0] for name, value in factors.items()}
+            expected = {name: plain.log_factors[name].to(first[name]) for name in first}
+            compare_values(self.program, first, expected)
+        except DataError:
+            raise
         except Exception:  # what was captured for other data may fail on these in any way
             return False
-        return True
+        return sites == self.sites
 
     def activity(self, tensors: Sequence[Tensor]) -> Activity:
         """Which elements of masked latents these data make a part of the target."""

@@ -123,8 +123,16 @@ class Sites(dict[str, Site]):
         return [name for name, site in self.items() if site.is_masked]
 
 
-def read_sites(model: Any, args: tuple, kwargs: dict) -> Sites:
+def read_sites(
+    model: Any, args: tuple, kwargs: dict, handler: TensorObservations | None = None
+) -> Sites:
     """Runs the program once and describes its sites, in program order.
+
+    Args:
+        model: The Pyro program.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        handler: A handler to run it under, which may give latents their values.
 
     Raises:
         ModelError: A latent is discrete, or its support has no bijection to the reals, or there
@@ -132,7 +140,7 @@ def read_sites(model: Any, args: tuple, kwargs: dict) -> Sites:
         DataError: An observed value that is not masked out is NaN, or lies outside its
             distribution's support.
     """
-    nodes = _nodes(model, args, kwargs)
+    nodes = _nodes(model, args, kwargs, handler)
     again = cache(lambda: _nodes(model, args, kwargs))
     with torch.no_grad(), quiet():
         for site in nodes.values():
@@ -153,10 +161,13 @@ def read_sites(model: Any, args: tuple, kwargs: dict) -> Sites:
     return Sites(sites, deterministic)
 
 
-def _nodes(model: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+def _nodes(
+    model: Any, args: tuple, kwargs: dict, handler: TensorObservations | None = None
+) -> dict[str, Any]:
     """The messages of one ordinary run of the program, by site."""
+    handler = TensorObservations() if handler is None else handler
     with torch.no_grad(), quiet(), pyro.validation_enabled(True):
-        handled = pyro.poutine.trace(InitialiseFlat()(TensorObservations()(model)))
+        handled = pyro.poutine.trace(InitialiseFlat()(handler(model)))
         return handled.get_trace(*args, **kwargs).nodes
 
 
