@@ -479,7 +479,7 @@ class PlatedGaussian:
                 scale *= 1.0 if self.scale is None else self.scale
                 out = [(element, event) in site.masked for event in site.event_indices()]
                 unknown = site.key(at, site.event_indices()[0]) in index
-                unknown = unknown or site.missing is not None
+                unknown = unknown or bool(site.missing)
                 has_prior = has_prior and not (unknown and (any(out) or scale != 1.0))
                 gaussian.add(site, rows, out, site.sigma[element], scale)
                 if site.lognormal:
