@@ -147,36 +147,43 @@ def build_algorithm(
             "it adapted"
         )
     chosen = schedule or preset.schedule
-    resolved: Schedule = (
-        lookup("schedule", chosen, SCHEDULES) if isinstance(chosen, str) else chosen
-    )
-    corrected = parts.correction.is_exact or not isinstance(parts.correction, CORRECTIONS["none"])
-    if resolved is SCHEDULES["joint"] and corrected and not one_block:
+    resolved = lookup("schedule", chosen, SCHEDULES) if isinstance(chosen, str) else chosen
+    if not isinstance(resolved, Schedule):
         raise OptionError(
-            f"schedule='joint' moves all units at once, which correction "
-            f"{type(parts.correction).__name__.lower()!r} does not allow: its ratio is that of "
-            "one unit. Use schedule='coloured', or correction='none', or declare all latents one "
-            "block with blocks=[(...all latents...)]"
+            f"schedule must be one of {', '.join(SCHEDULES)} or an instance of Schedule, "
+            f"got {chosen!r}"
         )
-    if corrected and not parts.move.is_reversible:
+    if not resolved.separates and parts.correction.compares and not one_block:
         raise OptionError(
-            f"move {type(parts.move).__name__.lower()!r} draws no noise and has no way back, so "
-            f"correction {type(parts.correction).__name__.lower()!r} cannot weigh it; use "
-            "move='langevin' or correction='none'"
+            f"schedule {_name(resolved, SCHEDULES)} moves units that touch at once, which "
+            f"correction {_name(parts.correction, CORRECTIONS)} does not allow: its ratio is that "
+            "of one unit. Use schedule='coloured', or correction='none', or declare all latents "
+            "one block with blocks=[(...all latents...)]"
         )
-    if isinstance(parts.correction, CORRECTIONS["resample"]) and not parts.move.has_density:
+    _check_parts(parts)
+    return Algorithm(name, preset, resolved, parts)
+
+
+def _check_parts(parts: Parts) -> None:
+    """Refuses parts that do not go together, by what they say of themselves."""
+    correction = _name(parts.correction, CORRECTIONS)
+    if parts.correction.compares and not parts.move.is_reversible:
         raise OptionError(
-            "correction 'resample' weighs by the density of the proposal, which a move of several "
-            "leapfrog steps does not have; use leapfrog_steps=1, or correction='metropolis' or "
-            "'weight'"
+            f"move {_name(parts.move, MOVES)} draws no noise and has no way back, so correction "
+            f"{correction} cannot weigh it; use move='langevin' or correction='none'"
+        )
+    if parts.correction.needs_density and not parts.move.has_density:
+        raise OptionError(
+            f"correction {correction} weighs by the density of the proposal, which move "
+            f"{parts.move} does not have; use move='langevin' (of one leapfrog step), or "
+            "correction='metropolis' or 'weight'"
         )
     if parts.correction.is_exact and parts.preconditioner.uses_current_scores:
         raise OptionError(
-            f"preconditioner {type(parts.preconditioner).__name__!r} depends on the particles "
-            f"that it moves, which makes correction {type(parts.correction).__name__.lower()!r} "
-            "wrong; use preconditioner='adapted'"
+            f"preconditioner {_name(parts.preconditioner, PRECONDITIONERS)} depends on the "
+            f"particles that it moves, which makes correction {correction} wrong; use "
+            "preconditioner='adapted'"
         )
-    return Algorithm(name, preset, resolved, parts)
 
 
 def lookup(option: str, name: Any, registry: Mapping[str, Part]) -> Part:
@@ -196,6 +203,14 @@ def _part(option: str, part: Any, registry: Mapping[str, type[Part]], base: type
             f"got {part!r}"
         )
     return part
+
+
+def _name(part: Any, registry: Mapping[str, Any]) -> str:
+    """How users call a part: by its name in the registry, else by its class."""
+    for name, kind in registry.items():
+        if part is kind or type(part) is kind:
+            return repr(name)
+    return repr(type(part).__name__)
 
 
 def _in_range(option: str, value: float, low: float, high: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -50,13 +51,26 @@ class Parts:
     @property
     def adapts_step_size(self) -> bool:
         """Whether the step size is adapted."""
-        return self.step_size is None and self.correction.target is not None
+        return self.step_size is None and self.target is not None
+
+    @property
+    def target(self) -> float | None:
+        """Value of the correction's statistic that step sizes are adapted to."""
+        return self.correction.target_for(self.move)
 
     def initial_step_size(self, group: UnitGroup) -> float:
         """Before adaptation: `d^(-1/3)`, the scaling of MALA's optimum with dimension."""
         if self.step_size is not None:
             return self.step_size
         return group.size ** (-1.0 / 3.0) if self.adapts_step_size else DEFAULT_STEP_SIZE
+
+    def init_memory(self, latents: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """What the move keeps of particles that have not moved yet, by its name and by latent."""
+        memory: dict[str, dict[str, Tensor]] = {}
+        for name, u in latents.items():
+            for kind, value in self.move.init_memory(u).items():
+                memory.setdefault(kind, {})[name] = value
+        return memory
 
     def init_adaptation(self, group: UnitGroup, score: Tensor) -> Adaptation:
         """Adaptation state before any sweep.
@@ -95,8 +109,8 @@ class Parts:
         """Adaptation state after a sweep in which the correction's statistic `(n,)` was this."""
         if not self.adapts_step_size or statistic is None:
             return learned
-        assert self.correction.target is not None
-        error = self.correction.target - statistic
+        assert self.target is not None
+        error = self.target - statistic
         return replace(learned, step_size=self.dual_averaging.update(learned.step_size, error))
 
     def restart(self, learned: Adaptation) -> Adaptation:

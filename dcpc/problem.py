@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -79,9 +80,11 @@ class Problem:
     def init(self) -> SweepState:
         """Particles from the guide, or else the prior, whose weights refer to it."""
         self._check()
-        if self.guide is not None:
-            return draw_from_guide(self.guide, self.division, self.arguments, self.num_particles)
-        return self.draw_from_prior(self.starting_density({}))
+        if self.guide is None:
+            return self.draw_from_prior(self.starting_density({}))
+        return self._at_rest(
+            draw_from_guide(self.guide, self.division, self.arguments, self.num_particles)
+        )
 
     def sweep(
         self,
@@ -206,7 +209,7 @@ class Problem:
 
     def draw_from_prior(self, density: Density) -> SweepState:
         """Independent particles from the prior, or from references where a latent has one."""
-        return draw_from_prior(density, self.arguments, self.num_particles)
+        return self._at_rest(draw_from_prior(density, self.arguments, self.num_particles))
 
     def constrain(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Constrained values of unconstrained latents `(K, *batch, *event)`."""
@@ -252,6 +255,10 @@ class Problem:
                 "same model"
             )
         return ""
+
+    def _at_rest(self, state: SweepState) -> SweepState:
+        """The state with what the move keeps of particles that have not moved yet."""
+        return replace(state, memory=self.parts.init_memory(state.latents))
 
     def _find(self, thorough: bool) -> Density:
         division = self._divisions.find(self.arguments, thorough=thorough)

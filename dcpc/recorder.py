@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dcpc.approach import Arrival, descended
-from dcpc.conquer import Identity
 from dcpc.convergence import SweepRecord, find_problems
 from dcpc.draws import MIN_DRAWS
 from dcpc.posterior import Posterior, Samples, equal_weights
@@ -117,10 +116,10 @@ class Recorder:
         proposals = self._problem.num_particles * moved * max(self._frozen.count, 1)
         return SweepRecord(
             num_sweeps=self._num_sweeps,
-            target=parts.correction.target,
+            target=parts.target,
             sizes={unit.name: unit.size for unit in division.units},
             adapts_step_size=parts.adapts_step_size,
-            is_preconditioned=not isinstance(parts.preconditioner, Identity),
+            is_preconditioned=parts.preconditioner.is_scaled,
             is_random=parts.move.is_reversible,
             bad_share=self._frozen.num_bad / proposals,
             undefined=self._undefined(state) if self._frozen.num_bad else (),

@@ -7,12 +7,13 @@ varies is in `Parts`; everything that persists is in `SweepState`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from dcpc.conquer import Start
 from dcpc.divide import Conditional, Density, ScoredDensity
 from dcpc.errors import DegenerateWeightsError
 from dcpc.parts import Adaptation, Parts
@@ -30,17 +31,35 @@ class SweepState:
         log_joint: Log-density `(K, *population)` that the weights refer to: the one of the last
             sweep, or of the distribution that the particles were drawn from.
         adaptation: By group name.
+        memory: What the move keeps of every particle (a momentum), by its name and by latent, each
+            of the latent's shape.
     """
 
     latents: dict[str, Tensor]
     log_weight: LogWeights
     log_joint: Tensor
     adaptation: Mapping[str, Adaptation] = field(default_factory=dict)
+    memory: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def num_particles(self) -> int:
         """K."""
         return self.log_weight.num_particles
+
+    def map(self, change: Callable[[str, Tensor], Tensor]) -> SweepState:
+        """The state with every latent's values, and what is kept of them, changed alike.
+
+        Args:
+            change: From a latent's name and a tensor `(K, *batch, *event)` to another one.
+        """
+        return replace(
+            self,
+            latents={name: change(name, u) for name, u in self.latents.items()},
+            memory={
+                kind: {name: change(name, value) for name, value in by_latent.items()}
+                for kind, by_latent in self.memory.items()
+            },
+        )
 
 
 @dataclass
@@ -106,6 +125,7 @@ def sweep(
     """
     state, info, evaluations = _recombine(density, state, parts, retargets)
     latents, adaptation = dict(state.latents), dict(state.adaptation)
+    memory = _copied(state.memory or parts.init_memory(latents))
     log_weight, log_joint = parts.correction.begin(state.log_weight), state.log_joint
     active = density.active_values()
     for group in density.division.groups:
@@ -113,10 +133,12 @@ def sweep(
         predicted = evaluations.get(group.name) or unit.evaluate_raw(unit.value)
         learned = adaptation.get(group.name) or _init_adaptation(unit, parts, predicted, adapt)
         step_size = parts.dual_averaging.step_size(learned.step_size, adapting=adapt)
-        proposed = _propose(unit, predicted, learned, step_size, parts, log_weight)
+        proposed = _propose(unit, predicted, learned, step_size, parts, log_weight, memory)
         outcome = parts.correction.apply(proposed)
 
         latents.update(group.unpack(outcome.value))
+        for kind, value in outcome.memory.items():
+            memory[kind].update(group.unpack(value))
         if outcome.log_weight is not None:
             log_weight = log_weight.add(outcome.log_weight)
         if outcome.log_joint is not None:
@@ -129,7 +151,7 @@ def sweep(
         adaptation[group.name] = learned
         info.add(group.name, step_size, predicted, outcome)
     log_weight = parts.correction.end(log_weight, lambda: density.log_joint(latents))
-    return SweepState(latents, log_weight, log_joint, adaptation), info
+    return SweepState(latents, log_weight, log_joint, adaptation, memory), info
 
 
 def _recombine(
@@ -159,17 +181,21 @@ def _propose(
     step_size: Tensor,
     parts: Parts,
     log_weight: LogWeights,
+    memory: Mapping[str, Mapping[str, Tensor]],
 ) -> ProposedMove:
     """Proposes values for a group of units along their scores; inactive values stay."""
     value, before = unit.value, unit.usable(predicted)
     metric = parts.preconditioner.metric(learned.preconditioner, before.score)
-    step_taken = parts.move.jitter(step_size)
-    proposal = parts.move.propose(value, before.score, step_taken, metric, unit.score)
+    kept = {kind: unit.group.pack(by_latent) for kind, by_latent in memory.items()}
+    start = Start(value, before.score, step_size, metric, unit.score, kept)
+    proposal = parts.move.propose(start)
     if unit.active is not None:
         proposal = replace(proposal, value=torch.where(unit.active, proposal.value, value))
-    return ProposedMove(
-        unit, value, before, parts.move, proposal, step_taken, metric, log_weight, parts.resampler
-    )
+    return ProposedMove(unit, value, before, proposal, log_weight, parts.resampler)
+
+
+def _copied(memory: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    return {kind: dict(by_latent) for kind, by_latent in memory.items()}
 
 
 def _init_adaptation(
@@ -230,14 +256,11 @@ def resample(
     stay = torch.arange(weights.num_particles, device=low.device)
     stay = stay.reshape(-1, *(1,) * low.dim()).expand(weights.log_weight.shape)
     ancestors = torch.where(low, parts.resampler(normalized), stay)
-    latents = {
-        name: take_particles(u, ancestors, density.division.population_axes(name))
-        for name, u in state.latents.items()
-    }
+    taken = state.map(
+        lambda name, u: take_particles(u, ancestors, density.division.population_axes(name))
+    )
     log_joint = take_particles(state.log_joint, ancestors, tuple(range(1, state.log_joint.dim())))
-    return replace(
-        state, latents=latents, log_joint=log_joint, log_weight=weights.reset_to_mean(low)
-    ), ancestors
+    return replace(taken, log_joint=log_joint, log_weight=weights.reset_to_mean(low)), ancestors
 
 
 def loss(density: Density, state: SweepState) -> Tensor:

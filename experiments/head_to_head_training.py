@@ -16,7 +16,6 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from dcpc.conquer import Langevin
 from dcpc.training import AmortisedModule, GenerativeModule, ImageData, ParticleModule
 from dcpc.training.cli import ConfiguredCLI
 from experiments.head_to_head_report import Budget
@@ -148,9 +147,8 @@ def gradients_per_datum(num_latents: int, module: GenerativeModule) -> int:
     if module.is_warming_up:
         return num_latents
     inference = module.inference
-    move = inference.parts.move
-    per_latent = move.leapfrog_steps if isinstance(move, Langevin) else 1
-    per_latent += inference.parts.correction.scores_proposal
+    parts = inference.parts
+    per_latent = parts.move.num_scores + parts.correction.scores_proposal
     return module.sweeps_per_step * inference.num_particles * num_latents * per_latent
 
 

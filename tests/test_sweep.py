@@ -12,7 +12,7 @@ import torch
 from oracles import gaussian_chain, linear_gaussian_dag
 
 from dcpc import DCPC
-from dcpc.conquer import Langevin
+from dcpc.conquer import Langevin, Underdamped
 from dcpc.divide import Conditional, Density, ScoredDensity
 from dcpc.errors import DataError, DegenerateWeightsError
 from dcpc.recombine import LogWeights
@@ -276,3 +276,59 @@ def test_only_finite_scores_of_what_is_in_the_target_are_moved_along():
     unit = Conditional(None, None, {}, active)
     assert unit.usable(evaluation).score.tolist() == [[[1.0, 0.0, 0.0, 0.0]]]
     assert replace(unit, active=None).usable(evaluation).score.tolist() == [[[1.0, 0.0, 0.0, -2.0]]]
+
+
+def test_what_a_move_keeps_goes_with_its_particle_when_whole_particles_are_resampled():
+    chain = gaussian_chain(3)
+    engine = DCPC(chain.model, num_particles=4, move="underdamped")
+    problem = engine.bind(*chain.args)
+    state = problem.init()
+    assert set(state.memory) == {"momentum"}
+    log_weight = torch.zeros(4, 3)
+    log_weight[:, 1] = torch.tensor([0.0, -50.0, -50.0, -50.0])
+    state = replace(state, log_weight=LogWeights(log_weight))
+    after, ancestors = resample(problem.density, state, engine.parts)
+    for name, momentum in state.memory["momentum"].items():
+        assert momentum.shape == state.latents[name].shape
+        expected = momentum.gather(0, ancestors)
+        assert torch.equal(after.memory["momentum"][name], expected)
+        assert not torch.equal(expected, momentum)
+
+
+def test_a_sweep_turns_the_momentum_of_the_particles_that_stay():
+    """Steps far too long are all rejected: the momentum is what it was, but for its refreshment."""
+    chain = gaussian_chain(500)
+    engine = DCPC(chain.model, num_particles=2, move=Underdamped(0.9), step_size=1e4)
+    problem = engine.bind(*chain.args)
+    before = problem.init()
+    after, _ = problem.sweep(before, adapt=False)
+    for name, momentum in after.memory["momentum"].items():
+        assert torch.equal(after.latents[name], before.latents[name])
+        pair = torch.stack([momentum.flatten(), before.memory["momentum"][name].flatten()])
+        assert float(torch.corrcoef(pair)[0, 1]) == pytest.approx(-0.9, abs=4 * 0.19 / 1000**0.5)
+        assert float(momentum.std()) == pytest.approx(1.0, abs=4 / 2000**0.5)
+
+
+def test_uncorrected_dynamics_with_a_momentum_have_the_moments_of_the_posterior():
+    """Small steps have small errors: of a Gaussian the leapfrog's variance is that of eps^2 / 4."""
+    chain = gaussian_chain(2000)
+    engine = DCPC(
+        chain.model,
+        num_particles=2,
+        move=Underdamped(0.7),
+        correction="none",
+        preconditioner="identity",
+        step_size=0.005,
+        schedule="joint",
+    )
+    problem = engine.bind(*chain.args)
+    torch.manual_seed(0)
+    state = problem.init()
+    for _ in range(400):
+        state, _ = problem.sweep(state)
+    z = torch.stack([state.latents[name].flatten() for name in chain.names])
+    for index, (mean, cov) in enumerate(zip(chain.mean, chain.covariance.diagonal(), strict=True)):
+        assert float(z[index].mean()) == pytest.approx(
+            float(mean), abs=4 * float(cov / 4000) ** 0.5
+        )
+        assert float(z[index].var()) == pytest.approx(float(cov), rel=0.03 + 4 * (2 / 4000) ** 0.5)

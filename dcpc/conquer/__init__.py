@@ -1,6 +1,9 @@
 """Conquer: a unit moves along its prediction error."""
 
-from dcpc.conquer.langevin import MOVES, Gradient, Langevin, Move, Proposal
+from dcpc.conquer.barker import Barker
+from dcpc.conquer.gradient import Gradient
+from dcpc.conquer.langevin import Langevin
+from dcpc.conquer.move import Move, Proposal, Start, WayBack
 from dcpc.conquer.preconditioner import (
     PRECONDITIONERS,
     Adapted,
@@ -14,11 +17,21 @@ from dcpc.conquer.preconditioner import (
     SecondMoment,
 )
 from dcpc.conquer.step_size import DualAveraging
+from dcpc.conquer.underdamped import Underdamped
+
+MOVES: dict[str, type[Move]] = {
+    "langevin": Langevin,
+    "barker": Barker,
+    "underdamped": Underdamped,
+    "gradient": Gradient,
+}
+"""Moves by name; a new one is a line here."""
 
 __all__ = [
     "MOVES",
     "PRECONDITIONERS",
     "Adapted",
+    "Barker",
     "Dense",
     "DenseSecondMoment",
     "Diagonal",
@@ -32,4 +45,7 @@ __all__ = [
     "Preconditioner",
     "Proposal",
     "SecondMoment",
+    "Start",
+    "Underdamped",
+    "WayBack",
 ]

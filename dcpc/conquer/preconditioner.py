@@ -82,6 +82,9 @@ class Preconditioner(ABC):
     uses_current_scores: ClassVar[bool] = False
     """Whether P depends on the particles that it moves; no exact correction allows that."""
 
+    is_scaled: ClassVar[bool] = True
+    """Whether it measures the target, so that step sizes are in units of its scale."""
+
     def init(self, score: Tensor, population: int) -> State:
         """State before any update.
 
@@ -102,6 +105,8 @@ class Preconditioner(ABC):
 
 class Identity(Preconditioner):
     """`P = I`."""
+
+    is_scaled = False
 
     def metric(self, state: Mapping[str, Tensor], score: Tensor) -> Metric:
         return Diagonal(torch.ones_like(score[(0,) * (score.dim() - 2)]))

@@ -17,7 +17,7 @@ from dcpc.divide.certify import (
     perturbation_dependencies,
 )
 from dcpc.divide.certify_moves import certify_moves
-from dcpc.divide.graph import Members, Schedule, SiteGraph, coloured, group_blocks
+from dcpc.divide.graph import SCHEDULES, Members, Schedule, SiteGraph, group_blocks
 from dcpc.divide.handlers import Substitute
 from dcpc.divide.model import Latents, Model
 from dcpc.divide.program import (
@@ -187,7 +187,7 @@ def divide(
     sites: Sites,
     num_particles: int,
     *,
-    schedule: Schedule = coloured,
+    schedule: Schedule = SCHEDULES["coloured"],
     blocks: Sequence[Sequence[str]] = (),
     backend: str = "auto",
     certify: bool = True,

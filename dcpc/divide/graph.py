@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import networkx as nx
 
@@ -63,36 +65,55 @@ class SiteGraph:
         return graph
 
 
-Schedule = Callable[[SiteGraph, Sequence[Members]], list[list[Members]]]
+class Schedule(ABC):
+    """What moves when.
+
+    Attributes:
+        separates: Whether the units of a step touch no factor in common.
+    """
+
+    separates: ClassVar[bool] = True
+
+    @abstractmethod
+    def __call__(self, graph: SiteGraph, units: Sequence[Members]) -> list[list[Members]]:
+        """Arranges units in steps; the units of one step move at once."""
 
 
-def sequential(graph: SiteGraph, units: Sequence[Members]) -> list[list[Members]]:
+class Sequential(Schedule):
     """One unit at a time, in reverse topological order: from the data up to the roots."""
-    return [[unit] for unit in reversed(units)]
+
+    def __call__(self, graph: SiteGraph, units: Sequence[Members]) -> list[list[Members]]:
+        return [[unit] for unit in reversed(units)]
 
 
-def coloured(graph: SiteGraph, units: Sequence[Members]) -> list[list[Members]]:
+class Coloured(Schedule):
     """Units of one colour of the moral graph move together; a chain takes two colours.
 
     DSATUR colouring (Brelaz 1979), exact on bipartite graphs. Colours are ordered from the data
     up: by their last unit in program order.
     """
-    colour = nx.greedy_color(graph.moral(units), strategy="DSATUR")
-    classes: dict[int, list[int]] = {}
-    for index in sorted(colour):
-        classes.setdefault(colour[index], []).append(index)
-    return [[units[i] for i in c] for c in sorted(classes.values(), key=max, reverse=True)]
+
+    def __call__(self, graph: SiteGraph, units: Sequence[Members]) -> list[list[Members]]:
+        colour = nx.greedy_color(graph.moral(units), strategy="DSATUR")
+        classes: dict[int, list[int]] = {}
+        for index in sorted(colour):
+            classes.setdefault(colour[index], []).append(index)
+        return [[units[i] for i in c] for c in sorted(classes.values(), key=max, reverse=True)]
 
 
-def joint(graph: SiteGraph, units: Sequence[Members]) -> list[list[Members]]:
+class Joint(Schedule):
     """All latents at once, as one block."""
-    return [[tuple(name for unit in units for name in unit)]]
+
+    separates = False
+
+    def __call__(self, graph: SiteGraph, units: Sequence[Members]) -> list[list[Members]]:
+        return [[tuple(name for unit in units for name in unit)]]
 
 
 SCHEDULES: dict[str, Schedule] = {
-    "sequential": sequential,
-    "coloured": coloured,
-    "joint": joint,
+    "sequential": Sequential(),
+    "coloured": Coloured(),
+    "joint": Joint(),
 }
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dcpc.conquer import Metric, Move, Proposal
+from dcpc.conquer import Move, Proposal
+from dcpc.conquer.move import Memory
 from dcpc.divide import Conditional, ScoredDensity, UnitGroup
 from dcpc.errors import OptionError
 from dcpc.recombine.resampling import Resampler, take_particles
@@ -31,7 +32,6 @@ class ProposedMove:
             the proposal, too, and are not counted.
         value: Its current values `(K, *plates, n, d)`.
         before: Log-density and score there.
-        move: The kind of move; with step size `(n,)` and metric.
         proposal: The proposed values.
         log_weight: The particles' weights before the move.
         resampler: Scheme to resample with.
@@ -40,10 +40,7 @@ class ProposedMove:
     unit: Conditional
     value: Tensor
     before: ScoredDensity
-    move: Move
     proposal: Proposal
-    step_size: Tensor
-    metric: Metric
     log_weight: LogWeights
     resampler: Resampler
 
@@ -66,22 +63,45 @@ class ProposedMove:
         total = (acceptance * counted).flatten(0, -2).sum(0)
         return total / counted.flatten(0, -2).sum(0)
 
-    def log_ratio(self, after: ScoredDensity) -> tuple[Tensor, Tensor]:
-        """`a = log_density(u') + log_backward - log_density(u) - log_forward`, and bad entries.
+    def arrive(self) -> Arrived:
+        """Evaluates the proposal at its end.
 
-        Of one Langevin step, `log_backward` is `log q(u | u')` and `log_forward` `log q(u' | u)`.
-
-        Zero density at either end gives minus infinity: such a move is never made, and a particle
-        of zero density stays what it is until it is resampled.
+        `a = log_density(u') + log q(u | u') - log_density(u) - log q(u' | u)`. Zero density at
+        either end gives minus infinity: such a move is never made, and a particle of zero density
+        stays what it is until it is resampled.
         """
-        log_backward = self.move.log_backward(
-            self.proposal, after.score, self.step_size, self.metric
-        )
-        ratio = (
-            after.log_density - self.before.log_density + log_backward - self.proposal.log_forward
-        )
+        after = self.unit.evaluate(self.proposal.value)
+        back = self.proposal.way_back(after.score)
+        ratio = after.log_density - self.before.log_density + back.log_ratio
         dead = ~self.before.log_density.isfinite()
-        return zero_density(ratio.masked_fill(dead, -math.inf))
+        ratio, bad = zero_density(ratio.masked_fill(dead, -math.inf))
+        return Arrived(after.log_density, ratio, bad, back.memory, self.proposal.memory_if_rejected)
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A proposed move, evaluated at its end.
+
+    Attributes:
+        log_density: Log-density there, `(K, *plates, n)`.
+        log_ratio: `a`, of the same shape.
+        bad: Where it was not finite.
+        memory: What the move keeps where the proposal is taken.
+        memory_if_rejected: What it keeps elsewhere.
+    """
+
+    log_density: Tensor
+    log_ratio: Tensor
+    bad: Tensor
+    memory: Memory
+    memory_if_rejected: Memory
+
+    def remember(self, accepted: Tensor) -> Memory:
+        """What the move keeps, given where the proposal is taken, `(K, *plates, n)`."""
+        return {
+            name: torch.where(accepted.unsqueeze(-1), value, self.memory_if_rejected[name])
+            for name, value in self.memory.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -94,6 +114,7 @@ class Outcome:
         log_joint: Change of the log-joint, `(K, *population)`; None if it is not followed.
         statistic: What step-size adaptation looks at, `(n,)`; None without adaptation.
         num_bad: Number of log-densities that were NaN or infinite.
+        memory: What the move keeps of the particles.
     """
 
     value: Tensor
@@ -101,21 +122,29 @@ class Outcome:
     log_joint: Tensor | None
     statistic: Tensor | None
     num_bad: Tensor
+    memory: Memory = field(default_factory=dict)
 
 
 class Correction(ABC):
     """What a correction has to do and to declare.
 
     Attributes:
-        target: Value of the statistic that the step size is adapted to; None for no adaptation.
         is_exact: Whether the posterior is left invariant, or weighted properly; then particles
             carry their log-joint, and the target may change between sweeps.
+        compares: Whether it compares a unit's log-densities before and after a move, between which
+            nothing else that touches the unit may move.
+        needs_density: Whether it needs the proposal's own density.
         scores_proposal: Whether it takes the score at the proposed values, for the way back.
     """
 
-    target: float | None = None
     is_exact: ClassVar[bool] = True
+    compares: ClassVar[bool] = True
+    needs_density: ClassVar[bool] = False
     scores_proposal: ClassVar[bool] = True
+
+    def target_for(self, move: Move) -> float | None:
+        """Value of the statistic that step sizes of a move are adapted to; None for none."""
+        return None
 
     @abstractmethod
     def apply(self, proposed: ProposedMove) -> Outcome:
@@ -135,16 +164,20 @@ class Metropolis(Correction):
     """Accepts with probability `min(1, exp a)`, per element of the unit's plates.
 
     Leaves the complete conditional, and with it the posterior, invariant (Hastings 1970;
-    Roberts & Tweedie 1996). Weights do not move. The target acceptance is MALA's optimum
-    (Roberts & Rosenthal 1998); that of many leapfrog steps, .651, is little above it (Beskos et
-    al. 2013).
+    Roberts & Tweedie 1996). Weights do not move.
+
+    Attributes:
+        target: Acceptance rate that the step size is adapted to; None for the move's own.
     """
 
-    target: float | None = 0.574
+    target: float | None = None
+
+    def target_for(self, move: Move) -> float | None:
+        return self.target if self.target is not None else move.target_acceptance
 
     def apply(self, proposed: ProposedMove) -> Outcome:
-        after = proposed.unit.evaluate(proposed.proposal.value)
-        ratio, bad = proposed.log_ratio(after)
+        after = proposed.arrive()
+        ratio, bad = after.log_ratio, after.bad
         accepted = torch.rand_like(ratio).log_() < ratio
         gained = torch.where(accepted, after.log_density - proposed.before.log_density, 0.0)
         return Outcome(
@@ -153,6 +186,7 @@ class Metropolis(Correction):
             log_joint=proposed.group.over_population(gained),
             statistic=proposed.mean_acceptance(ratio),
             num_bad=bad.sum(),
+            memory=after.remember(accepted),
         )
 
 
@@ -173,22 +207,26 @@ class Weight(Correction):
     The step size is adapted to the increments' conditional ESS times the acceptance.
 
     Attributes:
+        target: Value of that product.
         bound: `c`, how much a move may change a log-weight.
 
     Raises:
         OptionError: A bound that is negative or not finite.
     """
 
-    target: float | None = 0.95
+    target: float = 0.95
     bound: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.bound < math.inf:
             raise OptionError(f"bound must be finite and at least 0, got {self.bound!r}")
 
+    def target_for(self, move: Move) -> float | None:
+        return self.target
+
     def apply(self, proposed: ProposedMove) -> Outcome:
-        after = proposed.unit.evaluate(proposed.proposal.value)
-        ratio, bad = proposed.log_ratio(after)
+        after = proposed.arrive()
+        ratio, bad = after.log_ratio, after.bad
         group = proposed.group
         acceptance = (ratio + self.bound).clamp(max=0.0).exp()
         accepted = torch.rand_like(ratio) < acceptance
@@ -205,6 +243,7 @@ class Weight(Correction):
             log_joint=group.over_population(gained),
             statistic=ess / ratio.shape[0] * proposed.mean_acceptance(ratio + self.bound),
             num_bad=bad.sum(),
+            memory=after.remember(accepted),
         )
 
 
@@ -222,12 +261,14 @@ class Resample(Correction):
     """
 
     is_exact: ClassVar[bool] = False
+    needs_density: ClassVar[bool] = True
     scores_proposal: ClassVar[bool] = False
 
     def apply(self, proposed: ProposedMove) -> Outcome:
         group = proposed.group
         density, bad = zero_density(proposed.unit.log_density(proposed.proposal.value))
-        local = density - proposed.proposal.log_forward
+        assert proposed.proposal.log_density is not None
+        local = density - proposed.proposal.log_density
         spare = tuple(range(1 + group.population, local.dim() - 1))
         if spare:
             local, density = local.sum(spare), density.sum(spare)
@@ -256,15 +297,20 @@ class Uncorrected(Correction):
     """Keeps every proposal: unadjusted Langevin dynamics, or gradient ascent without noise."""
 
     is_exact: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
     scores_proposal: ClassVar[bool] = False
 
     def apply(self, proposed: ProposedMove) -> Outcome:
+        proposal, memory = proposed.proposal, {}
+        if proposal.memory_if_rejected:
+            memory = proposal.way_back(proposed.unit.score(proposal.value)).memory
         return Outcome(
-            value=proposed.proposal.value,
+            value=proposal.value,
             log_weight=None,
             log_joint=None,
             statistic=None,
             num_bad=(~proposed.before.log_density.isfinite()).sum(),
+            memory=memory,
         )
 
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dcpc.algorithms import PRESETS, lookup
-from dcpc.conquer import Langevin
+from dcpc.conquer import Move, Preconditioner
 from dcpc.divide.handlers import quiet
 from dcpc.errors import ModelError, OptionError, require_at_least
 from dcpc.inference import DCPC
 from dcpc.parts import Adaptation
 from dcpc.problem import Problem
+from dcpc.recombine.correction import Correction
 from dcpc.sweep import SweepInfo, SweepState
 from dcpc.training.data import Batch
 from dcpc.training.generative import GenerativeModule
@@ -62,8 +63,11 @@ class ParticleModule(GenerativeModule):
         restart: Whether particles start from the guide at every visit, instead of where the last
             visit left them; null for what the algorithm does: `lpc` restarts.
         step_size: Step size of the sweeps; null adapts it where the algorithm can.
-        leapfrog_steps: Langevin steps before the noise is drawn anew, each at the price of a
-            gradient; several mix faster than as many sweeps.
+        move: Proposal, by name or class path; null for the algorithm's own. `dcpc.conquer.Langevin`
+            with several `leapfrog_steps`, each at the price of a gradient, mixes faster than as
+            many sweeps.
+        correction: What makes a sampler of it, by name or class path; null for the algorithm's own.
+        preconditioner: Scale of the proposal, likewise.
         blocks: Lists of latents to move jointly, as one unit each; null for one unit per latent.
         bound_samples: Samples of the guide per held-out datum of the importance-weighted bound.
         learning_rate: Of Adam; `--optimizer` replaces it altogether.
@@ -94,7 +98,9 @@ class ParticleModule(GenerativeModule):
         warm_up_epochs: int = 0,
         restart: bool | None = None,
         step_size: float | None = None,
-        leapfrog_steps: int = 1,
+        move: Move | str | None = None,
+        correction: Correction | str | None = None,
+        preconditioner: Preconditioner | str | None = None,
         blocks: list[list[str]] | None = None,
         bound_samples: int = 100,
         learning_rate: float = 1e-3,
@@ -134,18 +140,15 @@ class ParticleModule(GenerativeModule):
         self.warm_up_epochs = warm_up_epochs
         self.store_folder = store_folder
         preset = lookup("algorithm", algorithm, PRESETS)
-        if leapfrog_steps != 1 and preset.move != "langevin":
-            raise OptionError(
-                f"model.leapfrog_steps must be 1 with algorithm {algorithm!r}, which ascends the "
-                f"gradient without noise, got {leapfrog_steps}"
-            )
         self.restart = preset.warm_starts_every_visit if restart is None else restart
         self.inference = DCPC(
             model,
             guide,
             num_particles=num_particles,
             algorithm=algorithm,
-            move=None if leapfrog_steps == 1 else Langevin(leapfrog_steps),
+            move=move,
+            correction=correction,
+            preconditioner=preconditioner,
             step_size=step_size,
             blocks=blocks or (),
         )

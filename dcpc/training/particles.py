@@ -26,6 +26,10 @@ from dcpc.sweep import SweepState
 __all__ = ["ParticleStore", "StoreError", "datum_axes", "gather", "spread"]
 
 
+Entry = tuple[str, str]
+"""A latent, and what is kept of it: its value (the empty name), or an entry of a move's memory."""
+
+
 class StoreError(DCPCError):
     """The particle store cannot be created, or holds particles of something else."""
 
@@ -56,7 +60,7 @@ class ParticleStore:
                 "choose another one with trainer.default_root_dir or model.store_folder"
             ) from error
         self._remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        self._latents: dict[str, Tensor] = {}
+        self._values: dict[Entry, Tensor] = {}
         self._log_weight = self._log_joint = torch.empty(0)
         self._visited = torch.zeros(num_data, dtype=torch.bool)
         self._fits_model = False
@@ -79,12 +83,12 @@ class ParticleStore:
         visited = self._visited[index]
         if not bool(visited.any()):
             return draw()
-        stored = SweepState(
-            latents={
-                name: _rows(u, index, axes.get(name, 1)).to(device)
-                for name, u in self._latents.items()
+        stored = _state(
+            {
+                (name, kind): _rows(value, index, axes.get(name, 1)).to(device)
+                for (name, kind), value in self._values.items()
             },
-            log_weight=LogWeights(_rows(self._log_weight, index, 1).to(device)),
+            log_weight=_rows(self._log_weight, index, 1).to(device),
             log_joint=_rows(self._log_joint, index, 1).to(device),
         )
         if self._fits_model and bool(visited.all()):
@@ -108,8 +112,9 @@ class ParticleStore:
         if self._log_weight.numel() == 0:
             self._create(state, axes)
         self._check(state, axes)
-        for name, stored in self._latents.items():
-            stored[index] = state.latents[name].detach().movedim(axes[name], 0).to(stored)
+        for entry, value in _values(state).items():
+            stored = self._values[entry]
+            stored[index] = value.detach().movedim(axes[entry[0]], 0).to(stored)
         log_weight = state.log_weight.log_weight.detach()
         normalised = torch.log_softmax(log_weight, 0) + math.log(len(log_weight))
         self._log_weight[index] = normalised.T.to(self._log_weight)
@@ -121,9 +126,14 @@ class ParticleStore:
         return self._visited[self._check_index(index)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors, for a checkpoint; latents `(N, K, ...)`, weights `(N, K)`."""
+        """Plain tensors, for a checkpoint; latents `(N, K, ...)`, weights `(N, K)`.
+
+        What the move keeps of the particles is below `memory`, by its name and by latent.
+        """
+        latents, memory = _sorted(self._values)
         return {
-            "latents": dict(self._latents),
+            "latents": latents,
+            "memory": memory,
             "log_weight": self._log_weight,
             "log_joint": self._log_joint,
             "visited": self._visited,
@@ -144,16 +154,23 @@ class ParticleStore:
         self._fits_model = False
         if saved["log_weight"].numel() == 0:
             return
-        self._latents = {name: self._fill(name, u) for name, u in saved["latents"].items()}
-        self._log_weight = self._fill("log_weight", saved["log_weight"])
-        self._log_joint = self._fill("log_joint", saved["log_joint"])
+        particles = SweepState(
+            saved["latents"],
+            LogWeights(saved["log_weight"]),
+            saved["log_joint"],
+            memory=saved.get("memory", {}),
+        )
+        self._values = {entry: self._fill(value) for entry, value in _values(particles).items()}
+        self._log_weight = self._fill(saved["log_weight"])
+        self._log_joint = self._fill(saved["log_joint"])
 
     def close(self) -> None:
         """Removes the files; the particles stay readable while the store lives."""
         self._remove()
 
     def _create(self, state: SweepState, axes: Mapping[str, int]) -> None:
-        rows = {name: u.movedim(axes[name], 0)[0] for name, u in state.latents.items()}
+        values = _values(state)
+        rows = {entry: value.movedim(axes[entry[0]], 0)[0] for entry, value in values.items()}
         joint = state.log_joint.T[0]
         needed = self.num_data * sum(row.nbytes for row in (*rows.values(), joint, joint))
         free = shutil.disk_usage(self.folder).free
@@ -163,22 +180,21 @@ class ParticleStore:
                 f"of '{self.folder}' has {free / 1e6:,.0f} MB left; lower model.num_particles or "
                 "choose another model.store_folder"
             )
-        self._latents = {
-            name: self._map(name, (self.num_data, *row.shape), row.dtype)
-            for name, row in rows.items()
+        self._values = {
+            entry: self._map((self.num_data, *row.shape), row.dtype) for entry, row in rows.items()
         }
-        self._log_weight = self._map("log_weight", (self.num_data, *joint.shape), joint.dtype)
-        self._log_joint = self._map("log_joint", (self.num_data, *joint.shape), joint.dtype)
+        self._log_weight = self._map((self.num_data, *joint.shape), joint.dtype)
+        self._log_joint = self._map((self.num_data, *joint.shape), joint.dtype)
 
-    def _map(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _map(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of zeros that lives in a file."""
         # Site names may hold characters that file names may not.
         path = self.folder / f"{len(list(self.folder.iterdir()))}.bin"
         size = torch.Size(shape).numel()
         return torch.from_file(str(path), shared=True, size=size, dtype=dtype).reshape(shape)
 
-    def _fill(self, name: str, values: Tensor) -> Tensor:
-        mapped = self._map(name, tuple(values.shape), values.dtype)
+    def _fill(self, values: Tensor) -> Tensor:
+        mapped = self._map(tuple(values.shape), values.dtype)
         mapped.copy_(values)
         return mapped
 
@@ -193,17 +209,20 @@ class ParticleStore:
         return index
 
     def _check(self, state: SweepState, axes: Mapping[str, int]) -> None:
-        for name in {**self._latents, **state.latents}:
-            stored = tuple(self._latents[name].shape[1:]) if name in self._latents else None
+        values = _values(state)
+        for entry in {**self._values, **values}:
+            name, kind = entry
+            stored = tuple(self._values[entry].shape[1:]) if entry in self._values else None
             got = None
-            if name in state.latents:
-                got = tuple(state.latents[name].movedim(axes[name], 0).shape[1:])
+            if entry in values:
+                got = tuple(values[entry].movedim(axes[name], 0).shape[1:])
             if stored != got:
+                what = f"site '{name}', {kind}" if kind else f"site '{name}'"
                 raise StoreError(
-                    f"site '{name}': the store has particles of shape {stored} per datum, but the "
+                    f"{what}: the store has particles of shape {stored} per datum, but the "
                     f"model asks for {got} (particles first); these are particles of another "
-                    "model or of another model.num_particles. Resume with the settings of the "
-                    "first run, or start afresh without --ckpt_path"
+                    "model, of another model.num_particles or another model.move. Resume with the "
+                    "settings of the first run, or start afresh without --ckpt_path"
                 )
         self._fits_model = True
 
@@ -257,9 +276,34 @@ def _merge(
         shape[axis] = len(visited)
         return torch.where(visited.to(new.device).reshape(shape), old, new)
 
+    old = _values(stored)
+    values = {
+        entry: choose(old[entry], new, axes[entry[0]]) for entry, new in _values(fresh).items()
+    }
     weights = choose(stored.log_weight.log_weight, fresh.log_weight.log_weight, 1)
-    return SweepState(
-        latents={n: choose(stored.latents[n], u, axes[n]) for n, u in fresh.latents.items()},
-        log_weight=LogWeights(weights),
-        log_joint=choose(stored.log_joint, fresh.log_joint, 1),
-    )
+    return _state(values, weights, choose(stored.log_joint, fresh.log_joint, 1))
+
+
+def _values(state: SweepState) -> dict[Entry, Tensor]:
+    """The latents of a state, and what the move keeps of them."""
+    values = {(name, ""): u for name, u in state.latents.items()}
+    for kind, by_latent in state.memory.items():
+        values |= {(name, kind): value for name, value in by_latent.items()}
+    return values
+
+
+def _state(values: Mapping[Entry, Tensor], log_weight: Tensor, log_joint: Tensor) -> SweepState:
+    """The state that `_values` takes apart."""
+    latents, memory = _sorted(values)
+    return SweepState(latents, LogWeights(log_weight), log_joint, memory=memory)
+
+
+def _sorted(
+    values: Mapping[Entry, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Latents by name, and what the move keeps of them, by its name and by latent."""
+    latents: dict[str, Tensor] = {}
+    memory: dict[str, dict[str, Tensor]] = {}
+    for (name, kind), value in values.items():
+        (memory.setdefault(kind, {}) if kind else latents)[name] = value
+    return latents, memory

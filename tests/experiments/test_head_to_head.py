@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dcpc.conquer import Langevin
 from dcpc.divide import UnitGroup
 from dcpc.evaluation import prior_sample_estimate
 from dcpc.training import AmortisedModule, ParticleModule
@@ -170,7 +171,7 @@ def test_gradients_of_a_step(
     expected: int,
 ) -> None:
     # Latents x particles x evaluations per move, of each of two sweeps.
-    options = {} if leapfrog_steps == 1 else {"leapfrog_steps": leapfrog_steps}
+    options = {} if leapfrog_steps == 1 else {"move": Langevin(leapfrog_steps)}
     module = ParticleModule(
         DeepLatentGaussian([2, 3, 4], [1, 2, 2]),
         algorithm=algorithm,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from dcpc.conquer import Diagonal, Langevin
+from dcpc.conquer import Diagonal, Langevin, Start, WayBack
 from dcpc.divide import ScoredDensity
 from dcpc.errors import OptionError
 from dcpc.recombine import LogWeights, multinomial, systematic
@@ -28,6 +28,12 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 K, CELLS, ROWS, N, D = 4, 3, 2, 2, 2
 """Particles, population, another plate, units, values per unit."""
+
+ETA = torch.tensor([0.2, 0.05], dtype=torch.float64)
+SCALE = (torch.arange(CELLS * ROWS * N * D, dtype=torch.float64) * 0.37 % 1 + 0.5).reshape(
+    CELLS, ROWS, N, D
+)
+"""Step sizes of the units, and the root of a diagonal preconditioner."""
 
 
 class Group:
@@ -53,6 +59,9 @@ class Unit:
     def log_density(self, value: Tensor) -> Tensor:
         return self.evaluate(value).log_density
 
+    def score(self, value: Tensor) -> Tensor:
+        return self.evaluate(value).score
+
 
 def log_density(value: Tensor) -> Tensor:
     return (-0.25 * value**4 + value).sum(-1)
@@ -65,34 +74,30 @@ def evaluate(value: Tensor) -> ScoredDensity:
 def proposed(population: int = 1, resampler=systematic, seed: int = 0, spoil=None) -> ProposedMove:
     torch.manual_seed(seed)
     value = torch.randn(K, CELLS, ROWS, N, D)
-    eta, metric = torch.tensor([0.2, 0.05]), Diagonal(torch.rand(CELLS, ROWS, N, D) + 0.5)
     before = evaluate(value)
-    proposal = Langevin().propose(value, before.score, eta, metric, lambda u: evaluate(u).score)
+    start = Start(value, before.score, ETA, Diagonal(SCALE), lambda u: evaluate(u).score)
+    proposal = Langevin().propose(start)
     cells = (CELLS,) if population else ()
     after = evaluate if spoil is None else spoil
     return ProposedMove(
         Unit(Group(population), after),
         value,
         before,
-        Langevin(),
         proposal,
-        eta,
-        metric,
         LogWeights(torch.randn(K, *cells)),
         resampler,
     )
 
 
-def transition(move: ProposedMove, start: Tensor, end: Tensor) -> Tensor:
+def transition(start: Tensor, end: Tensor) -> Tensor:
     """`log q(end | start)` by torch's Normal, `(K, *plates, n)`."""
-    eta, scale = move.step_size[:, None], move.metric.scale
-    mean = start + eta * scale**2 * (-(start**3) + 1)
-    return Normal(mean, (2 * eta).sqrt() * scale).log_prob(end).sum(-1)
+    mean = start + ETA[:, None] * SCALE**2 * (-(start**3) + 1)
+    return Normal(mean, (2 * ETA[:, None]).sqrt() * SCALE).log_prob(end).sum(-1)
 
 
 def ratio_of(move: ProposedMove) -> Tensor:
     u, v = move.value, move.proposal.value
-    return log_density(v) + transition(move, v, u) - log_density(u) - transition(move, u, v)
+    return log_density(v) + transition(v, u) - log_density(u) - transition(u, v)
 
 
 @pytest.mark.parametrize("population", [0, 1])
@@ -146,15 +151,13 @@ def test_bounded_weights_are_proper(bound):
     torch.manual_seed(0)
     value = torch.randn(count, 1, 1, 1)
     before = normal(value)
-    proposal = Langevin().propose(value, before.score, eta, metric, lambda u: normal(u).score)
+    proposal = Langevin().propose(Start(value, before.score, eta, metric, lambda u: -u))
     move = replace(
         proposed(seed=1),
         unit=Unit(Group(1), normal),
         value=value,
         before=before,
         proposal=proposal,
-        step_size=eta,
-        metric=metric,
         log_weight=LogWeights(torch.zeros(count, 1)),
     )
     outcome = Weight(bound=bound).apply(move)
@@ -193,7 +196,7 @@ def test_resample_is_lines_seven_to_eleven_of_algorithm_one(population, resample
     outcome = Resample().apply(move)
     torch.manual_seed(11)
     v = move.proposal.value
-    local = log_density(v) - transition(move, move.value, v)
+    local = log_density(v) - transition(move.value, v)
     density = log_density(v)
     if population:
         local, density = local.sum(2), density.sum(2)  # (K, cells, n)
@@ -258,9 +261,30 @@ def test_log_densities_that_are_not_finite_have_zero_density_and_are_counted(nam
         assert not any(torch.equal(outcome.value[k, 2, :, 1], spoilt) for k in range(K))
 
 
-def test_only_the_exact_corrections_say_that_they_are_exact():
-    assert {name for name, c in CORRECTIONS.items() if c.is_exact} == {"metropolis", "weight"}
-    assert {name for name, c in CORRECTIONS.items() if c().target is not None} == {
-        "metropolis",
-        "weight",
-    }
+@pytest.mark.parametrize("kind", [Metropolis, Weight])
+def test_what_a_move_keeps_depends_on_whether_its_proposal_is_taken(kind):
+    move = proposed()
+    shape = move.value.shape
+    kept, turned = torch.full(shape, 2.0), torch.full(shape, -1.0)
+
+    def way_back(score: Tensor) -> WayBack:
+        return WayBack(move.proposal.way_back(score).log_ratio, {"momentum": kept})
+
+    proposal = replace(move.proposal, way_back=way_back, memory_if_rejected={"momentum": turned})
+    outcome = kind().apply(replace(move, proposal=proposal))
+    moved = (outcome.value != move.value).all(-1, keepdim=True).expand(shape)
+    assert 0 < int(moved.sum()) < moved.numel()
+    assert torch.equal(outcome.memory["momentum"], torch.where(moved, kept, turned))
+
+
+def test_uncorrected_moves_keep_what_they_arrive_with():
+    move = proposed()
+
+    def way_back(score: Tensor) -> WayBack:
+        return WayBack(torch.zeros(()), {"momentum": score})
+
+    proposal = replace(
+        move.proposal, way_back=way_back, memory_if_rejected={"momentum": move.value}
+    )
+    outcome = Uncorrected().apply(replace(move, proposal=proposal))
+    assert torch.equal(outcome.memory["momentum"], evaluate(move.proposal.value).score)

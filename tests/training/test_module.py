@@ -12,6 +12,7 @@ import torch
 from pytorch_lightning import Callback, Trainer
 
 from dcpc.algorithms import PRESETS
+from dcpc.conquer import Langevin
 from dcpc.errors import ModelError, OptionError
 from dcpc.problem import Problem
 from dcpc.training import ParticleModule, StoreError
@@ -40,15 +41,17 @@ def assert_same(one: object, other: object, where: str = "") -> None:
         assert one == other, where
 
 
+@pytest.mark.parametrize("parts", [{}, {"move": "underdamped"}], ids=str)
 def test_a_resumed_run_continues_bit_for_bit(
-    deep_module: Callable, images: type, trainer: Callable, tmp_path: Path
+    deep_module: Callable, images: type, trainer: Callable, tmp_path: Path, parts: dict
 ) -> None:
     whole, first, second = Record(), Record(), Record()
 
     def fit(epochs: int, record: Record, **options: object) -> Trainer:
         torch.manual_seed(11 if not options else 99)  # the second process starts elsewhere
         run = trainer(max_epochs=epochs, callbacks=[record])
-        run.fit(deep_module(sweeps_per_step=2), datamodule=images(batch_size=6), **options)
+        module = deep_module(sweeps_per_step=2, **parts)
+        run.fit(module, datamodule=images(batch_size=6), **options)
         return run
 
     uninterrupted = fit(4, whole)
@@ -58,7 +61,11 @@ def test_a_resumed_run_continues_bit_for_bit(
     assert len(whole.losses) == 4 * 4  # 20 training images in batches of 6, 6, 6 and 2
     assert first.losses + second.losses == whole.losses
     assert_same(uninterrupted.model.state_dict(), resumed.model.state_dict())
-    assert_same(uninterrupted.model.store.state_dict(), resumed.model.store.state_dict())
+    particles = resumed.model.store.state_dict()
+    assert_same(uninterrupted.model.store.state_dict(), particles)
+    for kept in particles["memory"].values():
+        assert all(bool((kept[name] != 0).all()) for name in particles["latents"])
+    assert set(particles["memory"]) == ({"momentum"} if parts else set())
     checkpoints: list[dict] = [{}, {}]
     for run, checkpoint in zip((uninterrupted, resumed), checkpoints, strict=True):
         run.model.on_save_checkpoint(checkpoint)
@@ -138,7 +145,7 @@ def test_every_preset_trains(
 def test_blocks_of_latents_move_as_one_unit(
     deep_module: Callable, images: type, trainer: Callable
 ) -> None:
-    module = deep_module(blocks=[["z1", "z2"]], leapfrog_steps=2)
+    module = deep_module(blocks=[["z1", "z2"]], move=Langevin(2))
     trainer(max_epochs=2).fit(module, datamodule=images())
     assert set(module.adaptation) == {"z1+z2"}
 
@@ -238,12 +245,12 @@ def test_unusable_checkpoints_are_told_apart(deep_module: Callable, tmp_path: Pa
         ({"step_size": -0.1}, "step_size must be a positive number"),
         ({"algorithm": "sgd"}, "unknown algorithm 'sgd'; choose one of dcpc,"),
         ({"algorithm": "pc", "num_particles": 4}, "one particle per datum"),
-        ({"leapfrog_steps": 0}, "leapfrog_steps must be an integer of at least 1, got 0"),
+        ({"move": "jump"}, "unknown move 'jump'; choose one of langevin, barker"),
         (
-            {"algorithm": "pc", "num_particles": 1, "leapfrog_steps": 2},
-            "leapfrog_steps must be 1 with algorithm 'pc'.* got 2",
+            {"algorithm": "pc", "num_particles": 1, "correction": "metropolis"},
+            "schedule 'joint' moves .* correction 'metropolis' does not allow",
         ),
-        ({"algorithm": "dcpc-paper", "leapfrog_steps": 2}, "density of the proposal"),
+        ({"algorithm": "dcpc-paper", "move": Langevin(2)}, "density of the proposal"),
     ],
 )
 def test_options_out_of_range_are_named(deep_module: Callable, options: dict, message: str) -> None:

@@ -1,0 +1,105 @@
+"""Moves: how a unit's value is changed along its prediction error."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from dcpc.conquer.preconditioner import Metric
+
+Score = Callable[[Tensor], Tensor]
+"""The gradient of the units' log-densities at given values, of the values' shape."""
+
+Memory = dict[str, Tensor]
+"""What a move keeps of every particle from sweep to sweep, by name; of the values' shape."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a move starts.
+
+    Attributes:
+        value: `u`, `(K, *plates, n, d)`.
+        score: Gradient of the units' log-densities at `u`, of the same shape.
+        step_size: `eta`, `(n,)`.
+        metric: Factor of the preconditioner P.
+        score_at: The score elsewhere, for moves of several steps.
+        memory: What the move has kept of the particles.
+    """
+
+    value: Tensor
+    score: Tensor
+    step_size: Tensor
+    metric: Metric
+    score_at: Score
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WayBack:
+    """What is known of a proposal once the score at its end is.
+
+    Attributes:
+        log_ratio: `log q(u | u') - log q(u' | u)`, or what takes its place in a move that is
+            reversed in another way, `(K, *plates, n)`.
+        memory: What the move keeps where the proposal is taken.
+    """
+
+    log_ratio: Tensor
+    memory: Memory = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A proposed value, and the way back.
+
+    Attributes:
+        value: `u'`, `(K, *plates, n, d)`.
+        way_back: The way back, given the score at `u'`.
+        log_density: `log q(u' | u)`, `(K, *plates, n)`; None of moves that have none.
+        memory_if_rejected: What the move keeps where the proposal is not taken.
+    """
+
+    value: Tensor
+    way_back: Callable[[Tensor], WayBack]
+    log_density: Tensor | None = None
+    memory_if_rejected: Memory = field(default_factory=dict)
+
+
+class Move(ABC):
+    """A proposal, and what it can be used for.
+
+    Attributes:
+        target_acceptance: Acceptance rate that its step size is adapted to under a Metropolis
+            correction.
+        is_reversible: Whether noise is drawn, so that the way back makes an exact sampler of it.
+    """
+
+    target_acceptance: float = 0.574
+    is_reversible: ClassVar[bool] = True
+
+    @property
+    def num_scores(self) -> int:
+        """Number of scores that a proposal takes, the one at its start included."""
+        return 1
+
+    @property
+    def has_density(self) -> bool:
+        """Whether its proposals have a `log_density`."""
+        return self.is_reversible
+
+    def init_memory(self, value: Tensor) -> Memory:
+        """What it keeps of particles that have not moved yet.
+
+        Args:
+            value: Values of any shape, which the entries share.
+        """
+        return {}
+
+    @abstractmethod
+    def propose(self, start: Start) -> Proposal:
+        """Proposes new values."""
