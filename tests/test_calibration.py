@@ -384,7 +384,7 @@ class OneSided(Metropolis):
     """Metropolis without the way back: the proposal's asymmetry is left out of the acceptance."""
 
     def apply(self, proposed):
-        after = proposed.evaluate(proposed.proposal.value)
+        after = proposed.unit.evaluate(proposed.proposal.value)
         gained = after.log_density - proposed.before.log_density
         accepted = torch.rand_like(gained).log() < gained
         return Outcome(

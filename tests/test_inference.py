@@ -153,8 +153,8 @@ class Overconfident(Metropolis):
     """Metropolis with a tempered ratio: a sampler of the wrong target."""
 
     def apply(self, proposed: ProposedMove) -> Outcome:
-        after = proposed.unit.evaluate(proposed.proposal.value)
-        ratio, bad = proposed.log_ratio(after)
+        after = proposed.arrive()
+        ratio, bad = after.log_ratio, after.bad
         gained = after.log_density - proposed.before.log_density
         accepted = torch.rand_like(ratio).log() < ratio + 0.8 * gained
         return Outcome(
