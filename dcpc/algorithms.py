@@ -21,9 +21,9 @@ class Preset:
     """A name for a choice of parts.
 
     Attributes:
-        schedule: What moves when.
+        schedule: Order in which units move.
         move: Proposal.
-        correction: What makes it a sampler.
+        correction: Correction of the proposal.
         preconditioner: Scale of the proposal; a name or an object.
         single_particle: Whether the method has one particle per datum.
         step_parameters_every_sweep: Whether training steps the parameters after every sweep of
@@ -206,7 +206,7 @@ def _part(option: str, part: Any, registry: Mapping[str, type[Part]], base: type
 
 
 def _name(part: Any, registry: Mapping[str, Any]) -> str:
-    """How users call a part: by its name in the registry, else by its class."""
+    """Display name of a part: its registry name, else its class name."""
     for name, kind in registry.items():
         if part is kind or type(part) is kind:
             return repr(name)

@@ -150,10 +150,10 @@ def anneal(
     Args:
         density: The density at temperature one; with references, where they replace priors.
         state: Particles drawn from the prior (or the references), weights referring to it.
-        parts: What the sweeps are made of; the correction must be exact.
+        parts: Parts of the sweeps; the correction must be exact.
         ladder: Temperatures in increasing order, the last one 1; None chooses them so that each
             step keeps the conditional ESS, averaged over the population, and the sweeps on it.
-        conditional_ess: Of an adaptive ladder, as a fraction of K.
+        conditional_ess: Conditional ESS that each step of an adaptive ladder keeps, over K.
         adapt: Whether proposals learn on the way. The evidence is exactly unbiased only where
             the ladder is given and nothing adapts.
         progress: Called with the temperature after each rung.

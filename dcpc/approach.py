@@ -56,7 +56,7 @@ def approach(
         initial_values: Constrained values to start latents from; they take precedence over a
             guide.
         estimate_evidence: Whether to spend a second annealing run on the evidence.
-        conditional_ess: What a step of the temperature keeps, over K.
+        conditional_ess: Conditional ESS that each step of the ladder keeps, over K.
         bar: Where progress is shown.
     """
     refusal, families = problem.evidence_refusal(), None

@@ -115,7 +115,7 @@ def find_problems(posterior: Posterior, record: SweepRecord) -> tuple[str, ...]:
 
     Args:
         posterior: The posterior.
-        record: How its sweeps went.
+        record: Record of its sweeps.
     """
     if not record.is_random:
         return (*_densities(record), *_evidence(posterior))

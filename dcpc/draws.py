@@ -43,7 +43,7 @@ def describe(
 
     Args:
         draws: `(n, K, T)`.
-        probabilities: Of the quantiles.
+        probabilities: Probabilities of the quantiles.
         families: Index of every particle's family, `(n, K)`; None for independent particles.
         is_chains: Whether particles are chains.
 
@@ -110,7 +110,7 @@ def effective_sample_size(
 
 
 def design_effect(values: Tensor, families: Tensor | None, weights: Tensor | None = None) -> Tensor:
-    """How many times larger families make the variance of the particles' mean, `(n)`.
+    """Design effect of families: their inflation of the variance of the mean, `(n)`.
 
     Particles that descend from one ancestor are alike until they have forgotten it. With `d_k` the
     weighted deviation of a particle, the variance of the mean is `sum_f (sum_{k in f} d_k)^2` if

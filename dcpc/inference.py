@@ -186,7 +186,7 @@ class DCPC:
         Args:
             *args: Arguments of the model.
             num_sweeps: Sweeps at the posterior.
-            num_warmup: How many of them adapt; by default half.
+            num_warmup: Number of sweeps that adapt; half of them by default.
             keep_every: Keep every n-th of the other sweeps in `posterior.history`; 0 for none. By
                 default some 100 of them, at most 64 MiB in all.
             initial_values: Constrained values to start latents from instead of their prior.
@@ -265,7 +265,7 @@ class DCPC:
 
         Args:
             num_temperatures: Length of a fixed ladder `(t / T)^3`; None to adapt it.
-            conditional_ess: Of an adaptive ladder.
+            conditional_ess: Conditional ESS that each step of an adaptive ladder keeps, over K.
 
         Raises:
             EvidenceError: The correction is not exact, or a prior is improper.

@@ -241,7 +241,7 @@ def is_open_bin(centre: Tensor) -> Tensor:
 
 
 class _Bins:
-    """What the three kernels of the discretised normal share, for broadcast arguments."""
+    """Terms shared by the three kernels of the discretised normal, for broadcast arguments."""
 
     def __init__(self, centre: Tensor, loc: Tensor, scale: Tensor) -> None:
         self.arguments = centre, loc, scale

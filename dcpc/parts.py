@@ -30,7 +30,7 @@ class Parts:
 
     Attributes:
         move: Proposal.
-        correction: What makes it a sampler.
+        correction: Correction of the proposal.
         preconditioner: Scale of the proposal.
         resampler: Resampling scheme.
         resample_threshold: Whole particles are resampled in the population cells where ESS / K
@@ -65,7 +65,7 @@ class Parts:
         return group.size ** (-1.0 / 3.0) if self.adapts_step_size else DEFAULT_STEP_SIZE
 
     def init_memory(self, latents: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """What the move keeps of particles that have not moved yet, by its name and by latent."""
+        """Memory of particles that have not moved yet, by kind and by latent."""
         memory: dict[str, dict[str, Tensor]] = {}
         for name, u in latents.items():
             for kind, value in self.move.init_memory(u).items():

@@ -68,7 +68,7 @@ class Posterior:
         families: Index of the particle in the beginning that each one descends from,
             `(K, *population)`; None where particles were never resampled or are no chains.
         is_exact: Whether the algorithm leaves the posterior invariant.
-        warnings: What `DCPC.run` warned of.
+        warnings: Warnings that `DCPC.run` issued.
     """
 
     samples: Samples
@@ -160,7 +160,7 @@ class Posterior:
         return result
 
     def statistics(self, prob: float = 0.9) -> dict[str, dict[str, Tensor]]:
-        """What is known of every site, and how well; all of the same draws.
+        """Statistics of every site, all of the same draws.
 
         Args:
             prob: Mass of the equal-tailed interval.
@@ -180,7 +180,7 @@ class Posterior:
         return self._statistics[prob]
 
     def diagnostics(self) -> dict[str, dict[str, Any]]:
-        """How every site was sampled, and how well.
+        """Diagnostics of the sampler, by site.
 
         Returns:
             By site: `acceptance` and `step_size` of its unit (NaN for deterministic sites), the

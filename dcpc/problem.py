@@ -30,14 +30,14 @@ class Problem:
     Args:
         divisions: The model's divisions.
         arguments: The model's arguments.
-        algorithm: What sweeps are made of.
+        algorithm: Algorithm, with the parts of its sweeps.
         guide: A Pyro program that particles may start from.
         thorough: Whether the sites and the data are looked at anew, and what was captured before
             is compared with a plain run of the model.
 
     Attributes:
         arguments: The model's arguments.
-        algorithm: What sweeps are made of.
+        algorithm: Algorithm, with the parts of its sweeps.
         guide: A Pyro program that particles may start from.
         density: The posterior, up to the evidence.
 
@@ -64,7 +64,7 @@ class Problem:
 
     @property
     def parts(self) -> Parts:
-        """What sweeps are made of."""
+        """Parts of the sweeps."""
         return self.algorithm.parts
 
     @property
@@ -147,7 +147,7 @@ class Problem:
 
         Args:
             num_temperatures: Length of a fixed ladder `(t / T)^3`; None to adapt it.
-            conditional_ess: Of an adaptive ladder.
+            conditional_ess: Conditional ESS that each step of an adaptive ladder keeps, over K.
             bar: Where progress is shown.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What a run keeps of its sweeps: a thin history, and how the moves went."""
+"""Record of a run: a thin history of the particles, and statistics of the moves."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ class Recorder:
         problem: A model bound to its data.
         arrival: Where the sweeps start.
         num_sweeps: Number of sweeps.
-        num_warmup: How many of them adapt; the others are recorded (of none, the last one).
-        keep_every: Every how many of the others are kept; 0 for none, None to choose.
+        num_warmup: Number of sweeps that adapt. The others are recorded; the last one, if all
+            adapt.
+        keep_every: Interval between sweeps that are kept; 0 for none, None to choose.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Recorder:
         return replace(posterior, warnings=find_problems(posterior, self._record(state)))
 
     def _thinning(self, state: SweepState) -> int:
-        """How often to keep a sweep, for a history that is long enough, and small enough."""
+        """Thinning that makes the history long enough and small enough."""
         num_recorded = self._num_sweeps - self._num_warmup
         if num_recorded == 0:
             return 0
@@ -110,7 +111,7 @@ class Recorder:
         return math.ceil(num_recorded / most) if most else 0
 
     def _record(self, state: SweepState) -> SweepRecord:
-        """How the sweeps went, for the judgement of the posterior."""
+        """Record of the sweeps that the convergence checks need."""
         parts, division = self._problem.parts, self._problem.division
         moved = sum(math.prod(plate.size for plate in unit.plates) for unit in division.units)
         proposals = self._problem.num_particles * moved * max(self._frozen.count, 1)

@@ -1,4 +1,4 @@
-"""Where particles start: the prior, a reference distribution, or a guide, with proper weights.
+"""Initial particles: from the prior, a reference distribution or a guide, with proper weights.
 
 In every case the state's `log_joint` is the log-density that the particles were drawn from, so
 that the first reweighting to the target gives each its importance weight.

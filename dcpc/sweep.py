@@ -23,7 +23,7 @@ from dcpc.recombine.correction import Outcome, ProposedMove
 
 @dataclass(frozen=True)
 class SweepState:
-    """What the next sweep needs, and nothing else.
+    """State of the sampler: all that the next sweep needs, and nothing else.
 
     Attributes:
         latents: Unconstrained values `(K, *batch, *event)` by name.
@@ -31,7 +31,7 @@ class SweepState:
         log_joint: Log-density `(K, *population)` that the weights refer to: the one of the last
             sweep, or of the distribution that the particles were drawn from.
         adaptation: By group name.
-        memory: What the move keeps of every particle (a momentum), by its name and by latent, each
+        memory: Per-particle state of the move (a momentum), by kind and by latent, each
             of the latent's shape.
     """
 
@@ -107,10 +107,10 @@ def sweep(
     """Moves every unit once.
 
     Args:
-        density: What to leave invariant; the weights in `state` must refer to it, unless the sweep
-            retargets.
+        density: Density to leave invariant; the weights in `state` must refer to it, unless
+            `retargets`.
         state: Particles, weights, adaptation.
-        parts: What the sweep is made of.
+        parts: Parts of the sweep.
         adapt: Whether step sizes and preconditioners learn from this sweep.
         adapt_preconditioner: Set to False to let only the step sizes learn.
         retargets: Whether the particles are first reweighted to the density, as by `retarget`,

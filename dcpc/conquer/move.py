@@ -15,12 +15,12 @@ Score = Callable[[Tensor], Tensor]
 """The gradient of the units' log-densities at given values, of the values' shape."""
 
 Memory = dict[str, Tensor]
-"""What a move keeps of every particle from sweep to sweep, by name; of the values' shape."""
+"""State that a move keeps per particle from sweep to sweep, by name; of the values' shape."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a move starts.
+    """Input of a move.
 
     Attributes:
         value: `u`, `(K, *plates, n, d)`.
@@ -28,7 +28,7 @@ class Start:
         step_size: `eta`, `(n,)`.
         metric: Factor of the preconditioner P.
         score_at: The score elsewhere, for moves of several steps.
-        memory: What the move has kept of the particles.
+        memory: Memory of the particles from the last sweep.
     """
 
     value: Tensor
@@ -41,12 +41,12 @@ class Start:
 
 @dataclass(frozen=True)
 class WayBack:
-    """What is known of a proposal once the score at its end is.
+    """Reverse move of a proposal, given the score at its end.
 
     Attributes:
         log_ratio: `log q(u | u') - log q(u' | u)`, or what takes its place in a move that is
             reversed in another way, `(K, *plates, n)`.
-        memory: What the move keeps where the proposal is taken.
+        memory: Memory where the proposal is accepted.
     """
 
     log_ratio: Tensor
@@ -61,7 +61,7 @@ class Proposal:
         value: `u'`, `(K, *plates, n, d)`.
         way_back: The way back, given the score at `u'`.
         log_density: `log q(u' | u)`, `(K, *plates, n)`; None of moves that have none.
-        memory_if_rejected: What the move keeps where the proposal is not taken.
+        memory_if_rejected: Memory where the proposal is rejected.
     """
 
     value: Tensor
@@ -93,7 +93,7 @@ class Move(ABC):
         return self.is_reversible
 
     def init_memory(self, value: Tensor) -> Memory:
-        """What it keeps of particles that have not moved yet.
+        """Memory of particles that have not moved yet.
 
         Args:
             value: Values of any shape, which the entries share.

@@ -77,7 +77,7 @@ class Dense(Metric):
 
 
 class Preconditioner(ABC):
-    """What a preconditioner has to do. It keeps no state of its own."""
+    """Interface of a preconditioner, which keeps no state of its own."""
 
     uses_current_scores: ClassVar[bool] = False
     """Whether P depends on the particles that it moves; no exact correction allows that."""
@@ -136,7 +136,7 @@ class SecondMoment(Preconditioner):
 
     Attributes:
         exponent: Power of the inverse.
-        decay: Of the exponential average, per sweep.
+        decay: Decay of the exponential average, per sweep.
     """
 
     exponent: float = 1.0
@@ -169,7 +169,7 @@ class DenseSecondMoment(Preconditioner):
     For collinear latents in one block. `O(d^3)` per update and `O(d^2)` per particle.
 
     Attributes:
-        decay: Of the exponential average, per sweep.
+        decay: Decay of the exponential average, per sweep.
     """
 
     decay: float = 0.95
@@ -216,7 +216,7 @@ class Adapted(Preconditioner):
     the matrix.
 
     Attributes:
-        decay: Of the exponential average, per sweep.
+        decay: Decay of the exponential average, per sweep.
     """
 
     decay: float = 0.95
@@ -265,7 +265,7 @@ def _pool(value: Tensor, population: int) -> Tensor:
 
 
 def _typical(state: State, squared: Tensor, population: int) -> Tensor:
-    """What squared scores are measured against as outliers: their running mean or the median.
+    """Reference level for outliers among squared scores: their running mean or the median.
 
     Heavy-tailed posteriors throw scores of a thousand standard deviations, one of which would
     freeze a unit for as long as the average remembers it.

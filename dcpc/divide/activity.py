@@ -1,4 +1,4 @@
-"""Which elements of masked latents are a part of the target, for the data at hand.
+"""Activity of masked latents: the elements that are part of the target, for given data.
 
 A mask takes the prior of a latent's elements out of the density. Where nothing else looks at such
 an element (what `obs_mask` leaves of `y_unobserved`), it is no part of the target: it stays where

@@ -24,7 +24,7 @@ class Divisions:
     Args:
         model: The Pyro program.
         num_particles: K.
-        schedule: What moves when.
+        schedule: Order in which units move.
         blocks: Latents to move jointly.
         backend: `auto`, `graph`, `vmap` or `loop`.
         certify: Whether new divisions are compared with plain runs of the model.

@@ -102,7 +102,7 @@ def capture(
     """Records `vmap(function)` as a functional ATen graph.
 
     Args:
-        function: Of `(*batched, *shared)`, for one particle; returns a tuple of tensors.
+        function: Function of `(*batched, *shared)`, for one particle; returns a tuple of tensors.
         batched: Examples with a leading particle axis.
         shared: Examples of tensors that all particles share.
         reads: Told whether the function takes values out of torch.

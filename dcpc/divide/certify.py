@@ -31,7 +31,7 @@ def certify_values(
 
     Args:
         program: The whole program.
-        factors: What it gives for the particles and arguments, `(K, *batch_shape)` by site.
+        factors: Its log-factors for the particles and arguments, `(K, *batch_shape)` by site.
         particles: Unconstrained latents.
         arguments: The model's arguments.
 
@@ -72,7 +72,7 @@ def changed_factors(
     tensors: Sequence[Tensor],
     tolerance: float | None = None,
 ) -> dict[str, set[str]]:
-    """Which factors change when one latent is redrawn and the others stay.
+    """Factors that change when one latent is redrawn and the others stay.
 
     Args:
         base: One configuration of the latents, in particle axes of size one.

@@ -45,7 +45,7 @@ class Division:
         graph: Its dependency graph.
         units: The complete conditionals, in program order.
         groups: The units as they move: group after group, in the order of the schedule.
-        num_leading: How many groups are of the schedule's first step, whose units touch no factor
+        num_leading: Number of groups in the schedule's first step, whose units touch no factor
             in common.
         population: The plates that hold every site and whose elements are independent.
     """
@@ -88,7 +88,7 @@ class Division:
 
     @property
     def population_scale(self) -> float:
-        """How many data a population cell stands for, where its plate subsamples."""
+        """Number of data that a population cell stands for, where its plate subsamples."""
         return self.sites[self.latents[0]].scale if self.population else 1.0
 
     def population_axes(self, name: str) -> tuple[int, ...]:
@@ -131,7 +131,7 @@ class Division:
         return sites == self.sites
 
     def activity(self, tensors: Sequence[Tensor]) -> Activity:
-        """Which elements of masked latents these data make a part of the target."""
+        """Elements of masked latents that these data make part of the target."""
         if not self.sites.masked:
             return NO_MASKS
         identity, masks = DataIdentity(tensors), self.program.masks(tensors)
@@ -199,7 +199,7 @@ def divide(
         arguments: Its arguments; the division serves all arguments of the same key.
         sites: Its sites, from `read_sites`.
         num_particles: Size K of the particle axis.
-        schedule: What moves when.
+        schedule: Order in which units move.
         blocks: Latents to move jointly.
         backend: `"auto"`, `"graph"`, `"vmap"` or `"loop"`.
         certify: Whether to compare with plain runs and to perturb the graph. Independence of
@@ -321,7 +321,7 @@ def _all_equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> boo
 
 
 class DataIdentity:
-    """Which tensors, in which version, something was computed from."""
+    """Identity and version of the tensors that something was computed from."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tuple(tensors)

@@ -66,7 +66,7 @@ class SiteGraph:
 
 
 class Schedule(ABC):
-    """What moves when.
+    """Order in which units move.
 
     Attributes:
         separates: Whether the units of a step touch no factor in common.

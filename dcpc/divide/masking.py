@@ -32,7 +32,7 @@ def is_masked(msg: Any) -> bool:
 
 
 def element_mask(msg: Any, batch_shape: torch.Size) -> Tensor:
-    """Which batch elements of a site are in its density, boolean `batch_shape`.
+    """Batch elements of a site that are in its density, boolean `batch_shape`.
 
     An element of which a mask inside an event takes out a part is in.
     """
@@ -46,7 +46,7 @@ def element_mask(msg: Any, batch_shape: torch.Size) -> Tensor:
 
 
 def selected(msg: Any) -> Tensor | None:
-    """Which entries of a site's value are in its density; None for all of them."""
+    """Entries of a site's value that are in its density; None for all of them."""
     if msg["mask"] is False or any(
         getattr(part, "_mask", None) is False for part in layers(msg["fn"])
     ):

@@ -136,7 +136,7 @@ class UnitGroup:
             value: Packed values `(K, *plates, n, d)` of the units.
             latents: All latents; those of this group are replaced by `value`.
             tensors: Tensors among the model's arguments.
-            tempering: How the factors are weighed.
+            tempering: Tempering of the factors.
 
         Returns:
             `(K, *plates, n)`, up to a constant in `value`.

@@ -267,7 +267,7 @@ def _is_library(module: str | None) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _kind(cls: Hashable) -> str:
-    """How instances of a class are looked at."""
+    """Kind of a class, by which its instances are visited."""
     assert isinstance(cls, type)
     if cls in _SIMPLE:
         return "simple"

@@ -41,7 +41,7 @@ class EquilibriumPropagation(LearningRule):
     Bengio, "Equilibrium propagation" (2017), theorem 1; symmetric: Laborieux et al. (2021).
 
     Args:
-        cost: Of the output, one of `COSTS`.
+        cost: Cost of the output, one of `COSTS`.
         beta: Strength of the nudge; the cost must not be linear in the output, as the energy of a
             `CrossEntropyNode` is: there is no equilibrium then.
         symmetric: Whether to nudge both ways, which cancels the bias of order beta.

@@ -97,8 +97,8 @@ class FactorizedGaussianNode(GaussianNode):
     """Gaussian with one learned variance per unit, `S = diag(exp(logvar))`.
 
     Args:
-        *shape: Of one sample's value; the units along an axis of size None share a variance.
-        variance: Of all units, at first.
+        *shape: Shape of one sample's value; the units along an axis of size None share a variance.
+        variance: Initial variance of all units.
 
     Raises:
         OptionError: No shape, or no positive variance.

@@ -26,11 +26,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class PCGradients(NamedTuple):
-    """What `pc_gradients` found, beside the gradients.
+    """Diagnostics of `pc_gradients`.
 
     Attributes:
         activations: `vhat_0, ..., vhat_L` of the forward pass.
-        loss: Of `vhat_L`, without a shape.
+        loss: Loss of `vhat_L`, a scalar.
         output_gradient: `dL / dvhat_L`.
         beliefs: `v_0, ..., v_L`.
         errors: `eps_1, ..., eps_L`, at the beliefs.
@@ -76,11 +76,11 @@ def pc_gradients(
 
     Args:
         model: Layers in order; each is one node of the algorithm.
-        loss_fn: Of `(vhat_L, y)`, giving one number.
+        loss_fn: Loss as a function of `(vhat_L, y)`, a scalar.
         x: Inputs, `(batch, ...)`.
         y: Targets, as the loss takes them.
         mode: See above.
-        step_size: Of the beliefs; `exact` does without.
+        step_size: Step size of the beliefs; ignored by `exact`.
         num_steps: Evaluations of the errors; `exact` does without.
         init: First beliefs `v_1, ..., v_{L-1}` of mode `strict`, by default the activations.
 

@@ -45,7 +45,7 @@ class EnergyNetwork(nn.Module, ABC):
 
     @abstractmethod
     def drive(self) -> Tensor:
-        """What stage 1 makes of the input's value, `(batch, ...)`, as a constant.
+        """Output of stage 1's layers for the input, `(batch, ...)`, as a constant.
 
         A clamped input drives the network by the same amount at every step of the other values,
         and the first weights are often the largest.
@@ -119,10 +119,10 @@ class EnergyNetwork(nn.Module, ABC):
 
 
 class Stage(NamedTuple):
-    """What stands between two nodes, and the second of them.
+    """Stage of a network: the layers between two nodes, and the second of them.
 
     Attributes:
-        name: Of the node, within the network.
+        name: Name of the node within the network.
         layers: From the value before to the prediction.
         node: Whose value is predicted.
     """
@@ -212,7 +212,7 @@ class PredictiveCodingNetwork(EnergyNetwork):
 
     @torch.no_grad()
     def drive(self) -> Tensor:
-        """What stage 1 makes of the input's value, `(batch, ...)`, as a constant."""
+        """Output of stage 1's layers for the input, `(batch, ...)`, as a constant."""
         return self.stages[0].predict(self.input.value)
 
     def energies(self, drive: Tensor | None = None) -> dict[str, Tensor]:

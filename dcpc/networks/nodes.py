@@ -40,8 +40,8 @@ class Node(nn.Module, ABC):
     The value is no part of `state_dict()`: it belongs to a batch, and any batch size will do.
 
     Args:
-        *shape: Of one sample's value; None in the place of an axis of any size. No shape at all
-            takes values of any shape.
+        *shape: Shape of one sample's value; None in the place of an axis of any size. Without any,
+            values of any shape are accepted.
 
     Attributes:
         value: `(batch, *shape)`; empty before it is set, and after `reset`.
@@ -178,7 +178,7 @@ class Bias(nn.Module):
     """A layer in the place of an input, for networks that only have outputs: a learned vector.
 
     Args:
-        *shape: Of the vector.
+        *shape: Shape of the vector.
     """
 
     def __init__(self, *shape: int) -> None:
@@ -197,7 +197,7 @@ class CrossEntropyNode(Node):
         return cross_entropy(prediction, value)
 
     def distribution(self, prediction: Tensor) -> TorchDistribution:
-        """Of one-hot labels, whose log-probability is minus the energy."""
+        """Node of one-hot labels, whose log-probability is minus the energy."""
         return dist.OneHotCategorical(logits=prediction)
 
 
@@ -205,8 +205,8 @@ class FunctionNode(Node):
     """A node with an energy of the user's own.
 
     Args:
-        function: Of `(value, prediction)`, both `(batch, *shape)`, giving `(batch,)`.
-        *shape: Of one sample's value.
+        function: Energy `(batch,)` as a function of `(value, prediction)`, both `(batch, *shape)`.
+        *shape: Shape of one sample's value.
     """
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *shape: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Which parameters are values and which are weights: the E- and the M-side of a network.
+"""Parameters of a network by kind: values (the E-step) and weights (the M-step).
 
 Predictive coding is expectation maximisation. The E-step relaxes values on the energy, the M-step
 learns weights on it, and every parameter of a network belongs to one side. Classes declare theirs

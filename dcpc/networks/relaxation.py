@@ -50,7 +50,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Relaxation:
-    """How values came to rest.
+    """Record of a relaxation.
 
     Attributes:
         num_steps: Steps taken.
@@ -166,11 +166,11 @@ def move(
 
     Args:
         network: With values.
-        phase: What moves.
+        phase: Phase of the schedule, which says what moves.
         step: Number of the step, for the error message.
-        value_optimizer: Of the values; needed if some move.
-        weight_optimizer: Of the weights; needed if some move.
-        drive: What stage 1 makes of the input, where that is known and is not to move.
+        value_optimizer: Optimizer of the values; required if some move.
+        weight_optimizer: Optimizer of the weights; required if some move.
+        drive: Output of stage 1's layers for the input, where it is known and fixed.
 
     Returns:
         The mean energy before the step, without a shape.
@@ -217,7 +217,7 @@ def finite_energy(network: EnergyNetwork, when: str, drive: Tensor | None = None
 
 
 def constant_drive(network: EnergyNetwork, phase: Phase) -> Tensor | None:
-    """What stage 1 makes of the input, if a phase leaves that as it is."""
+    """Output of stage 1's layers, if a phase leaves the input as it is."""
     return None if phase.weights or network.free_nodes([0]) else network.drive()
 
 

@@ -51,11 +51,11 @@ UNIT_STEP = sgd(1.0)
 
 @dataclass(frozen=True)
 class Learned:
-    """What a batch did.
+    """Result of learning from a batch.
 
     Attributes:
         energy: Mean energy over the samples before every phase, `(num_phases,)`.
-        relaxations: Of equilibrium propagation: free, then nudged.
+        relaxations: Relaxations of equilibrium propagation: free, then nudged.
     """
 
     energy: Tensor
@@ -63,7 +63,7 @@ class Learned:
 
 
 class LearningRule(ABC):
-    """How a network learns from a batch, and how it predicts."""
+    """Learning rule: how a network learns from a batch, and how it predicts."""
 
     @torch.enable_grad()
     def learn(self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer) -> Learned:
@@ -73,7 +73,7 @@ class LearningRule(ABC):
             network: The network.
             x: Data of the input, `(batch, ...)`.
             y: Data of the output, `(batch, ...)`; one-hot labels, to classify.
-            optimizer: Of the weights. Gradients that they have already are forgotten.
+            optimizer: Optimizer of the weights, whose gradients are reset.
 
         Raises:
             RelaxationError: The energy became NaN or infinite.
@@ -134,7 +134,7 @@ class ScheduledLearning(FeedForwardRule):
 
     @abstractmethod
     def phases(self, num_stages: int) -> Iterator[Phase]:
-        """What moves when, in a network of L stages."""
+        """Phases of learning, in a network of L stages."""
 
     def _learn(self, network: EnergyNetwork, x: Tensor, y: Tensor, optimizer: Optimizer) -> Learned:
         try:

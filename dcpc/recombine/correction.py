@@ -1,4 +1,4 @@
-"""Corrections: what turns proposed values of a unit into a step of a sampler.
+"""Corrections: they turn proposed values of a unit into a step of a sampler.
 
 Each is a small class with one interface. `apply` takes a proposed move of a group of units and
 returns the values to keep, and by how much the particles' log-weights and log-joints change.
@@ -86,8 +86,8 @@ class Arrived:
         log_density: Log-density there, `(K, *plates, n)`.
         log_ratio: `a`, of the same shape.
         bad: Where it was not finite.
-        memory: What the move keeps where the proposal is taken.
-        memory_if_rejected: What it keeps elsewhere.
+        memory: Memory of the move where the proposal is accepted.
+        memory_if_rejected: Memory elsewhere.
     """
 
     log_density: Tensor
@@ -97,7 +97,7 @@ class Arrived:
     memory_if_rejected: Memory
 
     def remember(self, accepted: Tensor) -> Memory:
-        """What the move keeps, given where the proposal is taken, `(K, *plates, n)`."""
+        """Memory of the move, given where the proposal is accepted, `(K, *plates, n)`."""
         return {
             name: torch.where(accepted.unsqueeze(-1), value, self.memory_if_rejected[name])
             for name, value in self.memory.items()
@@ -112,9 +112,9 @@ class Outcome:
         value: Values to keep, `(K, *plates, n, d)`.
         log_weight: Change of the log-weights, `(K, *population)`; None for none.
         log_joint: Change of the log-joint, `(K, *population)`; None if it is not followed.
-        statistic: What step-size adaptation looks at, `(n,)`; None without adaptation.
+        statistic: Statistic that step-size adaptation drives to its target, `(n,)`; None for none.
         num_bad: Number of log-densities that were NaN or infinite.
-        memory: What the move keeps of the particles.
+        memory: Memory of the move.
     """
 
     value: Tensor
@@ -126,7 +126,7 @@ class Outcome:
 
 
 class Correction(ABC):
-    """What a correction has to do and to declare.
+    """Interface of a correction.
 
     Attributes:
         is_exact: Whether the posterior is left invariant, or weighted properly; then particles

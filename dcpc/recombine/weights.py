@@ -140,7 +140,7 @@ class LogWeights:
         return normalized.square().sum(0).reciprocal().nan_to_num(nan=0.0)
 
     def conditional_ess(self, increment: Tensor) -> Tensor:
-        """What is left of the sample after one more weighting, were it an equal-weight sample now.
+        """Conditional ESS of a weight increment.
 
         `K (sum_k W_k e^{a_k})^2 / sum_k W_k e^{2 a_k}` with `W` normalised and `a` the increment
         (Zhou, Johansen & Aston 2016, the conditional ESS). Unlike the ESS it measures one step
