@@ -29,9 +29,8 @@ from scipy.stats import halfcauchy, multivariate_normal, norm
 from torch import nn
 
 from dcpc.evaluation import FrozenParticles
+from dcpc.models import ConvolutionalGenerator, DeepLatentGaussian
 from dcpc.training import DigitsData
-from experiments.convolutional_generator import ConvolutionalGenerator
-from experiments.deep_latent_gaussian import DeepLatentGaussian
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
