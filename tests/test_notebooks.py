@@ -84,6 +84,7 @@ def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ex
     for variable in ("IPYTHONDIR", "XDG_CACHE_HOME", "HF_HOME"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the experiments are not installed
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def run(name: str, **constants: object) -> Executed:
