@@ -1,1 +1,1 @@
-"""The models of the experiments: ordinary Pyro programs, one file each."""
+"""Studies and benchmarks of the repository: `python -m experiments.head_to_head`."""

@@ -14,8 +14,8 @@ import torch
 from pytorch_lightning import Trainer
 from torch import Tensor, nn
 
+from dcpc.models import DeepLatentGaussian
 from dcpc.training import ImageData, ParticleModule
-from experiments.deep_latent_gaussian import DeepLatentGaussian
 
 sys.path.insert(0, str(Path(__file__).parent))
 

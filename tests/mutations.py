@@ -51,6 +51,7 @@ TESTS = [
     "tests/networks",
     "tests/training/test_classifier.py",
     "tests/evaluation",
+    "tests/models",
     "tests/experiments",
 ]
 """Quick and narrow first: most faults fall within seconds."""

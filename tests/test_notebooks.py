@@ -29,9 +29,8 @@ from scipy.stats import halfcauchy, multivariate_normal, norm
 from torch import nn
 
 from dcpc.evaluation import FrozenParticles
+from dcpc.models import ConvolutionalGenerator, DeepLatentGaussian
 from dcpc.training import DigitsData
-from experiments.convolutional_generator import ConvolutionalGenerator
-from experiments.deep_latent_gaussian import DeepLatentGaussian
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -85,6 +84,7 @@ def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ex
     for variable in ("IPYTHONDIR", "XDG_CACHE_HOME", "HF_HOME"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the experiments are not installed
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def run(name: str, **constants: object) -> Executed:

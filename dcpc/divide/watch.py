@@ -262,7 +262,10 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _is_library(module: str | None) -> bool:
-    return module is not None and module.split(".")[0] in _LIBRARIES
+    """Whether code is taken to stay as it is; the models of `dcpc` are watched as a user's are."""
+    if module is None or module.startswith("dcpc.models"):
+        return False
+    return module.split(".")[0] in _LIBRARIES
 
 
 @functools.lru_cache(maxsize=4096)

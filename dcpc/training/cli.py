@@ -244,7 +244,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _find_configs(arguments: Sequence[str]) -> list[str]:
-    """Finds `configs/*.json` of the installed package where the working directory has none."""
+    """Finds the shipped `configs/**/*.json` where the working directory has none."""
     found = []
     for option, argument in zip(["", *arguments], arguments, strict=False):
         name, _, path = argument.partition("=")
@@ -258,11 +258,13 @@ def _find_configs(arguments: Sequence[str]) -> list[str]:
 
 
 def _find_config(path: str) -> str:
-    shipped = Path(__file__).parents[2] / path
     if Path(path).is_file():
         return path
-    if path.startswith("configs/") and shipped.is_file():
-        return str(shipped)
+    package = Path(__file__).parents[1]
+    # Installed, the folder is in the package; in a checkout it is beside it.
+    home = package if (package / "configs").is_dir() else package.parent
+    if path.startswith("configs/") and (home / path).is_file():
+        return str(home / path)
     raise OptionError(f"--config: there is no file '{path}'")
 
 

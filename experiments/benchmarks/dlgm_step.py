@@ -26,10 +26,10 @@ from torch import Tensor
 from dcpc import DCPC
 from dcpc.conquer import SecondMoment
 from dcpc.distributions import ContinuousBernoulli
+from dcpc.models import DeepLatentGaussian
 from dcpc.training.data import Batch
 from dcpc.training.pixels import PixelSet
 from experiments.benchmarks.timing import describe_machine, interleaved_medians
-from experiments.deep_latent_gaussian import DeepLatentGaussian
 
 Density = Callable[[Tensor], Tensor]
 

@@ -21,6 +21,7 @@ from pytorch_lightning import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcpc.models import Perceptron
 from dcpc.networks import (
     ConditionalGaussian,
     EnergyNetwork,
@@ -33,7 +34,6 @@ from dcpc.networks import (
 from dcpc.training import ClassifierModule, LabelledData
 from dcpc.training.data import TensorSet
 from experiments.benchmarks.timing import describe_machine, interleaved_medians
-from experiments.classifiers import Perceptron
 
 NUM_CLASSES = 10
 BATCH_SIZE = 100

@@ -24,6 +24,7 @@ from torch import nn
 
 from dcpc import DCPC
 from dcpc.divide.watch import Snapshot
+from dcpc.models import PGDGenerator
 
 GLOBAL_SCALE = 1.0
 SETTINGS = types.SimpleNamespace(scale=1.0)
@@ -331,6 +332,14 @@ def test_numbers_that_are_read_from_data_follow_the_data(backend):
         assert float(dcpc.loss(state, x)) == pytest.approx(loss_of(state, x, float(x.std())))
         x.mul_(2.0)
         assert float(dcpc.loss(state, x)) == pytest.approx(loss_of(state, x, float(x.std())))
+
+
+def test_the_models_of_the_package_are_watched_as_a_users_are(monkeypatch):
+    model = PGDGenerator(2, [1, 2, 2], num_channels=8)
+    before = Snapshot(model)
+    assert before == Snapshot(model)
+    monkeypatch.setattr("dcpc.models.convolutional_generator.PGD_SCALE", 0.5)
+    assert before != Snapshot(model)
 
 
 def test_data_that_nothing_is_read_from_share_one_capture():

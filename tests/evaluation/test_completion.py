@@ -15,8 +15,7 @@ from torch.nn import functional
 
 from dcpc.errors import DataError, ModelError, OptionError
 from dcpc.evaluation import MaskedModel, bottom_half, complete
-from experiments.convolutional_generator import ConvolutionalGenerator
-from experiments.deep_latent_gaussian import DeepLatentGaussian
+from dcpc.models import ConvolutionalGenerator, DeepLatentGaussian
 
 NOISE = 0.5
 

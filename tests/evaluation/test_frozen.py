@@ -14,7 +14,7 @@ from torch import Tensor
 from dcpc import DCPC
 from dcpc.errors import OptionError
 from dcpc.evaluation import FrozenParticles, FrozenParticlesError, infer_and_freeze
-from experiments.deep_latent_gaussian import DeepLatentGaussian
+from dcpc.models import DeepLatentGaussian
 
 SHAPE = (1, 2, 2)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dcpc.errors import OptionError
 from dcpc.evaluation import decode, latent_traversal
-from experiments.deep_latent_gaussian import DeepLatentGaussian
+from dcpc.models import DeepLatentGaussian
 
 
 @pytest.fixture

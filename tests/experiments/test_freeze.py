@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dcpc.evaluation import FrozenParticles
+from dcpc.models import DeepLatentGaussian
 from dcpc.training.cli import main as dcpc_command
 from experiments import freeze
-from experiments.deep_latent_gaussian import DeepLatentGaussian
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model.evaluation_particles=3", "--data.num_held_out=1700", "--num_threads=1"]

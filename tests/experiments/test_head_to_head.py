@@ -16,10 +16,9 @@ from PIL import Image
 from dcpc.conquer import Langevin
 from dcpc.divide import UnitGroup
 from dcpc.evaluation import prior_sample_estimate
+from dcpc.models import DeepLatentGaussian, MLPEncoder
 from dcpc.training import AmortisedModule, ParticleModule
 from experiments import head_to_head, head_to_head_training
-from experiments.deep_latent_gaussian import DeepLatentGaussian
-from experiments.encoders import MLPEncoder
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dcpc.errors import DataError, OptionError
+from dcpc.models import Perceptron
 from dcpc.networks import (
     Backpropagation,
     ConditionalGaussian,
@@ -32,7 +33,6 @@ from dcpc.networks import (
     sgd,
 )
 from dcpc.networks.energy_based import ACTIVATIONS
-from experiments.classifiers import Perceptron
 
 SIZES = [6, 5, 4, 3]
 

@@ -8,8 +8,8 @@ import torch
 from sklearn.datasets import make_moons
 from torch.nn import functional as F
 
+from dcpc.models import Perceptron
 from dcpc.networks import InferenceLearning
-from experiments.classifiers import Perceptron
 
 NUM_EPOCHS = 8
 BATCH_SIZE = 32

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dcpc.training import ParticleModule
 from dcpc.training.cli import ConfiguredCLI, main
 
-MODEL = "experiments.deep_latent_gaussian.DeepLatentGaussian"
+MODEL = "dcpc.models.DeepLatentGaussian"
 UNITS = ("z1", "z2")
 
 

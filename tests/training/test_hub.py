@@ -525,7 +525,7 @@ def test_the_recipe_for_emnist_makes_a_folder_that_loads(
 
 def config(folder: Path, source: Path, **options: object) -> list[str]:
     """Arguments of the command: a small model of colour pictures of 16 x 16 pixels."""
-    generator = "experiments.convolutional_generator.ConvolutionalGenerator"
+    generator = "dcpc.models.ConvolutionalGenerator"
     sizes = {"latent_size": 2, "image_shape": [3, 16, 16]}
     shape = {"size": 16, "channels": 3, "intensity_range": [-1, 1], "batch_size": 9}
     settings = {

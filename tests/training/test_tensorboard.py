@@ -62,7 +62,7 @@ def run(folder: Path) -> Run:
         },
         "model": {
             "model": {
-                "class_path": "experiments.deep_latent_gaussian.DeepLatentGaussian",
+                "class_path": "dcpc.models.DeepLatentGaussian",
                 "init_args": model,
             },
             "num_particles": NUM_PARTICLES,

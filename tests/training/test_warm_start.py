@@ -13,11 +13,10 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 from dcpc.errors import OptionError
+from dcpc.models import DeepLatentGaussian, MLPEncoder
 from dcpc.problem import Problem
 from dcpc.sweep import SweepState
 from dcpc.training import AmortisedModule, ParticleModule
-from experiments.deep_latent_gaussian import DeepLatentGaussian
-from experiments.encoders import MLPEncoder
 
 SIZES, SHAPE = [2, 3], [1, 2, 2]
 

@@ -9,10 +9,15 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from dcpc import DCPC
+from dcpc.models import (
+    ConvolutionalEncoder,
+    ConvolutionalGenerator,
+    DeepLatentGaussian,
+    MLPEncoder,
+    PGDGenerator,
+)
+from dcpc.models.encoders import MIN_SCALE, GaussianHead
 from dcpc.sweep import retarget
-from experiments.convolutional_generator import ConvolutionalGenerator, PGDGenerator
-from experiments.deep_latent_gaussian import DeepLatentGaussian
-from experiments.encoders import MIN_SCALE, ConvolutionalEncoder, GaussianHead, MLPEncoder
 
 NOISE = 0.5
 

@@ -10,7 +10,7 @@ from torch.distributions import ContinuousBernoulli, MultivariateNormal, Normal
 from torch.nn import functional
 
 from dcpc import DCPC
-from experiments.deep_latent_gaussian import DeepLatentGaussian
+from dcpc.models import DeepLatentGaussian
 
 
 @pytest.fixture

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 from dcpc.distributions import DiscretizedNormal
 
+__all__ = ["ConvolutionalGenerator", "LearnedScale", "PGDGenerator", "Residual"]
+
 Likelihood = Literal["normal", "discretized_normal"]
 Norm = Literal["group", "batch", "none"]
 

@@ -16,6 +16,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+__all__ = ["ConvolutionalEncoder", "GaussianHead", "MLPEncoder"]
+
 MIN_SCALE = 1e-4
 """Floor of every scale: a latent that collapses onto a point has no usable density."""
 

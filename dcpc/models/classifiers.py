@@ -10,6 +10,8 @@ from torch import nn
 from dcpc.networks import CrossEntropyNode, PredictiveCodingNetwork, SquaredErrorNode
 from dcpc.networks.energy_based import activation_named, require_sizes
 
+__all__ = ["Perceptron"]
+
 
 class Perceptron(PredictiveCodingNetwork):
     """Fully connected layers; squared-error nodes between them, cross-entropy at the output.

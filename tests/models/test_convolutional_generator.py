@@ -12,12 +12,8 @@ from torch.func import functional_call
 
 from dcpc import DCPC
 from dcpc.errors import DataError
-from experiments.convolutional_generator import (
-    MIN_SCALE,
-    PGD_SCALE,
-    ConvolutionalGenerator,
-    PGDGenerator,
-)
+from dcpc.models import ConvolutionalGenerator, PGDGenerator
+from dcpc.models.convolutional_generator import MIN_SCALE, PGD_SCALE
 
 Generator = ConvolutionalGenerator | PGDGenerator
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from dcpc.distributions import Bernoulli, ContinuousBernoulli, SharedScaleNormal
 
+__all__ = ["DeepLatentGaussian", "ScaleTril"]
+
 Likelihood = Literal["continuous_bernoulli", "bernoulli"]
 
 
@@ -93,9 +95,8 @@ class DeepLatentGaussian(nn.Module):
         """
         pyro.module("deep_latent_gaussian", self)
         num_images = num_images if x is None else len(x)
-        weight = self.layers[0].weight
         with pyro.plate("images", num_images):
-            loc = weight.new_zeros(num_images, self.latent_sizes[0])
+            loc = next(self.parameters()).new_zeros(num_images, self.latent_sizes[0])
             z = pyro.sample("z1", dist.Normal(loc, 1.0).to_event(1))
             for index, scale in enumerate(self.scales):
                 loc = self.layers[index](torch.relu(z))
@@ -103,7 +104,7 @@ class DeepLatentGaussian(nn.Module):
             pixels = self._pixels(self.layers[-1](torch.relu(z)))
             return pyro.sample("x", pixels, obs=None if x is None else x.flatten(1))
 
-    def _pixels(self, logits: Tensor) -> dist.Distribution:
+    def _pixels(self, logits: Tensor) -> dist.TorchDistribution:
         if self.likelihood == "bernoulli":
             # Grey intensities are no outcomes of a Bernoulli variable, so nothing is validated.
             return Bernoulli(logits=logits, validate_args=False).to_event(1)

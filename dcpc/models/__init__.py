@@ -1,0 +1,15 @@
+"""Models and encoders of the paper, and classifiers: ordinary Pyro programs and torch modules."""
+
+from dcpc.models.classifiers import Perceptron
+from dcpc.models.convolutional_generator import ConvolutionalGenerator, PGDGenerator
+from dcpc.models.deep_latent_gaussian import DeepLatentGaussian
+from dcpc.models.encoders import ConvolutionalEncoder, MLPEncoder
+
+__all__ = [
+    "ConvolutionalEncoder",
+    "ConvolutionalGenerator",
+    "DeepLatentGaussian",
+    "MLPEncoder",
+    "PGDGenerator",
+    "Perceptron",
+]
