@@ -26,7 +26,6 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from dcpc.errors import DCPCError, OptionError
-from dcpc.training.amortised import AmortisedModule
 from dcpc.training.callbacks import (
     EvaluationTable,
     ImageGrids,
@@ -35,12 +34,13 @@ from dcpc.training.callbacks import (
     SweepMonitor,
 )
 from dcpc.training.checkpoint import read_checkpoint
-from dcpc.training.classifier import ClassifierModule
-from dcpc.training.data import ArrayData, DigitsData, LabelledData
-from dcpc.training.hub import HubImages
-from dcpc.training.measured import MeasuredModule
-from dcpc.training.module import ParticleModule
-from dcpc.training.moons import MoonsData
+from dcpc.training.data import ArrayData, DigitsData, HubImages, LabelledData, MoonsData
+from dcpc.training.modules import (
+    AmortisedModule,
+    ClassifierModule,
+    MeasuredModule,
+    ParticleModule,
+)
 
 __all__ = ["ConfiguredCLI", "TrainingCLI", "main"]
 

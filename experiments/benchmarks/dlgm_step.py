@@ -27,7 +27,7 @@ from dcpc import DCPC
 from dcpc.conquer import SecondMoment
 from dcpc.distributions import ContinuousBernoulli
 from dcpc.training.data import Batch
-from dcpc.training.pixels import PixelSet
+from dcpc.training.data.pixels import PixelSet
 from experiments.benchmarks.timing import describe_machine, interleaved_medians
 from experiments.deep_latent_gaussian import DeepLatentGaussian
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dcpc.evaluation import FrozenParticles
-from dcpc.training.cli import main as dcpc_command
+from dcpc.training.command import main as dcpc_command
 from experiments import freeze
 from experiments.deep_latent_gaussian import DeepLatentGaussian
 

@@ -13,7 +13,7 @@ from matplotlib import image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dcpc.training import ParticleModule
-from dcpc.training.cli import ConfiguredCLI, main
+from dcpc.training.command import ConfiguredCLI, main
 
 MODEL = "experiments.deep_latent_gaussian.DeepLatentGaussian"
 UNITS = ("z1", "z2")

@@ -10,7 +10,7 @@ import torch
 
 from dcpc.recombine import LogWeights
 from dcpc.sweep import SweepState
-from dcpc.training.particles import ParticleStore, StoreError, datum_axes
+from dcpc.training.store import ParticleStore, StoreError, datum_axes
 
 N, K = 7, 3
 AXES = {"z": 1, "w": 2}

@@ -13,8 +13,8 @@ from torch import Tensor
 from dcpc.conquer import Langevin
 from dcpc.divide.model import Model
 from dcpc.evaluation.batches import gradients_allowed
+from dcpc.evaluation.generation.samples import matching_site
 from dcpc.evaluation.intensities import IntensityRange, cross_entropy, to_unit
-from dcpc.evaluation.samples import matching_site
 from dcpc.inference import DCPC
 
 __all__ = ["Evaluation", "evaluate", "format_table", "held_out_inference", "summarise"]

@@ -17,7 +17,7 @@ from dcpc.evaluation.batches import (
     batches,
     gradients_allowed,
 )
-from dcpc.evaluation.held_out import held_out_inference
+from dcpc.evaluation.evidence.held_out import held_out_inference
 from dcpc.inference import DCPC
 from dcpc.seeding import derived_seed
 

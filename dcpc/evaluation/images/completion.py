@@ -15,9 +15,9 @@ from dcpc.divide.handlers import is_random
 from dcpc.divide.model import Model
 from dcpc.errors import DataError, ModelError, OptionError
 from dcpc.evaluation.batches import BATCH_SIZE, batches, gradients_allowed
-from dcpc.evaluation.held_out import held_out_inference
+from dcpc.evaluation.evidence.held_out import held_out_inference
+from dcpc.evaluation.generation.samples import matching_site
 from dcpc.evaluation.intensities import IntensityRange, cross_entropy, to_unit
-from dcpc.evaluation.samples import matching_site
 from dcpc.seeding import derived_seed
 
 __all__ = ["Completion", "MaskedModel", "bottom_half", "complete"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dcpc.errors import DataError
-from dcpc.evaluation.features import FeatureClassifier, InceptionFeatures
+from dcpc.evaluation.images.features import FeatureClassifier, InceptionFeatures
 
 __all__ = [
     "frechet_classifier_distance",

@@ -17,14 +17,14 @@ from dcpc.evaluation.batches import (
     batches,
     gradients_allowed,
 )
-from dcpc.evaluation.particle_files import (
+from dcpc.evaluation.generation.samples import latent_shapes, matching_site
+from dcpc.evaluation.particles.particle_files import (
     FrozenParticlesError,
     SavedParticles,
     load_parameters,
     read,
     write,
 )
-from dcpc.evaluation.samples import latent_shapes, matching_site
 from dcpc.inference import DCPC
 from dcpc.recombine import LogWeights, systematic
 from dcpc.seeding import derived_seed, seeded

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from dcpc.errors import OptionError
-from dcpc.training.callbacks import num_batches, tensorboard
-from dcpc.training.classifier import ClassifierModule
+from dcpc.training.callbacks.monitors import num_batches, tensorboard
 from dcpc.training.data import LabelledData
+from dcpc.training.modules import ClassifierModule
 
 __all__ = ["DecisionBoundary", "draw_decision_boundary"]
 

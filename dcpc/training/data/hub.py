@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from dcpc.errors import DataError, OptionError
-from dcpc.training.data import ImageData, LabelledSet
-from dcpc.training.pixels import PixelSet, decode_pictures, open_pixels
+from dcpc.training.data.images import ImageData
+from dcpc.training.data.labelled import LabelledSet
+from dcpc.training.data.pixels import PixelSet, decode_pictures, open_pixels
 
 __all__ = ["HubImages"]
 

@@ -4,30 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dcpc.errors import DataError, OptionError, require_at_least
-from dcpc.evaluation.intensities import IntensityRange
+from dcpc.errors import require_at_least
 
-__all__ = [
-    "ArrayData",
-    "Batch",
-    "DigitsData",
-    "EpochShuffle",
-    "ImageData",
-    "LabelledData",
-    "LabelledSet",
-    "TensorSet",
-    "check_images",
-]
+__all__ = ["Batch", "EpochShuffle", "LabelledData", "LabelledSet", "TensorSet"]
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -147,168 +133,6 @@ class LabelledData(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         return self.val_dataloader()
-
-
-class ImageData(LabelledData):
-    """Base class: images from wherever a subclass finds them, split by a seed.
-
-    Images are `(channels, height, width)`, with intensities in `intensity_range`.
-
-    Args:
-        batch_size: Training data per batch.
-        evaluation_batch_size: Held-out data per batch.
-        num_held_out: How many images are never trained on; None where the subclass decides.
-        seed: Of the split and of the shuffling.
-
-    Attributes:
-        intensity_range: The intensities of black and of white.
-    """
-
-    intensity_range: IntensityRange = (0.0, 1.0)
-
-    def __init__(
-        self,
-        batch_size: int = 100,
-        evaluation_batch_size: int = 300,
-        num_held_out: int | None = 297,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(batch_size, evaluation_batch_size, seed)
-        if num_held_out is not None:
-            require_at_least("data.num_held_out", num_held_out, 1)
-        self.num_held_out = num_held_out
-
-    @abstractmethod
-    def load(self) -> tuple[Tensor, Tensor]:
-        """All images `(N, channels, height, width)`, and their labels `(N,)`.
-
-        Images are floats in [0, 1], or bytes where the subclass has an `image_set` of its own.
-        """
-
-    def setup(self, stage: str) -> None:
-        """Loads, checks and splits the images, once."""
-        if self.training_set is not None:
-            return
-        images, labels = self.load()
-        check_images(images, type(self).__name__)
-        training, held_out = self.split(len(images))
-        self.training_set = self.image_set(images, labels, training)
-        self.held_out_set = self.image_set(images, labels, held_out)
-
-    def split(self, num_images: int) -> tuple[Tensor, Tensor]:
-        """Rows of the training images and of the held-out ones, drawn by the seed alone.
-
-        Raises:
-            OptionError: Nothing would be left to train on.
-        """
-        num_held_out = self.count_held_out(num_images)
-        if num_held_out >= num_images:
-            raise OptionError(
-                f"data.num_held_out must be smaller than the number of images, {num_images}, got "
-                f"{num_held_out}"
-            )
-        order = torch.randperm(num_images, generator=torch.Generator().manual_seed(self.seed))
-        return order[num_held_out:], order[:num_held_out]
-
-    def count_held_out(self, num_images: int) -> int:
-        """How many of all images are never trained on."""
-        assert self.num_held_out is not None
-        return self.num_held_out
-
-    def image_set(self, images: Tensor, labels: Tensor, rows: Tensor) -> LabelledSet:
-        """The set that consists of some rows of all images."""
-        return TensorSet(images[rows], labels[rows])
-
-
-class DigitsData(ImageData):
-    """scikit-learn's 1797 handwritten digits, 8 x 8 pixels, intensities 0 to 16 scaled to [0, 1].
-
-    They come with scikit-learn: nothing is downloaded.
-    """
-
-    def load(self) -> tuple[Tensor, Tensor]:
-        digits = load_digits()
-        images = torch.as_tensor(digits.images, dtype=torch.get_default_dtype()) / 16.0
-        return images.unsqueeze(1), torch.as_tensor(digits.target)
-
-
-class ArrayData(ImageData):
-    """Your own images, as NumPy arrays in a folder.
-
-    `images.npy` holds `(N, height, width)` or `(N, channels, height, width)`: floats in [0, 1], or
-    bytes, which are divided by 255. `labels.npy`, `(N,)`, is optional; without it all labels are 0.
-
-    Args:
-        folder: Where the two files are.
-        batch_size: Training data per batch.
-        evaluation_batch_size: Held-out data per batch.
-        num_held_out: How many images are never trained on.
-        seed: Of the split and of the shuffling.
-    """
-
-    def __init__(
-        self,
-        folder: str,
-        batch_size: int = 100,
-        evaluation_batch_size: int = 300,
-        num_held_out: int = 300,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(batch_size, evaluation_batch_size, num_held_out, seed)
-        self.folder = Path(folder)
-
-    def load(self) -> tuple[Tensor, Tensor]:
-        if not self.folder.is_dir():
-            raise DataError(
-                f"data.folder: there is no folder '{self.folder}' (looked in {Path.cwd()}); it "
-                "must hold images.npy, and labels.npy if there are labels"
-            )
-        images = self._array("images.npy")
-        if images is None or images.ndim not in (3, 4):
-            got = "no such file" if images is None else f"an array of shape {images.shape}"
-            raise DataError(
-                f"data.folder: '{self.folder / 'images.npy'}' must be an array (N, height, width) "
-                f"or (N, channels, height, width), got {got}"
-            )
-        pixels = torch.from_numpy(images).to(torch.get_default_dtype())
-        if images.dtype == np.uint8:
-            pixels = pixels / 255.0
-        labels = self._array("labels.npy")
-        labels = np.zeros(len(images), dtype=np.int64) if labels is None else labels
-        if labels.shape != (len(images),):
-            raise DataError(
-                f"data.folder: '{self.folder / 'labels.npy'}' must hold one label per image, "
-                f"{len(images)}, got shape {labels.shape}"
-            )
-        return pixels if pixels.dim() == 4 else pixels.unsqueeze(1), torch.from_numpy(labels)
-
-    def _array(self, name: str) -> np.ndarray | None:
-        path = self.folder / name
-        if not path.exists():
-            return None
-        try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DataError(f"data.folder: '{path}' is no NumPy array: {error}") from error
-
-
-def check_images(images: Tensor, source: str) -> None:
-    """Checks that all intensities are numbers in [0, 1].
-
-    Raises:
-        DataError: Naming the first image that is not.
-    """
-    if images.dtype == torch.uint8:
-        return  # every byte is a grey level
-    valid = (images >= 0) & (images <= 1)  # NaN is neither
-    if bool(valid.all()):
-        return
-    first = int((~valid).flatten(1).any(1).nonzero()[0])
-    value = float(images[first][~valid[first]][0])
-    raise DataError(
-        f"{source}: image {first} has the intensity {value:g}, expected numbers in [0, 1]; drop "
-        "or repair the image, or rescale the data"
-    )
 
 
 def _loader(data: LabelledSet, batch_size: int, sampler: EpochShuffle | None = None) -> DataLoader:

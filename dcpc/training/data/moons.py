@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import make_moons
 
 from dcpc.errors import OptionError, require_at_least
-from dcpc.training.data import LabelledData, TensorSet
+from dcpc.training.data.labelled import LabelledData, TensorSet
 
 __all__ = ["MoonsData"]
 

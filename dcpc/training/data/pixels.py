@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dcpc.errors import DataError
-from dcpc.training.data import Batch, LabelledSet
+from dcpc.training.data.labelled import Batch, LabelledSet
 
 __all__ = ["PixelSet", "decode_pictures", "open_pixels", "prepare"]
 

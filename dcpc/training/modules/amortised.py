@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from dcpc.errors import require_at_least
 from dcpc.training.data import Batch
-from dcpc.training.generative import GenerativeModule
-from dcpc.training.measured import Schedule
+from dcpc.training.modules.base import LearningRateSchedule
+from dcpc.training.modules.generative import GenerativeModule
 
 __all__ = ["AmortisedModule"]
 
@@ -49,7 +49,7 @@ class AmortisedModule(GenerativeModule):
         num_samples: int = 1,
         bound_samples: int = 100,
         learning_rate: float = 1e-3,
-        learning_rate_schedule: Schedule | None = None,
+        learning_rate_schedule: LearningRateSchedule | None = None,
         evaluation_particles: int = 16,
         num_temperatures: int = 100,
         test_temperatures: int = 400,

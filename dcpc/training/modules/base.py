@@ -17,9 +17,9 @@ from dcpc.seeding import derived_seed, seeded
 from dcpc.training.checkpoint import CheckpointError
 from dcpc.training.data import Batch
 
-__all__ = ["MeasuredModule", "Schedule"]
+__all__ = ["LearningRateSchedule", "MeasuredModule"]
 
-Schedule = Literal["cosine"]
+LearningRateSchedule = Literal["cosine"]
 STATE_KEY = "dcpc"
 
 
@@ -45,7 +45,9 @@ class MeasuredModule(LightningModule):
     headline: ClassVar[str]
 
     def __init__(
-        self, learning_rate: float = 1e-3, learning_rate_schedule: Schedule | None = None
+        self,
+        learning_rate: float = 1e-3,
+        learning_rate_schedule: LearningRateSchedule | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 < learning_rate < math.inf:

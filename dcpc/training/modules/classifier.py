@@ -13,7 +13,7 @@ from dcpc.errors import DataError, require_at_least
 from dcpc.evaluation.batches import gradients_allowed
 from dcpc.networks import EnergyNetwork, LearningRule
 from dcpc.training.data import Batch
-from dcpc.training.measured import MeasuredModule, Schedule
+from dcpc.training.modules.base import LearningRateSchedule, MeasuredModule
 
 __all__ = ["ClassifierModule"]
 
@@ -47,7 +47,7 @@ class ClassifierModule(MeasuredModule):
         num_classes: int = 10,
         flatten: bool = True,
         learning_rate: float = 1e-3,
-        learning_rate_schedule: Schedule | None = None,
+        learning_rate_schedule: LearningRateSchedule | None = None,
     ) -> None:
         super().__init__(learning_rate, learning_rate_schedule)
         require_at_least("model.num_classes", num_classes, 2)

@@ -22,7 +22,7 @@ from dcpc.evaluation import (
     summarise,
 )
 from dcpc.training.data import Batch
-from dcpc.training.measured import MeasuredModule, Schedule
+from dcpc.training.modules.base import LearningRateSchedule, MeasuredModule
 
 __all__ = ["GenerativeModule"]
 
@@ -67,7 +67,7 @@ class GenerativeModule(MeasuredModule):
         guide: nn.Module | None = None,
         bound_samples: int = 100,
         learning_rate: float = 1e-3,
-        learning_rate_schedule: Schedule | None = None,
+        learning_rate_schedule: LearningRateSchedule | None = None,
         evaluation_particles: int = 16,
         num_temperatures: int = 100,
         test_temperatures: int = 400,

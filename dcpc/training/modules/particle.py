@@ -23,9 +23,9 @@ from dcpc.problem import Problem
 from dcpc.recombine.correction import Correction
 from dcpc.sweep import SweepInfo, SweepState
 from dcpc.training.data import Batch
-from dcpc.training.generative import GenerativeModule
-from dcpc.training.measured import STATE_KEY, Schedule
-from dcpc.training.particles import ParticleStore, datum_axes, gather, spread
+from dcpc.training.modules.base import STATE_KEY, LearningRateSchedule
+from dcpc.training.modules.generative import GenerativeModule
+from dcpc.training.store import ParticleStore, datum_axes, gather, spread
 
 __all__ = ["ParticleModule"]
 
@@ -104,7 +104,7 @@ class ParticleModule(GenerativeModule):
         blocks: list[list[str]] | None = None,
         bound_samples: int = 100,
         learning_rate: float = 1e-3,
-        learning_rate_schedule: Schedule | None = None,
+        learning_rate_schedule: LearningRateSchedule | None = None,
         evaluation_particles: int = 16,
         num_temperatures: int = 100,
         test_temperatures: int = 400,

@@ -20,7 +20,7 @@ from dcpc.evaluation import (
     summarise,
 )
 from dcpc.evaluation.intensities import cross_entropy, to_unit
-from dcpc.training.images import image_grid
+from dcpc.training.callbacks import image_grid
 
 
 @pytest.fixture

@@ -16,14 +16,14 @@ from pytorch_lightning import Callback
 
 from dcpc.distributions import DiscretizedNormal
 from dcpc.errors import DataError, OptionError
-from dcpc.training import hub
-from dcpc.training.cli import main
-from dcpc.training.hub import HubImages
-from dcpc.training.pixels import PixelSet, open_pixels, prepare
+from dcpc.training.command import main
+from dcpc.training.data import hub
+from dcpc.training.data.hub import HubImages
+from dcpc.training.data.pixels import PixelSet, open_pixels, prepare
 
 datasets = pytest.importorskip("datasets", reason="needs the extra 'data'")
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+SHARED = Path(__file__).parents[3].parent / "shared" / "data"
 NUM_IMAGES = 20
 
 
@@ -509,7 +509,7 @@ def test_a_cache_folder_that_cannot_be_written_is_named(pictures: Path, tmp_path
 def test_the_recipe_for_emnist_makes_a_folder_that_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guide = (Path(__file__).parents[2] / "configs" / "README.md").read_text()
+    guide = (Path(__file__).parents[3] / "configs" / "README.md").read_text()
     (recipe,) = re.findall(r"```python\n(.*?)```", guide.partition("### EMNIST")[2], re.DOTALL)
     stored = np.random.default_rng(1).integers(0, 256, (10, 28, 28), dtype=np.uint8)
     labels = np.arange(37, 47, dtype=np.uint8)
@@ -538,7 +538,7 @@ def config(folder: Path, source: Path, **options: object) -> list[str]:
         },
         "model": {"model": {"class_path": generator, "init_args": sizes}, "num_particles": 2},
         "data": {
-            "class_path": "dcpc.training.hub.HubImages",
+            "class_path": "dcpc.training.HubImages",
             "init_args": {"path": str(source), **shape, **options},
         },
     }

@@ -25,10 +25,10 @@ from dcpc.networks import (
     PredictiveCodingNetwork,
 )
 from dcpc.training import ClassifierModule, DigitsData, MoonsData
-from dcpc.training.cli import ConfiguredCLI, main
-from dcpc.training.decision_boundary import draw_decision_boundary
+from dcpc.training.callbacks import draw_decision_boundary
+from dcpc.training.command import ConfiguredCLI, main
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "networks" / "two-moons.json")
+CONFIG = str(Path(__file__).parents[3] / "configs" / "networks" / "two-moons.json")
 NUM_BATCHES = 32  # 1024 points, 32 at a time
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 
