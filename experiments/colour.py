@@ -43,10 +43,10 @@ from dcpc.evaluation.batches import BATCH_SIZE
 from dcpc.evaluation.intensities import to_unit
 from dcpc.seeding import seeded
 from dcpc.training import AmortisedModule, GenerativeModule, ImageData
+from dcpc.training.callbacks import image_grid, save_png
 from dcpc.training.checkpoint import read_checkpoint
-from dcpc.training.cli import ConfiguredCLI, one_line_errors
-from dcpc.training.cli import main as dcpc_command
-from dcpc.training.images import image_grid, save_png
+from dcpc.training.command import ConfiguredCLI, one_line_errors
+from dcpc.training.command import main as dcpc_command
 from experiments.tables import markdown
 
 ALGORITHMS = (*PRESETS, "dcpc-warm", "pgd-warm", "vae")

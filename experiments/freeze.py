@@ -17,7 +17,7 @@ from dcpc.evaluation import FrozenParticles, infer_and_freeze
 from dcpc.evaluation.intensities import to_unit
 from dcpc.training import GenerativeModule, ImageData
 from dcpc.training.checkpoint import read_checkpoint
-from dcpc.training.cli import ConfiguredCLI, one_line_errors
+from dcpc.training.command import ConfiguredCLI, one_line_errors
 
 
 def freeze(

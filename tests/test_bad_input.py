@@ -337,8 +337,8 @@ def test_move_without_a_density_cannot_be_corrected():
 def test_preconditioner_of_the_moved_particles_cannot_be_exact():
     refused(
         OptionError,
-        "ParticleVariance",
-        "metropolis",
+        "'particle_variance'",
+        "'metropolis'",
         "adapted",
         of=lambda: DCPC(plain, num_particles=4, preconditioner="particle_variance"),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dcpc.evaluation import FrozenParticles
-from dcpc.training.cli import ConfiguredCLI
+from dcpc.training.command import ConfiguredCLI
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dcpc.training import ClassifierModule, LabelledData, MeasuredModule, ParticleModule
 from dcpc.training.checkpoint import read_checkpoint
-from dcpc.training.cli import ConfiguredCLI, main
+from dcpc.training.command import ConfiguredCLI, main
 from experiments.head_to_head_report import ALGORITHMS
 
 FOLDER = Path(__file__).parents[1] / "configs"

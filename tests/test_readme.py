@@ -72,7 +72,13 @@ def dcpc_command(command: str, small: list[str]) -> list[str]:
     """A `dcpc` command of the README, in this interpreter, made small."""
     words = shlex.split(command)
     assert words[0] == "dcpc"
-    return [sys.executable, "-c", "from dcpc.training.cli import main; main()", *words[1:], *small]
+    return [
+        sys.executable,
+        "-c",
+        "from dcpc.training.command import main; main()",
+        *words[1:],
+        *small,
+    ]
 
 
 def test_the_readme_has_one_line_that_installs_and_trains_and_one_that_installs_and_tests() -> None:

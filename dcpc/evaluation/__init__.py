@@ -1,39 +1,52 @@
-"""What is measured on data that were never trained on, each quantity under its own name."""
+"""What is measured on data that were never trained on, each quantity under its own name.
 
-from dcpc.evaluation.bounds import (
+evidence    how probable held-out data are: annealing, its temperatures, bounds
+images      how good images are: completion of halves, Frechet distances
+generation  data that a model generates, from its prior or from a pseudo-posterior; neighbours
+particles   particles of a trained model, in files and without inference
+
+`batches` and `intensities` are what these share.
+"""
+
+from dcpc.evaluation.evidence import (
     PRIOR_SAMPLES,
     Bounds,
+    Evaluation,
     ImportanceSampler,
+    Setting,
+    TemperatureStudy,
+    evaluate,
+    format_table,
     guide_bounds,
+    held_out_inference,
     prior_sample_estimate,
+    summarise,
+    temperature_study,
 )
-from dcpc.evaluation.completion import Completion, MaskedModel, bottom_half, complete
-from dcpc.evaluation.features import FeatureClassifier, InceptionError, InceptionFeatures
-from dcpc.evaluation.frechet import (
+from dcpc.evaluation.generation import (
+    Decoded,
+    Neighbours,
+    PseudoPosterior,
+    decode,
+    latent_traversal,
+    matching_site,
+    nearest_neighbours,
+    prior_samples,
+)
+from dcpc.evaluation.images import (
+    Completion,
+    FeatureClassifier,
+    InceptionError,
+    InceptionFeatures,
+    MaskedModel,
+    bottom_half,
+    complete,
     frechet_classifier_distance,
     frechet_distance,
     frechet_feature_distance,
     frechet_inception_distance,
 )
-from dcpc.evaluation.frozen import FrozenParticles, infer_and_freeze
-from dcpc.evaluation.held_out import (
-    Evaluation,
-    evaluate,
-    format_table,
-    held_out_inference,
-    summarise,
-)
-from dcpc.evaluation.neighbours import Neighbours, nearest_neighbours
-from dcpc.evaluation.particle_files import FrozenParticlesError
-from dcpc.evaluation.pseudo_posterior import PseudoPosterior
-from dcpc.evaluation.samples import (
-    Decoded,
-    decode,
-    latent_traversal,
-    matching_site,
-    prior_samples,
-)
-from dcpc.evaluation.temperatures import Setting, TemperatureStudy, temperature_study
+from dcpc.evaluation.particles import FrozenParticles, FrozenParticlesError, infer_and_freeze
 
 __all__ = [
     "PRIOR_SAMPLES",

@@ -1,15 +1,30 @@
-"""Training on PyTorch Lightning: modules, data, callbacks, and the `dcpc` command."""
+"""Training on PyTorch Lightning: modules, data, callbacks, and the `dcpc` command.
 
-from dcpc.training.amortised import AmortisedModule
-from dcpc.training.classifier import ClassifierModule
-from dcpc.training.data import ArrayData, DigitsData, ImageData, LabelledData
-from dcpc.training.decision_boundary import DecisionBoundary
-from dcpc.training.generative import GenerativeModule
-from dcpc.training.hub import HubImages
-from dcpc.training.measured import MeasuredModule
-from dcpc.training.module import ParticleModule
-from dcpc.training.moons import MoonsData
-from dcpc.training.particles import ParticleStore, StoreError
+modules     what is trained, and how
+data        what it is trained on, and where that comes from
+callbacks   what a run shows
+store       the particles of every training datum
+checkpoint  checkpoints, checked before they are used
+command     the `dcpc` command
+"""
+
+from dcpc.training.callbacks import DecisionBoundary
+from dcpc.training.data import (
+    ArrayData,
+    DigitsData,
+    HubImages,
+    ImageData,
+    LabelledData,
+    MoonsData,
+)
+from dcpc.training.modules import (
+    AmortisedModule,
+    ClassifierModule,
+    GenerativeModule,
+    MeasuredModule,
+    ParticleModule,
+)
+from dcpc.training.store import ParticleStore, StoreError
 
 __all__ = [
     "AmortisedModule",

@@ -28,7 +28,7 @@ from dcpc.conquer import SecondMoment
 from dcpc.distributions import ContinuousBernoulli
 from dcpc.models import DeepLatentGaussian
 from dcpc.training.data import Batch
-from dcpc.training.pixels import PixelSet
+from dcpc.training.data.pixels import PixelSet
 from experiments.benchmarks.timing import describe_machine, interleaved_medians
 
 Density = Callable[[Tensor], Tensor]

@@ -9,7 +9,7 @@ import torch
 
 from dcpc.evaluation import FrozenParticles
 from dcpc.models import DeepLatentGaussian
-from dcpc.training.cli import main as dcpc_command
+from dcpc.training.command import main as dcpc_command
 from experiments import freeze
 
 ROOT = Path(__file__).parents[2]

@@ -20,9 +20,9 @@ from dcpc.training.callbacks import (
     RunReport,
     SweepMonitor,
 )
+from dcpc.training.callbacks.grids import MAGNIFICATION, image_grid
 from dcpc.training.data import LabelledSet
-from dcpc.training.generative import GenerativeModule
-from dcpc.training.images import MAGNIFICATION, image_grid
+from dcpc.training.modules import GenerativeModule
 
 
 class ColourImages(ImageData):

@@ -1,0 +1,24 @@
+"""What a run shows: TensorBoard scalars and images, files of predictions, tables.
+
+monitors           what TensorBoard shows
+reports            tables, predictions, where the checkpoint is
+decision_boundary  the plane as a classifier sees it
+grids              grids of images
+"""
+
+from dcpc.training.callbacks.decision_boundary import DecisionBoundary, draw_decision_boundary
+from dcpc.training.callbacks.grids import image_grid, save_png
+from dcpc.training.callbacks.monitors import ImageGrids, SweepMonitor
+from dcpc.training.callbacks.reports import EvaluationTable, PredictionWriter, RunReport
+
+__all__ = [
+    "DecisionBoundary",
+    "EvaluationTable",
+    "ImageGrids",
+    "PredictionWriter",
+    "RunReport",
+    "SweepMonitor",
+    "draw_decision_boundary",
+    "image_grid",
+    "save_png",
+]

@@ -1,0 +1,120 @@
+"""What TensorBoard shows of a run: scalars, histograms and images."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from dcpc.evaluation import prior_samples
+from dcpc.sweep import SweepInfo
+from dcpc.training.callbacks.grids import image_grid
+from dcpc.training.modules import GenerativeModule, ParticleModule
+
+__all__ = ["ImageGrids", "SweepMonitor", "num_batches", "tensorboard"]
+
+
+class SweepMonitor(Callback):
+    """Logs what the sweeps of a training step did; idle for modules that do not sweep.
+
+    As scalars, by unit: acceptance (or conditional ESS, see `SweepInfo.statistic`) and step size;
+    and the number of bad log-densities. As histograms over the batch's data, in TensorBoard:
+    every latent's unconstrained values, the particles' log-weights (of mean weight one), and the
+    ESS in percent before resampling.
+
+    Args:
+        every_n_steps: Every so many batches; the trainer's `log_every_n_steps`, since it drops
+            what is logged in between.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        step = num_batches(trainer) - 1
+        if not isinstance(pl_module, ParticleModule) or (step + 1) % self.every_n_steps:
+            return
+        info = pl_module.last_sweep
+        if info is None:  # the encoder is still warming up
+            return
+        division = pl_module.inference.division(batch[0])
+        for kind, values in (("acceptance", info.statistic), ("step_size", info.step_size)):
+            for unit, value in division.by_unit(values).items():
+                pl_module.log(f"sweep/{kind}/{unit}", value, batch_size=1)
+        pl_module.log("sweep/num_bad", float(info.num_bad), batch_size=1)
+        writer = tensorboard(trainer)
+        if writer is not None:
+            for tag, numbers in _histograms(pl_module, info, batch[2]).items():
+                writer.add_histogram(tag, numbers, step)
+
+
+class ImageGrids(Callback):
+    """Logs grids of held-out originals, their reconstructions, and samples of the prior.
+
+    Args:
+        num_images: Images per grid; a square number fills it.
+    """
+
+    def __init__(self, num_images: int = 64) -> None:
+        self.num_images = num_images
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        writer = tensorboard(trainer)
+        if (
+            writer is None
+            or not isinstance(pl_module, GenerativeModule)
+            or not pl_module.evaluations
+        ):
+            return
+        first = pl_module.evaluations[0]
+        originals = first.originals[: self.num_images]
+        if originals.dim() != 4:
+            return
+        _, means = prior_samples(pl_module.model, originals, seed=0)
+        columns = math.isqrt(max(len(originals) - 1, 0)) + 1
+        for name, pictures in (
+            ("originals", originals),
+            ("reconstructions", first.reconstructions[: self.num_images]),
+            ("prior_samples", means),
+        ):
+            grid = image_grid(pictures, columns, pl_module.intensity_range)
+            writer.add_image(f"images/{name}", grid, num_batches(trainer))
+
+
+def num_batches(trainer: Trainer) -> int:
+    """Batches trained on: what TensorBoard calls a step.
+
+    Not the optimiser's steps, of which `ipc` and the incremental rules take several per batch.
+    """
+    return trainer.fit_loop.total_batch_idx + 1
+
+
+def tensorboard(trainer: Trainer) -> SummaryWriter | None:
+    """The writer of the first logger that is TensorBoard's."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            return logger.experiment
+    return None
+
+
+def _histograms(module: ParticleModule, info: SweepInfo, index: Tensor) -> dict[str, Tensor]:
+    """By tag, the numbers of a batch's data that are finite."""
+    assert module.store is not None
+    stored = module.store.state_dict()
+    rows = index.cpu()
+    numbers = {f"sweep/latents/{name}": u[rows] for name, u in stored["latents"].items()}
+    numbers["sweep/log_weight"] = stored["log_weight"][rows]
+    numbers["sweep/ess_percent"] = 100.0 * info.ess / module.inference.num_particles
+    finite = {tag: values[values.isfinite()] for tag, values in numbers.items()}
+    return {tag: values for tag, values in finite.items() if values.numel()}

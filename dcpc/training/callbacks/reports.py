@@ -1,0 +1,126 @@
+"""What a run leaves behind and says: tables, files of predictions, where the checkpoint is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import BasePredictionWriter
+from torch import Tensor
+
+from dcpc.training.callbacks.grids import image_grid, save_png
+from dcpc.training.modules import GenerativeModule, MeasuredModule
+
+__all__ = ["EvaluationTable", "PredictionWriter", "RunReport"]
+
+
+class EvaluationTable(Callback):
+    """Prints the measurements of `dcpc test` and `dcpc validate`."""
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, MeasuredModule)
+        print("\n" + pl_module.table(is_test=True))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, MeasuredModule)
+        print("\n" + pl_module.table(is_test=False))
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes `predictions.pt`, plain tensors by name, and `predictions.png`.
+
+    Args:
+        folder: Where to; null for the run's folder, `trainer.default_root_dir`.
+        num_images: Images of each kind in the picture.
+    """
+
+    def __init__(self, folder: str | None = None, num_images: int = 20) -> None:
+        super().__init__(write_interval="epoch")
+        self.folder = folder
+        self.num_images = num_images
+
+    def write_on_epoch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        predictions: Sequence[dict[str, Tensor]],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        folder = Path(self.folder or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = predictions[0]
+        merged = {name: torch.cat([batch[name] for batch in predictions]) for name in names}
+        torch.save(merged, folder / "predictions.pt")
+        print(f"predictions of {len(merged['index'])} data: {folder / 'predictions.pt'}")
+        if not isinstance(pl_module, GenerativeModule) or merged["originals"].dim() != 4:
+            return
+        rows = ("originals", "reconstructions", "prior_sample_means", "prior_samples")
+        count = min(self.num_images, len(merged["index"]))
+        pictures = torch.cat([merged[name][:count] for name in rows])
+        grid = image_grid(pictures, count, pl_module.intensity_range)
+        save_png(folder / "predictions.png", grid)
+        print(
+            f"picture, from top to bottom {', '.join(rows).replace('_', ' ')}: "
+            f"{folder / 'predictions.png'}"
+        )
+
+
+class RunReport(Callback):
+    """Says what `dcpc fit` learns and where the checkpoint is.
+
+    Attributes:
+        before: The measurements before training, in words.
+        after: The last ones; those before training, where none followed.
+        is_outdated: Whether the parameters have moved since.
+    """
+
+    def __init__(self) -> None:
+        self.before: str | None = None
+        self.after: str | None = None
+        self.is_outdated = False
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        self.is_outdated = True
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, MeasuredModule)
+        if trainer.sanity_checking or trainer.state.fn not in ("fit", "validate"):
+            return
+        measured = pl_module.describe(pl_module.measurements())
+        epoch = trainer.current_epoch + (trainer.state.fn == "fit")
+        trainer.print(f"epoch {epoch:>3}: held-out {measured}")
+        if trainer.global_step == 0:
+            self.before = measured
+        self.after = measured
+        self.is_outdated = False
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _link_latest(trainer)  # at every epoch, so that an interrupted run can be resumed
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        link = _link_latest(trainer)
+        if link is not None:
+            print(f"checkpoint: {link} (now {os.readlink(link)})")
+
+    def compare(self) -> None:
+        """Prints the measurements before and after training, if there are both."""
+        if self.before is not None and self.after is not None and self.after is not self.before:
+            print(f"held-out {self.before} before training, {self.after} after")
+
+
+def _link_latest(trainer: Trainer) -> Path | None:
+    """Makes `last.ckpt` in the run's folder point to its checkpoint, if there is one yet."""
+    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if not checkpoint:
+        return None
+    folder = Path(trainer.default_root_dir)
+    link = folder / "last.ckpt"
+    if link.exists() and link.samefile(checkpoint):
+        return link
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(checkpoint, folder))
+    return link

@@ -1,0 +1,330 @@
+"""The `dcpc` command: Lightning's command line with JSON configs."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import os
+import re
+import sys
+import tempfile
+import warnings
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from jsonargparse import DefaultHelpFormatter
+from jsonargparse.typing import PositiveInt
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from dcpc.errors import DCPCError, OptionError
+from dcpc.training.callbacks import (
+    EvaluationTable,
+    ImageGrids,
+    PredictionWriter,
+    RunReport,
+    SweepMonitor,
+)
+from dcpc.training.checkpoint import read_checkpoint
+from dcpc.training.data import ArrayData, DigitsData, HubImages, LabelledData, MoonsData
+from dcpc.training.modules import (
+    AmortisedModule,
+    ClassifierModule,
+    MeasuredModule,
+    ParticleModule,
+)
+
+__all__ = ["ConfiguredCLI", "TrainingCLI", "main"]
+
+DESCRIPTION = """\
+Divide-and-conquer predictive coding: trains Pyro models on particles that every datum keeps.
+
+  dcpc fit     --config configs/digits.json            train; logs and checkpoints go to runs/digits
+  dcpc fit     --config ... --model.num_particles 16 --trainer.max_epochs 5    override any key
+  dcpc fit     --config ... --ckpt_path runs/digits/last.ckpt                  resume, exactly
+  dcpc test    --config ...                            evidence NLL and more on held-out data
+  dcpc predict --config ...                            samples and reconstructions, to files
+
+test, validate and predict use <trainer.default_root_dir>/last.ckpt, the newest run's checkpoint,
+unless --ckpt_path names another one. `dcpc fit --help` lists the keys of a config, `--model.help
+ParticleModule` (or AmortisedModule, ClassifierModule) and `--data.help HubImages` (or DigitsData,
+ArrayData, MoonsData) those below "model" and "data", `dcpc fit --config ... --print_config` prints
+a whole one, `tensorboard --logdir runs` shows the runs.
+"""
+
+CONFIGURED: dict[str, tuple[type, ...]] = {
+    "model": (ParticleModule, AmortisedModule, ClassifierModule),
+    "data": (HubImages, DigitsData, ArrayData, MoonsData),
+}
+"""The classes below each key of a config that this package has."""
+
+CONFIG_OPTIONS = ("--config", "-c")
+
+LIGHTNING_REMARKS = (
+    ".*does not have many workers",
+    ".*configure_optimizers` will be overridden",
+    ".*LeafSpec.* is deprecated",
+    ".*callbacks used to create the checkpoint need to be provided",
+    ".*Checkpoint directory .* exists and is not empty",
+    ".*The dirpath has changed from",
+    r"\s*By default only one JsonargparseDeprecationWarning",
+    r"(?s).* was deprecated in v4\.\d+\.\d+ and will\s+be\s+removed\s+in\s+v5",
+)
+"""Warnings that are about Lightning's own doings, or that do not apply to `dcpc`."""
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the line breaks of descriptions."""
+
+
+class _Parser(LightningArgumentParser):
+    """Reads JSON; says in one line what is wrong with a config, and exits with status 2."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"parser_mode": "json", "formatter_class": _HelpFormatter, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        _fail(message + _suggest_key(message))
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Keeps the whole config beside a training run's logs."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class _Logger(TensorBoardLogger):
+    """Leaves out the number of the epoch, which would be TensorBoard's first chart."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics({n: value for n, value in metrics.items() if n != "epoch"}, step)
+
+
+class TrainingCLI(LightningCLI):
+    """`fit`, `validate`, `test` and `predict` for a `MeasuredModule` on `LabelledData`.
+
+    A config's `model` that names no class holds the arguments of `ParticleModule`.
+
+    Args:
+        args: Arguments of the command line; None for the process's own.
+
+    Raises:
+        DCPCError: An option, the data, a checkpoint or a folder is unusable.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        _quieten_lightning()
+        super().__init__(
+            MeasuredModule,
+            LabelledData,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=_SaveConfig,
+            save_config_kwargs={"config_filename": "config.json"},
+            trainer_defaults={
+                "default_root_dir": "runs",
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+                "enable_progress_bar": None,
+            },
+            seed_everything_default=0,
+            parser_class=_Parser,
+            parser_kwargs={"description": DESCRIPTION},
+            args=None if args is None else list(args),
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the number of threads, which Lightning leaves to the environment."""
+        _tell_counts_from_fractions(parser)
+        module = ParticleModule
+        parser.set_defaults(model={"class_path": f"{module.__module__}.{module.__name__}"})
+        parser.add_argument(
+            "--num_threads",
+            type=PositiveInt | None,
+            default=None,
+            help="Threads of torch on the CPU; 1 is fastest for small models. null: torch's choice",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        num_threads = self.config[self.subcommand].num_threads
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, and checks what can be checked before anything is built."""
+        self.config = parser.parse_args(args)
+        options = self.config[self.config.subcommand]
+        folder = Path(options.trainer.default_root_dir)
+        _check_writable(folder)
+        if self.config.subcommand != "fit" and options.ckpt_path is None:
+            options.ckpt_path = str(folder / "last.ckpt")
+        if self.config.subcommand in ("validate", "test"):
+            options.verbose = False  # the table of EvaluationTable takes the place of Lightning's
+        if options.ckpt_path is not None:
+            options.weights_only = True
+            read_checkpoint(options.ckpt_path)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            raise _own_error(error) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer whose logs and checkpoints go below `trainer.default_root_dir`."""
+        options = self.config[self.subcommand].trainer
+        callbacks: list[Callback]
+        if self.subcommand == "fit":
+            checkpoint = ModelCheckpoint(filename="last", save_on_train_epoch_end=True)
+            monitor = SweepMonitor(options.log_every_n_steps or 50)
+            callbacks = [monitor, ImageGrids(), RunReport(), checkpoint]
+            if options.logger in (None, True):
+                kwargs["logger"] = _Logger(options.default_root_dir, name="")
+        else:
+            callbacks = [PredictionWriter() if self.subcommand == "predict" else EvaluationTable()]
+            kwargs["logger"] = False
+            kwargs["enable_checkpointing"] = False
+        if options.enable_progress_bar is None:
+            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+        configured = self._get(self.config_init, "trainer").callbacks or []
+        return super().instantiate_trainer(callbacks=[*callbacks, *configured], **kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        checkpoint = self.config[self.subcommand].ckpt_path
+        if checkpoint is not None:
+            read_checkpoint(checkpoint, self.model)
+
+    def before_fit(self) -> None:
+        """Measures the untrained model, so that learning shows."""
+        if self.config.fit.ckpt_path is None and self.trainer.limit_val_batches:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def after_fit(self) -> None:
+        """Measures the trained model, unless its last epoch was measured."""
+        report = next(c for c in self.trainer.callbacks if isinstance(c, RunReport))  # type: ignore[attr-defined]
+        if report.is_outdated and self.trainer.limit_val_batches:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        report.compare()
+
+
+class ConfiguredCLI(TrainingCLI):
+    """What a config names, built as `model`, `datamodule` and `trainer`, and nothing run."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the `dcpc` command; errors as by `one_line_errors`."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    # As `python -m` does, so that a config may name classes in files of the working directory.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    with one_line_errors():
+        TrainingCLI(_find_configs(arguments))
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Makes bad input one line on standard error and exit status 2, for a command's whole run."""
+    try:
+        yield
+    except (DCPCError, OSError, MisconfigurationException) as error:
+        _fail(str(error))
+
+
+def _find_configs(arguments: Sequence[str]) -> list[str]:
+    """Finds the shipped `configs/**/*.json` where the working directory has none."""
+    found = []
+    for option, argument in zip(["", *arguments], arguments, strict=False):
+        name, _, path = argument.partition("=")
+        if option in CONFIG_OPTIONS:
+            found.append(_find_config(argument))
+        elif name in CONFIG_OPTIONS and path:
+            found.append(f"{name}={_find_config(path)}")
+        else:
+            found.append(argument)
+    return found
+
+
+def _find_config(path: str) -> str:
+    if Path(path).is_file():
+        return path
+    package = Path(__file__).parents[1]
+    # Installed, the folder is in the package; in a checkout it is beside it.
+    home = package if (package / "configs").is_dir() else package.parent
+    if path.startswith("configs/") and (home / path).is_file():
+        return str(home / path)
+    raise OptionError(f"--config: there is no file '{path}'")
+
+
+def _suggest_key(message: str) -> str:
+    """The likely fix of a key that no class accepts, which jsonargparse names without its path."""
+    refused = re.fullmatch(r"Option '(?:.*\.)?(\w+)' is not accepted", message)
+    if refused is None:
+        return ""
+    paths = {
+        key: f"{part}.{key}"
+        for part, classes in CONFIGURED.items()
+        for configured in classes
+        for key in inspect.signature(configured).parameters
+    }
+    close = difflib.get_close_matches(refused[1], paths, n=1, cutoff=0.8)
+    question = f"; did you mean '{paths[close[0]]}'?" if close else "."
+    return f"{question} dcpc fit --help, --model.help CLASS and --data.help CLASS list the keys"
+
+
+def _own_error(error: BaseException) -> DCPCError:
+    """The error of ours that jsonargparse wrapped into its own, or else one about the config."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, DCPCError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return OptionError(f"a class of the config refused its arguments: {error}")
+
+
+def _tell_counts_from_fractions(parser: LightningArgumentParser) -> None:
+    """Reads `limit_val_batches: 1` as one batch, and `1.0` as all of them.
+
+    `typing` caches its unions regardless of order, so that a parser may meet `Union[float, int]`
+    where Lightning wrote `Union[int, float]`, and makes a float of every number.
+    """
+    counts = {f"trainer.limit_{part}_batches" for part in ("train", "val", "test", "predict")}
+    counts |= {"trainer.overfit_batches", "trainer.val_check_interval"}
+    for action in parser._actions:
+        if action.dest in counts:
+            action._typehint = int | float | None  # type: ignore[attr-defined]
+
+
+def _quieten_lightning() -> None:
+    for library in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    for remark in LIGHTNING_REMARKS:
+        warnings.filterwarnings("ignore", remark)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OptionError(
+            f"trainer.default_root_dir: cannot write to the folder '{folder}' ({error.strerror}); "
+            "choose another one"
+        ) from error
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"dcpc: error: {message}", file=sys.stderr)
+    raise SystemExit(2)

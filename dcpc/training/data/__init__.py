@@ -1,0 +1,38 @@
+"""Data to train on and data held out, and where they come from.
+
+labelled  batches of data with labels and indices; a training set and a held-out set
+images    images, checked and split by a seed
+digits    scikit-learn's digits
+arrays    NumPy arrays in a folder
+hub       the Hugging Face hub or a local folder; pixels: decoded once, memory-mapped
+moons     two moons, points of the plane
+"""
+
+from dcpc.training.data.arrays import ArrayData
+from dcpc.training.data.digits import DigitsData
+from dcpc.training.data.hub import HubImages
+from dcpc.training.data.images import ImageData, check_images
+from dcpc.training.data.labelled import (
+    Batch,
+    EpochShuffle,
+    LabelledData,
+    LabelledSet,
+    TensorSet,
+)
+from dcpc.training.data.moons import MoonsData
+from dcpc.training.data.pixels import PixelSet
+
+__all__ = [
+    "ArrayData",
+    "Batch",
+    "DigitsData",
+    "EpochShuffle",
+    "HubImages",
+    "ImageData",
+    "LabelledData",
+    "LabelledSet",
+    "MoonsData",
+    "PixelSet",
+    "TensorSet",
+    "check_images",
+]

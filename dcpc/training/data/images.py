@@ -1,0 +1,104 @@
+"""Images with labels, split by a seed: what every data set of images shares."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from dcpc.errors import DataError, OptionError, require_at_least
+from dcpc.evaluation.intensities import IntensityRange
+from dcpc.training.data.labelled import LabelledData, LabelledSet, TensorSet
+
+__all__ = ["ImageData", "check_images"]
+
+
+class ImageData(LabelledData):
+    """Base class: images from wherever a subclass finds them, split by a seed.
+
+    Images are `(channels, height, width)`, with intensities in `intensity_range`.
+
+    Args:
+        batch_size: Training data per batch.
+        evaluation_batch_size: Held-out data per batch.
+        num_held_out: How many images are never trained on; None where the subclass decides.
+        seed: Of the split and of the shuffling.
+
+    Attributes:
+        intensity_range: The intensities of black and of white.
+    """
+
+    intensity_range: IntensityRange = (0.0, 1.0)
+
+    def __init__(
+        self,
+        batch_size: int = 100,
+        evaluation_batch_size: int = 300,
+        num_held_out: int | None = 297,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, evaluation_batch_size, seed)
+        if num_held_out is not None:
+            require_at_least("data.num_held_out", num_held_out, 1)
+        self.num_held_out = num_held_out
+
+    @abstractmethod
+    def load(self) -> tuple[Tensor, Tensor]:
+        """All images `(N, channels, height, width)`, and their labels `(N,)`.
+
+        Images are floats in [0, 1], or bytes where the subclass has an `image_set` of its own.
+        """
+
+    def setup(self, stage: str) -> None:
+        """Loads, checks and splits the images, once."""
+        if self.training_set is not None:
+            return
+        images, labels = self.load()
+        check_images(images, type(self).__name__)
+        training, held_out = self.split(len(images))
+        self.training_set = self.image_set(images, labels, training)
+        self.held_out_set = self.image_set(images, labels, held_out)
+
+    def split(self, num_images: int) -> tuple[Tensor, Tensor]:
+        """Rows of the training images and of the held-out ones, drawn by the seed alone.
+
+        Raises:
+            OptionError: Nothing would be left to train on.
+        """
+        num_held_out = self.count_held_out(num_images)
+        if num_held_out >= num_images:
+            raise OptionError(
+                f"data.num_held_out must be smaller than the number of images, {num_images}, got "
+                f"{num_held_out}"
+            )
+        order = torch.randperm(num_images, generator=torch.Generator().manual_seed(self.seed))
+        return order[num_held_out:], order[:num_held_out]
+
+    def count_held_out(self, num_images: int) -> int:
+        """How many of all images are never trained on."""
+        assert self.num_held_out is not None
+        return self.num_held_out
+
+    def image_set(self, images: Tensor, labels: Tensor, rows: Tensor) -> LabelledSet:
+        """The set that consists of some rows of all images."""
+        return TensorSet(images[rows], labels[rows])
+
+
+def check_images(images: Tensor, source: str) -> None:
+    """Checks that all intensities are numbers in [0, 1].
+
+    Raises:
+        DataError: Naming the first image that is not.
+    """
+    if images.dtype == torch.uint8:
+        return  # every byte is a grey level
+    valid = (images >= 0) & (images <= 1)  # NaN is neither
+    if bool(valid.all()):
+        return
+    first = int((~valid).flatten(1).any(1).nonzero()[0])
+    value = float(images[first][~valid[first]][0])
+    raise DataError(
+        f"{source}: image {first} has the intensity {value:g}, expected numbers in [0, 1]; drop "
+        "or repair the image, or rescale the data"
+    )

@@ -1,0 +1,144 @@
+"""Data with labels, of which some are trained on and some are held out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dcpc.errors import require_at_least
+
+__all__ = ["Batch", "EpochShuffle", "LabelledData", "LabelledSet", "TensorSet"]
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class EpochShuffle(Sampler[int]):
+    """A permutation per epoch that depends on the seed and the epoch's number only.
+
+    A resumed run therefore visits the data in the order in which the first one would have.
+    Lightning calls `set_epoch`.
+
+    Args:
+        size: Number of data.
+        seed: Of all permutations.
+        follow: Is told every epoch's number too: a data set that changes from epoch to epoch.
+    """
+
+    def __init__(self, size: int, seed: int, follow: Callable[[int], None] | None = None) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+        self.follow = follow
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the permutation."""
+        self.epoch = epoch
+        if self.follow is not None:
+            self.follow(epoch)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        return iter(torch.randperm(self.size, generator=generator).tolist())
+
+
+class LabelledSet(Dataset[Batch]):
+    """Data with labels and indices, fetched a whole batch at a time."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of data."""
+
+    @abstractmethod
+    def __getitems__(self, index: Sequence[int]) -> Batch:
+        """The data of a batch, their labels, and `index` itself."""
+
+    def first(self, count: int) -> Batch:
+        """The first `count` data as one batch, or all there are."""
+        return self.__getitems__(range(min(count, len(self))))
+
+    def __getitem__(self, index: int) -> Batch:
+        data, labels, indices = self.__getitems__([index])
+        return data[0], labels[0], indices[0]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Hears about a new epoch of training."""
+
+
+class TensorSet(LabelledSet):
+    """Data that lie ready in memory.
+
+    Args:
+        data: `(N, *shape)`.
+        labels: `(N,)`.
+    """
+
+    def __init__(self, data: Tensor, labels: Tensor) -> None:
+        self.tensors = data, labels, torch.arange(len(data))
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitems__(self, index: Sequence[int]) -> Batch:
+        rows = torch.as_tensor(index)
+        data, labels, indices = (tensor[rows] for tensor in self.tensors)
+        return data, labels, indices
+
+
+class LabelledData(LightningDataModule):
+    """Base class: a subclass says what there is to train on, and what is held out.
+
+    A batch is `(data, labels, index)`: data `(B, *shape)`, labels `(B,)`, and each datum's index in
+    its own set, by which its particles are found.
+
+    Args:
+        batch_size: Training data per batch.
+        evaluation_batch_size: Held-out data per batch.
+        seed: Of the shuffling.
+    """
+
+    def __init__(self, batch_size: int, evaluation_batch_size: int, seed: int) -> None:
+        super().__init__()
+        require_at_least("data.batch_size", batch_size, 1)
+        require_at_least("data.evaluation_batch_size", evaluation_batch_size, 1)
+        self.batch_size = batch_size
+        self.evaluation_batch_size = evaluation_batch_size
+        self.seed = seed
+        self.training_set: LabelledSet | None = None
+        self.held_out_set: LabelledSet | None = None
+
+    @abstractmethod
+    def setup(self, stage: str) -> None:
+        """Makes the two sets, once."""
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.training_set is not None
+        sampler = EpochShuffle(len(self.training_set), self.seed, self.training_set.set_epoch)
+        return _loader(self.training_set, self.batch_size, sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        assert self.held_out_set is not None
+        return _loader(self.held_out_set, self.evaluation_batch_size)
+
+    def test_dataloader(self) -> DataLoader:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.val_dataloader()
+
+
+def _loader(data: LabelledSet, batch_size: int, sampler: EpochShuffle | None = None) -> DataLoader:
+    # The set collates: its `__getitems__` returns a batch.
+    return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=_unchanged)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,127 @@
+"""A Lightning module around an energy network: classification by a learning rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dcpc.errors import DataError, require_at_least
+from dcpc.evaluation.batches import gradients_allowed
+from dcpc.networks import EnergyNetwork, LearningRule
+from dcpc.training.data import Batch
+from dcpc.training.modules.base import LearningRateSchedule, MeasuredModule
+
+__all__ = ["ClassifierModule"]
+
+
+class ClassifierModule(MeasuredModule):
+    """Trains an energy network to name the class of its input.
+
+    In a step the rule learns from a batch, with the labels, one-hot, as the output's data.
+
+    Args:
+        network: The network: its input takes the data, flattened unless told otherwise, its output
+            has one unit per class.
+        rule: The learning rule.
+        num_classes: Number of classes.
+        flatten: Whether a datum is a vector to the network, as opposed to an image.
+        learning_rate: Of Adam; `--optimizer` replaces it altogether.
+        learning_rate_schedule: `cosine` lowers the rate to zero over the run, by
+            `trainer.max_epochs`, `trainer.max_steps` or `trainer.max_time`, whichever is nearest;
+            null keeps it.
+
+    Raises:
+        OptionError: A number out of range, or a network that the rule cannot train.
+    """
+
+    headline = "accuracy"
+
+    def __init__(
+        self,
+        network: EnergyNetwork,
+        rule: LearningRule,
+        num_classes: int = 10,
+        flatten: bool = True,
+        learning_rate: float = 1e-3,
+        learning_rate_schedule: LearningRateSchedule | None = None,
+    ) -> None:
+        super().__init__(learning_rate, learning_rate_schedule)
+        require_at_least("model.num_classes", num_classes, 2)
+        rule.check(network)
+        self.network = network
+        self.rule = rule
+        self.num_classes = num_classes
+        self.flatten = flatten
+        self.automatic_optimization = False
+        self._is_right: list[Tensor] = []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.network.weights(), lr=self.learning_rate)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Lets the rule learn from a batch."""
+        x, labels, _ = batch
+        # Lightning's wrapper has an optimiser's methods, and counts its steps.
+        optimizer = cast(torch.optim.Optimizer, self.optimizers())
+        with self.stream(self._num_steps):
+            learned = self.rule.learn(
+                self.network, self._input(x), self._targets(labels), optimizer
+            )
+        self._num_steps += 1
+        energies = {"energy_before_inference": learned.energy[0], "energy": learned.energy[-1]}
+        if learned.relaxations:
+            nudged = learned.relaxations[1].energy  # with the cost
+            energies = {"nudged_energy_before_inference": nudged[0], "nudged_energy": nudged[-1]}
+        for name, energy in energies.items():
+            shown = not name.endswith("before_inference")
+            self.log(f"train/{name}", energy, prog_bar=shown, batch_size=len(x))
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The network's outputs `(B, num_classes)` for data `(B, *shape)`, in evaluation mode."""
+        was_training = self.network.training
+        self.network.eval()
+        try:
+            with gradients_allowed():
+                return self.rule.predict(self.network, self._input(x.clone())).detach()
+        finally:
+            self.network.train(was_training)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """The network's outputs, and the class that is largest there."""
+        x, labels, index = batch
+        outputs = self.predict(x)
+        return {"index": index, "labels": labels, "outputs": outputs, "classes": outputs.argmax(1)}
+
+    def start_measurements(self) -> None:
+        self._is_right = []
+
+    def measure(self, batch: Batch, batch_idx: int, is_test: bool) -> None:
+        predicted = self.predict_step(batch, batch_idx)
+        self._is_right.append(predicted["classes"] == predicted["labels"])
+
+    def measurements(self) -> dict[str, float]:
+        right = torch.cat(self._is_right).float()
+        return {"accuracy": float(right.mean()), "num_data": float(len(right))}
+
+    def describe(self, measurements: Mapping[str, float]) -> str:
+        return f"accuracy {100 * measurements['accuracy']:.2f} %"
+
+    def table(self, is_test: bool) -> str:
+        measured = self.measurements()
+        return f"{measured['num_data']:.0f} held-out data\n  {self.describe(measured)}"
+
+    def _input(self, x: Tensor) -> Tensor:
+        return x.flatten(1) if self.flatten else x
+
+    def _targets(self, labels: Tensor) -> Tensor:
+        highest = int(labels.max())
+        if highest >= self.num_classes:
+            raise DataError(
+                f"the data have a label {highest}, but model.num_classes is {self.num_classes}; "
+                f"raise it to {highest + 1}, and the size of the network's output with it"
+            )
+        return F.one_hot(labels, self.num_classes).to(self.network.weights()[0].dtype)

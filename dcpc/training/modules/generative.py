@@ -1,0 +1,173 @@
+"""Modules around a Pyro program of images: held-out evidence, reconstructions, predictions."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dcpc.errors import require_at_least
+from dcpc.evaluation import (
+    PRIOR_SAMPLES,
+    Evaluation,
+    ImportanceSampler,
+    bottom_half,
+    complete,
+    evaluate,
+    format_table,
+    held_out_inference,
+    prior_samples,
+    summarise,
+)
+from dcpc.training.data import Batch
+from dcpc.training.modules.base import LearningRateSchedule, MeasuredModule
+
+__all__ = ["GenerativeModule"]
+
+
+class GenerativeModule(MeasuredModule):
+    """Base class: a Pyro program of images, and what is measured on data it never saw.
+
+    Held-out data are inferred from scratch, by annealing, whatever the algorithm that trains: the
+    evidence is a property of the model alone. Where there is a guide, two bounds of its own are
+    measured beside it; `test` adds the prior-sample estimate, which is far too low.
+
+    Args:
+        model: The Pyro program, a torch module; called with a batch of data, with all latents in
+            one plate over the batch.
+        guide: A Pyro program, a torch module, that draws the same latents from a batch of data;
+            null for none.
+        bound_samples: Samples of the guide per held-out datum of the importance-weighted bound.
+        learning_rate: Of Adam; `--optimizer` replaces it altogether.
+        learning_rate_schedule: `cosine` lowers the rate to zero over the run, by
+            `trainer.max_epochs`, `trainer.max_steps` or `trainer.max_time`, whichever is nearest;
+            null keeps it.
+        evaluation_particles: Particles per held-out datum.
+        num_temperatures: Length of the annealing ladder on held-out data while training.
+        test_temperatures: Its length for `test` and `predict`. A short ladder overstates the
+            evidence NLL, by Jensen's inequality; lengthen it until the figure stands still.
+        test_completion: Whether `test` also completes the upper half of images from the lower one,
+            which takes as long again.
+
+    Attributes:
+        evaluations: Of the last round over the held-out data.
+        intensity_range: Intensities of black and of white in the data.
+
+    Raises:
+        OptionError: A number out of range.
+    """
+
+    headline = "evidence_nll"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        guide: nn.Module | None = None,
+        bound_samples: int = 100,
+        learning_rate: float = 1e-3,
+        learning_rate_schedule: LearningRateSchedule | None = None,
+        evaluation_particles: int = 16,
+        num_temperatures: int = 100,
+        test_temperatures: int = 400,
+        test_completion: bool = False,
+    ) -> None:
+        super().__init__(learning_rate, learning_rate_schedule)
+        require_at_least("model.bound_samples", bound_samples, 1)
+        require_at_least("model.evaluation_particles", evaluation_particles, 2)
+        require_at_least("model.num_temperatures", num_temperatures, 1)
+        require_at_least("model.test_temperatures", test_temperatures, 1)
+        self.model = model
+        self.guide = guide
+        self.bound_samples = bound_samples
+        self.num_temperatures = num_temperatures
+        self.test_temperatures = test_temperatures
+        self.test_completion = test_completion
+        self.held_out_inference = held_out_inference(model, evaluation_particles)
+        self.intensity_range = (0.0, 1.0)
+        self.evaluations: list[Evaluation] = []
+        self._estimates: dict[str, list[Tensor]] = {}
+        self._prior_sampler = ImportanceSampler(model)
+        self._guide_sampler = None if guide is None else ImportanceSampler(model, guide)
+
+    @abstractmethod
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Returns the loss per datum, in nats."""
+
+    def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        self.intensity_range = getattr(data, "intensity_range", self.intensity_range)
+
+    # -- held-out data -----------------------------------------------------------------------
+
+    def start_measurements(self) -> None:
+        self.evaluations = []
+        self._estimates = {}
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Reconstructions of a batch, and as many samples of the model's prior."""
+        x, labels, index = batch
+        measured = self._evaluate(x, batch_idx, self.test_temperatures)
+        samples, means = prior_samples(self.model, x, seed=batch_idx)
+        return {
+            "index": index,
+            "labels": labels,
+            "originals": x,
+            "reconstructions": measured.reconstructions,
+            "evidence_nll": measured.evidence_nll,
+            "prior_samples": samples,
+            "prior_sample_means": means,
+        }
+
+    def measure(self, batch: Batch, batch_idx: int, is_test: bool) -> None:
+        x = batch[0]
+        self.evaluations.append(self._evaluate(x, batch_idx, self._ladder(is_test)))
+        for name, values in self._estimate(x, batch_idx, is_test).items():
+            self._estimates.setdefault(name, []).append(values)
+
+    def measurements(self) -> dict[str, float]:
+        means = {name: float(torch.cat(parts).mean()) for name, parts in self._estimates.items()}
+        return summarise(self.evaluations) | means
+
+    def describe(self, measurements: Mapping[str, float]) -> str:
+        nll, error = measurements["evidence_nll"], measurements["evidence_nll_se"]
+        return f"evidence NLL {nll:.2f} ± {error:.2f}"
+
+    def table(self, is_test: bool) -> str:
+        num_particles = self.held_out_inference.num_particles
+        return format_table(self.measurements(), num_particles, self._ladder(is_test))
+
+    def _estimate(self, x: Tensor, batch_idx: int, is_test: bool) -> dict[str, Tensor]:
+        """What is measured beside the evidence, `(B,)` by name; nothing of data that are tied."""
+        if not self.held_out_inference.division(x).population:
+            return {}
+        found = {}
+        if self._guide_sampler is not None:
+            bounds = self._guide_sampler.bounds(x, self.bound_samples, seed=batch_idx)
+            found["elbo"], found["importance_weighted_bound"] = bounds
+        if is_test:
+            weighed = self._prior_sampler.bounds(x, PRIOR_SAMPLES, seed=batch_idx)
+            found["prior_sample_estimate"] = weighed.importance_weighted
+        if is_test and self.test_completion:
+            completed = complete(
+                self.model,
+                x,
+                bottom_half(x.shape[1:]),
+                num_particles=self.held_out_inference.num_particles,
+                num_temperatures=self.test_temperatures,
+                seed=batch_idx,
+                intensity_range=self.intensity_range,
+            )
+            found["completion_cross_entropy"] = completed.hidden_cross_entropy
+            found["completion_mse"] = completed.hidden_mse
+        return found
+
+    def _ladder(self, is_test: bool) -> int:
+        return self.test_temperatures if is_test else self.num_temperatures
+
+    def _evaluate(self, x: Tensor, batch_idx: int, num_temperatures: int) -> Evaluation:
+        # The same seed at every evaluation: differences come from the parameters.
+        return evaluate(
+            self.held_out_inference, x, num_temperatures, batch_idx, self.intensity_range
+        )

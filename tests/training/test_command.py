@@ -1,0 +1,370 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from event_logs import event_logs
+from matplotlib import image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dcpc.training import ParticleModule
+from dcpc.training.command import ConfiguredCLI, main
+
+MODEL = "dcpc.models.DeepLatentGaussian"
+UNITS = ("z1", "z2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> dict:
+    """Thirty digits, a small model, coarse evaluations."""
+    return {
+        "seed_everything": 1,
+        "trainer": {
+            "accelerator": "cpu",
+            "default_root_dir": str(folder / "run"),
+            "log_every_n_steps": 1,
+            "max_epochs": 2,
+        },
+        "model": {
+            "model": {
+                "class_path": MODEL,
+                "init_args": {"latent_sizes": [3, 5], "image_shape": [1, 8, 8]},
+            },
+            "num_particles": 2,
+            "learning_rate": 0.03,
+            "evaluation_particles": 3,
+            "num_temperatures": 3,
+            "test_temperatures": 3,
+        },
+        "data": {
+            "class_path": "dcpc.training.data.DigitsData",
+            "init_args": {
+                "batch_size": 10,
+                "evaluation_batch_size": 1767,
+                "num_held_out": 1767,
+            },
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def command(config: dict, folder: Path) -> Callable[..., None]:
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+
+    def run(subcommand: str, *options: str) -> None:
+        main([subcommand, "--config", str(path), *options])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(command: Callable, folder: Path) -> Path:
+    """The folder of a finished run."""
+    command("fit")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def events(run: Path) -> list[EventAccumulator]:
+    return event_logs(run / "version_0")
+
+
+def scalars(events: list[EventAccumulator], tag: str) -> list[tuple[int, float]]:
+    return [
+        (e.step, e.value)
+        for log in events
+        if tag in log.Tags()["scalars"]
+        for e in log.Scalars(tag)
+    ]
+
+
+def error_of(capsys: pytest.CaptureFixture, call: Callable, *arguments: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        call(*arguments)
+    assert exit_info.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("dcpc: error: ")
+    assert "Traceback" not in message
+    return message
+
+
+def test_fit_leaves_a_checkpoint_a_link_to_it_and_its_config(run: Path) -> None:
+    checkpoint = torch.load(run / "last.ckpt", weights_only=True)
+    assert (run / "last.ckpt").samefile(run / "version_0" / "checkpoints" / "last.ckpt")
+    assert checkpoint["epoch"] == 1
+    assert checkpoint["dcpc"]["particles"]["latents"]["z1"].shape == (30, 2, 3)
+    saved = json.loads((run / "version_0" / "config.json").read_text())
+    assert saved["model"]["init_args"]["num_particles"] == 2
+
+
+def test_no_particles_are_left_lying_about_after_a_run(run: Path) -> None:
+    assert not list(run.rglob("particles-*"))
+
+
+def test_tensorboard_has_every_curve(events: list[EventAccumulator]) -> None:
+    for tag in (
+        "train/loss",
+        "train/ess_percent",
+        *(f"sweep/{kind}/{unit}" for kind in ("acceptance", "step_size") for unit in UNITS),
+    ):
+        values = scalars(events, tag)
+        assert values, tag
+        assert all(0 < value < 1e4 for _, value in values), tag
+    for unit in UNITS:
+        assert all(value <= 1 for _, value in scalars(events, f"sweep/acceptance/{unit}"))
+
+
+def test_evidence_is_measured_before_training_and_after_every_evaluated_epoch(
+    events: list[EventAccumulator],
+) -> None:
+    curve = scalars(events, "held_out/evidence_nll")
+    assert [step for step, _ in curve] == [0, 2, 5]
+    assert curve[-1][1] < curve[0][1]
+
+
+def test_tensorboard_has_grids_of_images(events: list[EventAccumulator]) -> None:
+    for name in ("originals", "reconstructions", "prior_samples"):
+        shown = [
+            e
+            for log in events
+            if f"images/{name}" in log.Tags()["images"]
+            for e in log.Images(f"images/{name}")
+        ]
+        assert shown, name
+        # 64 digits, eight to a row, with lines between.
+        assert {(e.width, e.height) for e in shown} == {(8 * 9 + 1, 8 * 9 + 1)}
+
+
+def test_test_prints_every_quantity_under_its_own_name(
+    run: Path, command: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    capsys.readouterr()
+    command("test")
+    table = capsys.readouterr().out
+    assert re.search(r"1767 held-out data, 3 particles annealed over 3 temperatures", table)
+    assert re.search(r"evidence NLL +-?\d+\.\d+ ± \d+\.\d+ +nats per datum", table)
+    assert re.search(r"reconstruction cross-entropy +\d+\.\d+", table)
+    assert re.search(r"reconstruction MSE +0\.\d+", table)
+    assert re.search(r"ESS % +\d+", table)
+
+
+def test_test_and_validate_measure_the_same_as_the_end_of_fit(
+    run: Path, command: Callable, capsys: pytest.CaptureFixture, events: list[EventAccumulator]
+) -> None:
+    last = f"{scalars(events, 'held_out/evidence_nll')[-1][1]:.2f}"
+    for subcommand in ("test", "validate"):
+        capsys.readouterr()
+        command(subcommand, "--ckpt_path", str(run / "version_0/checkpoints/last.ckpt"))
+        assert last in capsys.readouterr().out
+
+
+def test_predict_writes_tensors_and_a_picture(run: Path, command: Callable) -> None:
+    command("predict")
+    written = torch.load(run / "predictions.pt", weights_only=True)
+    for name in ("originals", "reconstructions", "prior_samples", "prior_sample_means"):
+        assert written[name].shape == (1767, 1, 8, 8)
+        assert bool(((written[name] >= 0) & (written[name] <= 1)).all())
+    assert written["evidence_nll"].shape == written["labels"].shape == (1767,)
+    # Twenty columns and four rows of 8 x 8 digits with lines between, magnified four times.
+    assert image.imread(run / "predictions.png").shape[:2] == (4 * (4 * 9 + 1), 4 * (20 * 9 + 1))
+
+
+def test_resuming_through_the_command_reaches_the_uninterrupted_run(
+    command: Callable, run: Path, tmp_path: Path
+) -> None:
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    command("fit", folder, "--trainer.max_epochs=1")
+    command("fit", folder, f"--ckpt_path={tmp_path / 'last.ckpt'}", "--seed_everything=77")
+    resumed = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    whole = torch.load(run / "last.ckpt", weights_only=True)
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
+    particles = whole["dcpc"]["particles"]
+    for name, value in particles["latents"].items():
+        assert torch.equal(value, resumed["dcpc"]["particles"]["latents"][name]), name
+
+
+def test_an_interrupted_run_is_resumed_where_it_was(
+    run: Path, command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    step = ParticleModule.training_step
+
+    def interrupted(module: ParticleModule, batch: Any, batch_idx: int) -> Any:
+        if module.current_epoch == 1 and batch_idx == 1:
+            raise RuntimeError("on purpose")
+        return step(module, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ParticleModule, "training_step", interrupted)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            command("fit", folder)
+    command("fit", folder, f"--ckpt_path={tmp_path / 'last.ckpt'}")
+    resumed = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    whole = torch.load(run / "last.ckpt", weights_only=True)
+    assert resumed["global_step"] == whole["global_step"]
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
+
+
+def test_an_optimizer_and_a_schedule_can_be_given(command: Callable, tmp_path: Path) -> None:
+    command(
+        "fit",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.max_epochs=1",
+        "--trainer.limit_val_batches=0",
+        "--optimizer=SGD",
+        "--optimizer.lr=0.5",
+        "--lr_scheduler=ExponentialLR",
+        "--lr_scheduler.gamma=0.1",
+    )
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    (group,) = saved["optimizer_states"][0]["param_groups"]
+    assert group["initial_lr"] == 0.5
+    assert "momentum" in group
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.num_partcles=3"], "'num_partcles' .* you mean 'model.num_particles'"),
+        (["--data.batchsize=3"], "'batchsize' .* you mean 'data.batch_size'"),
+        (["--model.model.init_args.breadth=3"], r"'breadth' is not accepted\. dcpc fit --help"),
+        (["--model.num_particles=three"], '"num_particles":.*int.*three'),
+        (["--model.model.class_path=experiments.nowhere.Model"], "experiments.nowhere.Model"),
+        (["--data=nowhere.Data"], "nowhere.Data"),
+        (["--model.num_particles=0"], "num_particles must be at least 1, got 0"),
+        (["--model.algorithm=sgd"], "unknown algorithm 'sgd'"),
+        (["--num_threads=0"], "num_threads"),
+        (["--data.batch_size=0"], "data.batch_size must be at least 1, got 0"),
+        (["--model.model.init_args.latent_sizes=[]"], "latent_sizes must hold at least one"),
+        (["--ckpt_path=nowhere.ckpt"], "there is no checkpoint 'nowhere.ckpt'"),
+    ],
+)
+def test_a_bad_option_is_one_clear_error(
+    command: Callable, capsys: pytest.CaptureFixture, options: list[str], message: str
+) -> None:
+    assert re.search(message, error_of(capsys, command, "fit", *options), re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("modle", {"num_particles": 3}, "modle"),
+        ("model", {"num_partcles": 3}, "you mean 'model.num_particles'"),
+        ("data", {"init_args": {"batchsize": 3}}, "you mean 'data.batch_size'"),
+        ("trainer", {"max_epochs": "many"}, "trainer.max_epochs.*many"),
+    ],
+)
+def test_a_bad_config_is_one_clear_error(
+    config: dict, tmp_path: Path, capsys: pytest.CaptureFixture, key: str, value: dict, message: str
+) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({**config, key: {**config.get(key, {}), **value}}))
+    assert re.search(message, error_of(capsys, main, ["fit", "--config", str(path)]), re.DOTALL)
+
+
+def test_a_config_that_is_no_json_or_not_there_is_one_clear_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text('{"trainer": ')
+    error_of(capsys, main, ["fit", "--config", str(path)])
+    assert "missing.json" in error_of(capsys, main, ["fit", "--config", "missing.json"])
+
+
+def test_testing_before_training_says_to_train_first(
+    command: Callable, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    assert "train first, with dcpc fit" in error_of(capsys, command, "test", folder)
+
+
+def test_a_checkpoint_that_is_truncated_or_of_another_model_is_named(
+    run: Path, command: Callable, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    path = tmp_path / "cut.ckpt"
+    path.write_bytes((run / "last.ckpt").read_bytes()[:5000])
+    message = error_of(capsys, command, "test", f"--ckpt_path={path}")
+    assert f"'{path}' (5,000 bytes) is truncated" in message
+    smaller = "--model.model.init_args.latent_sizes=[3,4]"
+    message = error_of(capsys, command, "test", smaller)
+    assert "checkpoint of another model: parameter 'model." in message
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    command: Callable, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    folder = f"--trainer.default_root_dir={tmp_path / 'file' / 'run'}"
+    message = error_of(capsys, command, "fit", folder)
+    assert "trainer.default_root_dir: cannot write to the folder" in message
+
+
+def test_help_explains_the_commands(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--help"])
+    assert exit_info.value.code == 0
+    shown = capsys.readouterr().out
+    for phrase in ("dcpc fit", "dcpc test", "dcpc predict", "resume", "tensorboard --logdir runs"):
+        assert phrase in shown
+
+
+def test_shipped_configs_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fit", "--config=configs/digits.json", "--print_config"])
+    assert exit_info.value.code == 0
+    assert "DeepLatentGaussian" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("written", "read"), [("1", 1), ("3", 3), ("1.0", 1.0), ("0.5", 0.5)])
+def test_a_count_of_batches_is_no_fraction(written: str, read: float, tmp_path: Path) -> None:
+    limits = [f"--trainer.limit_{part}_batches={written}" for part in ("train", "val")]
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    built = ConfiguredCLI(["fit", "--config=configs/digits.json", folder, *limits])
+    options = built.config.fit.trainer
+    for limit in (options.limit_train_batches, options.limit_val_batches):
+        assert limit == read
+        assert type(limit) is type(read)
+
+
+@pytest.mark.parametrize(
+    ("option", "count"),
+    [
+        ("check_val_every_n_epoch=1", 1 + 2),
+        ("check_val_every_n_epoch=2", 1 + 1),
+        ("check_val_every_n_epoch=100", 1 + 1),
+        ("limit_val_batches=0", 0),
+    ],
+)
+def test_the_untrained_and_the_trained_model_are_always_measured(
+    option: str,
+    count: int,
+    command: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    command("fit", f"--trainer.{option}", "--trainer.max_epochs=2", folder)
+    out = capsys.readouterr().out
+    figures = re.findall(r"^epoch +\d+: held-out evidence NLL (\S+) ±", out, re.MULTILINE)
+    assert len(figures) == count
+    compared = re.findall(r"evidence NLL (\S+) ± \S+ before training, evidence NLL (\S+) ± ", out)
+    assert compared == ([(figures[0], figures[-1])] if count else [])
+    epochs = re.findall(r"^epoch +(\d+):", out, re.MULTILINE)
+    assert not epochs or (epochs[0], epochs[-1]) == ("0", "2")
