@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dcpc.algorithms import build_algorithm
 from dcpc.annealing import Annealed
 from dcpc.approach import approach
 from dcpc.conquer import Move, Preconditioner
@@ -22,6 +21,7 @@ from dcpc.divide.model import Model
 from dcpc.errors import OptionError
 from dcpc.habits import check_model_arguments, refuse
 from dcpc.posterior import Posterior, Samples
+from dcpc.presets import build_algorithm
 from dcpc.problem import Problem, check_annealing
 from dcpc.progress import ProgressBar
 from dcpc.recombine.correction import Correction

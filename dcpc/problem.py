@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from dcpc.algorithms import Algorithm
 from dcpc.annealing import Annealed, Rung, anneal, spaced_ladder
 from dcpc.divide import Arguments, Density, Division, constrained_particles
 from dcpc.divide.cache import Divisions
@@ -15,6 +14,7 @@ from dcpc.divide.model import Model, observation_means
 from dcpc.divide.program import map_particles
 from dcpc.errors import DataError, EvidenceError, OptionError
 from dcpc.parts import Parts
+from dcpc.presets import Algorithm
 from dcpc.progress import ProgressBar
 from dcpc.start import draw_from_guide, draw_from_prior, guide_loss, starting_references
 from dcpc.sweep import SweepInfo, SweepState, loss, sweep

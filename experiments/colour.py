@@ -27,7 +27,6 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from dcpc.algorithms import PRESETS
 from dcpc.evaluation import (
     FeatureClassifier,
     FrozenParticles,
@@ -41,6 +40,7 @@ from dcpc.evaluation import (
 )
 from dcpc.evaluation.batches import BATCH_SIZE
 from dcpc.evaluation.intensities import to_unit
+from dcpc.presets import PRESETS
 from dcpc.seeding import seeded
 from dcpc.training import AmortisedModule, GenerativeModule, ImageData
 from dcpc.training.callbacks import image_grid, save_png

@@ -33,7 +33,7 @@ TESTS = [
     "tests/test_distributions.py",
     "tests/conquer",
     "tests/recombine",
-    "tests/test_algorithms.py",
+    "tests/test_presets.py",
     "tests/test_sweep.py",
     "tests/divide",
     "tests/test_what_users_bring.py",

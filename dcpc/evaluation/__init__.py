@@ -1,4 +1,4 @@
-"""What is measured on data that were never trained on, each quantity under its own name.
+"""Measurements on data that were never trained on, each quantity under its own name.
 
 evidence    how probable held-out data are: annealing, its temperatures, bounds
 images      how good images are: completion of halves, Frechet distances

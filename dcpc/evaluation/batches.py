@@ -1,4 +1,4 @@
-"""What every measurement over many data shares: batches, and leave to take gradients."""
+"""Helpers of measurements over many data: batches, and gradients where they are switched off."""
 
 from __future__ import annotations
 

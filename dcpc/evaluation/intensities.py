@@ -40,7 +40,7 @@ def cross_entropy(x: Tensor, mean: Tensor) -> Tensor:
 
     Args:
         x: Intensities in [0, 1].
-        mean: Of the same shape.
+        mean: Predicted mean, of the same shape.
     """
     eps = torch.finfo(mean.dtype).eps
     mean = mean.clamp(eps, 1 - eps)

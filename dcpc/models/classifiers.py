@@ -17,7 +17,7 @@ class Perceptron(PredictiveCodingNetwork):
     """Fully connected layers; squared-error nodes between them, cross-entropy at the output.
 
     Args:
-        sizes: Of the input, the hidden layers, and the output: one unit per class.
+        sizes: Sizes of the input, the hidden layers and the output (one unit per class).
         activation: Name of the nonlinearity, one of `dcpc.networks.energy_based.ACTIVATIONS`.
 
     Raises:

@@ -100,7 +100,7 @@ class ConvolutionalGenerator(nn.Module):
 
         Args:
             x: Observed images `(num_images, *image_shape)` in [-1, 1]; None to draw them.
-            num_images: How many to draw.
+            num_images: Number of images to draw.
 
         Returns:
             The images, `(num_images, *image_shape)`.
@@ -213,14 +213,14 @@ class Residual(nn.Module):
 
 
 def _normalise_features(norm: Norm, size: int) -> nn.Module:
-    """Of `(B, size)`; `group` takes all of an image's features as one group."""
+    """Normalisation of `(B, size)`; `group` takes all of an image's features as one group."""
     if norm == "batch":
         return nn.BatchNorm1d(size, track_running_stats=False)
     return nn.GroupNorm(1, size) if norm == "group" else nn.Identity()
 
 
 def _normalise_channels(norm: Norm, num_channels: int) -> nn.Module:
-    """Of `(B, num_channels, height, width)`."""
+    """Normalisation of `(B, num_channels, height, width)`."""
     if norm == "batch":
         return nn.BatchNorm2d(num_channels, track_running_stats=False)
     num_groups = max(1, num_channels // CHANNELS_PER_GROUP)

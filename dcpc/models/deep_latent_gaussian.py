@@ -88,7 +88,7 @@ class DeepLatentGaussian(nn.Module):
 
         Args:
             x: Observed images `(num_images, *image_shape)` in [0, 1]; None to draw them.
-            num_images: How many to draw.
+            num_images: Number of images to draw.
 
         Returns:
             The images as rows of pixels, `(num_images, pixels)`.

@@ -37,7 +37,7 @@ class RelaxationError(DCPCError):
 
 @dataclass(frozen=True)
 class Phase:
-    """What moves at the same time, on the gradient of one evaluation of the energy.
+    """Step of a phase: what moves at once, on the gradient of one evaluation of the energy.
 
     Attributes:
         values: Nodes, 0 to L; clamped and frozen ones stay where they are.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dcpc.errors import DCPCError
-from dcpc.tensor_files import describe_misfit, read_tensors
+from dcpc.io import describe_misfit, read_tensors
 
 __all__ = ["WeightsError", "load_weights", "save_weights"]
 

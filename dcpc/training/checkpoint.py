@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from dcpc.errors import DCPCError
-from dcpc.tensor_files import describe_misfit, read_tensors
+from dcpc.io import describe_misfit, read_tensors
 
 __all__ = ["CheckpointError", "read_checkpoint"]
 
@@ -21,7 +21,7 @@ def read_checkpoint(path: str | Path, module: nn.Module | None = None) -> dict[s
     """Reads a checkpoint without running pickled code; particles stay on disk until used.
 
     Args:
-        path: Of a checkpoint of `dcpc fit`.
+        path: Path of a checkpoint of `dcpc fit`.
         module: The parameters in the checkpoint must fit it, if it is given.
 
     Raises:

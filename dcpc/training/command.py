@@ -218,7 +218,7 @@ class TrainingCLI(LightningCLI):
 
 
 class ConfiguredCLI(TrainingCLI):
-    """What a config names, built as `model`, `datamodule` and `trainer`, and nothing run."""
+    """Objects that a config names, built as `model`, `datamodule` and `trainer` without a run."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass

@@ -122,7 +122,7 @@ class ParticleStore:
         self._visited[index] = True
 
     def visited(self, index: Tensor) -> Tensor:
-        """Which data of a batch have particles, `(B,)`."""
+        """Data of a batch that have particles, boolean `(B,)`."""
         return self._visited[self._check_index(index)]
 
     def state_dict(self) -> dict[str, Any]:

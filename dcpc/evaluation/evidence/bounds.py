@@ -80,7 +80,7 @@ class ImportanceSampler:
         Args:
             x: Data, `(N, *shape)`.
             num_samples: S.
-            seed: Of the samples; the global random state is left as it was.
+            seed: Seed of the samples; the global random state is left as it was.
 
         Raises:
             ModelError: The data are not independent given the parameters, or share latents.
@@ -145,7 +145,7 @@ def guide_bounds(
         guide: A Pyro program that draws the same latents from the same arguments.
         x: Data, `(N, *shape)`.
         num_samples: S.
-        seed: Of the samples; the global random state is left as it was.
+        seed: Seed of the samples; the global random state is left as it was.
         chunk_size: Samples per datum weighed at once.
         batch_size: Data weighed at once.
 
@@ -179,7 +179,7 @@ def prior_sample_estimate(
         model: The Pyro program, all of its latents in one plate over the data.
         x: Data, `(N, *shape)`.
         num_samples: S, drawn for each datum afresh.
-        seed: Of the samples; the global random state is left as it was.
+        seed: Seed of the samples; the global random state is left as it was.
         chunk_size: Samples per datum weighed at once.
         batch_size: Data weighed at once.
 

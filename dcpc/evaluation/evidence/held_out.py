@@ -72,7 +72,7 @@ class Evaluation:
 
 
 def held_out_inference(model: Model, num_particles: int, **options: Any) -> DCPC:
-    """What infers held-out data from scratch: exact, whichever algorithm trained the model.
+    """Engine that infers held-out data from scratch: exact, whichever algorithm trained the model.
 
     Its moves are of `LEAPFROG_STEPS` leapfrog steps, which make the same ladder far tighter than
     single Langevin steps do.
@@ -100,10 +100,10 @@ def evaluate(
     normalisation does, have one evidence and one ESS: each is given an equal share of the former.
 
     Args:
-        inference: Of an exact algorithm, as `held_out_inference` makes it.
+        inference: Engine with an exact algorithm, as `held_out_inference` makes it.
         x: Data, `(B, *shape)`.
         num_temperatures: Length of the annealing ladder.
-        seed: Of the annealing.
+        seed: Seed of the annealing.
         intensity_range: The data's intensities of black and of white. Reconstructions are compared
             with the data in intensities from 0 to 1, so that figures of different models compare.
 

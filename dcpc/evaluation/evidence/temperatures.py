@@ -1,4 +1,4 @@
-"""How long an annealing ladder must be before a nat of evidence means anything."""
+"""Convergence of the annealed evidence with the length of the ladder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Estimate", "Setting", "TemperatureStudy", "temperature_study"]
 
 
 class Setting(NamedTuple):
-    """What an annealing run spends on each datum."""
+    """Budget of an annealing run per datum."""
 
     num_temperatures: int
     num_particles: int
@@ -117,7 +117,7 @@ def temperature_study(
         num_particles: Numbers of particles.
         seed: From it every combination gets a seed of its own, so that their noise is independent.
         batch_size: Data annealed at once.
-        **options: Of `held_out_inference`.
+        **options: Options of `held_out_inference`.
 
     Raises:
         OptionError: No setting, or an impossible one.

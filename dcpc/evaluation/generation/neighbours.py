@@ -25,7 +25,8 @@ def nearest_neighbours(
     """Finds the nearest data of every sample by Euclidean distance, exhaustively.
 
     Costs `S N d` operations; memory for `S chunk_size` distances. Distances are sums of squared
-    differences, not expanded into products, so that copies have distance zero.
+    differences, not expanded into products as in scikit-learn's brute force, so that copies have
+    distance zero, and data stay in their memory-mapped file.
 
     Args:
         samples: `(S, *shape)`.

@@ -29,7 +29,7 @@ class PseudoPosterior:
 
     Attributes:
         site: The latent.
-        shape: Of one value.
+        shape: Shape of one value.
         weights: Shares of the components, `(C,)`, summing to one over all labels.
         means: `(C, d)`.
         scale_trils: Cholesky factors of the covariances, lower triangular, `(C, d, d)`.
@@ -58,9 +58,9 @@ class PseudoPosterior:
         Args:
             site: The latent: the top one of a hierarchy, from which the others follow.
             particles: Its unconstrained values, equally weighted, `(K, N, *event)`.
-            num_components: Of the mixture; of the mixture of every label, where labels are given.
-            labels: Of the data, `(N,)` integers; a mixture is then fitted for each of them.
-            seed: Of the fit's starting point.
+            num_components: Number of mixture components; per label, where labels are given.
+            labels: Labels of the data, `(N,)` integers; a mixture is then fitted for each of them.
+            seed: Seed of the fit's starting point.
 
         Raises:
             DataError: Fewer particles than components, particles that are not finite, or labels of

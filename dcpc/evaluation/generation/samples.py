@@ -38,7 +38,7 @@ def prior_samples(model: Model, x: Tensor, seed: int) -> Decoded:
     Args:
         model: A Pyro program of `x`.
         x: Data to match in number, shape, type and device; their values do not matter.
-        seed: Of the draws; the global random state is left as it was.
+        seed: Seed of the draws; the global random state is left as it was.
     """
     return decode(model, {}, x, seed)
 
@@ -53,7 +53,7 @@ def decode(
         latents: Unconstrained values `(N, *event)` by site. The others are drawn from their
             conditional distributions, top down.
         x: Data to match in number, shape, type and device; their values do not matter.
-        seed: Of the draws; the global random state is left as it was.
+        seed: Seed of the draws; the global random state is left as it was.
         at_means: Whether the other latents take their conditional means instead.
 
     Raises:
@@ -129,7 +129,7 @@ def latent_shapes(model: Model, x: Tensor) -> dict[str, torch.Size]:
 
 
 def matching_site(values: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Of values by observed site, the one that has as many elements as `x`, in its shape.
+    """The observed site with as many elements as `x`, in its shape.
 
     Raises:
         DataError: No site has, or several have.

@@ -123,7 +123,7 @@ def complete(
         visible: Boolean, `(*shape)` for all images, or `(N, *shape)`.
         num_particles: K.
         num_temperatures: Length of the annealing ladder.
-        seed: Of the annealing.
+        seed: Seed of the annealing.
         intensity_range: The data's intensities of black and of white.
         batch_size: Images completed at once.
 

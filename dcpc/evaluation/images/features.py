@@ -80,7 +80,7 @@ class FeatureClassifier(nn.Module):
         image_shape: `[channels, height, width]`.
         num_classes: Number of labels.
         num_features: Size of the features.
-        seed: Of the initial weights and of the order of training.
+        seed: Seed of the initial weights and the order of training.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class FeatureClassifier(nn.Module):
             labels: `(N,)`, integers in `[0, num_classes)`.
             num_epochs: Passes over the images.
             batch_size: Images per step.
-            learning_rate: Of Adam.
+            learning_rate: Adam learning rate.
 
         Raises:
             DataError: Images of another shape, or labels out of range.

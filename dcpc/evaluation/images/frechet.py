@@ -19,7 +19,7 @@ __all__ = [
 
 
 class Features(Protocol):
-    """What turns images into features."""
+    """Feature extractor."""
 
     def features(self, images: Tensor) -> Tensor:
         """Features `(N, d)` of images `(N, C, H, W)` in [0, 1]."""
@@ -34,7 +34,8 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 
     By eigenvalues of symmetric matrices in double precision, so that singular covariances (fewer
     images than features) do no harm and nothing complex appears. Dowson & Landau, 1982; as a
-    score of images, Heusel et al., NeurIPS 2017.
+    score of images, Heusel et al., NeurIPS 2017. scipy's matrix root turns complex where covariances
+    are singular, hence four lines of our own.
 
     Args:
         mean1: `(d,)`.
@@ -64,7 +65,7 @@ def frechet_feature_distance(features: Features, images: Tensor, others: Tensor)
     sizes only.
 
     Args:
-        features: What turns images into features.
+        features: Feature extractor.
         images: `(N, C, H, W)` in [0, 1], N at least 2.
         others: `(M, C, H, W)` in [0, 1], M at least 2.
 

@@ -212,13 +212,13 @@ def infer_and_freeze(
     left as it was.
 
     Args:
-        inference: Of an exact algorithm, as `held_out_inference` makes it; its model is a torch
-            module.
+        inference: Engine with an exact algorithm, as `held_out_inference` makes it; its model is
+            a torch module.
         x: Data, `(N, *shape)`.
         index: Their indices in the data set that they came from, `(N,)`; None to count from zero.
         labels: Their labels, `(N,)`, to keep beside them.
         num_temperatures: Length of the annealing ladder.
-        seed: Of the annealing.
+        seed: Seed of the annealing.
         batch_size: Data annealed at once.
 
     Raises:

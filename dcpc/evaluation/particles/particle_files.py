@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dcpc.errors import DCPCError, OptionError
-from dcpc.tensor_files import describe_misfit, read_tensors
+from dcpc.io import describe_misfit, read_tensors
 
 __all__ = ["FrozenParticlesError", "SavedParticles", "load_parameters", "read", "write"]
 
@@ -26,10 +26,10 @@ class FrozenParticlesError(DCPCError):
 
 @dataclass(frozen=True)
 class SavedParticles:
-    """What such a file holds; the data come first, as they lie in the file.
+    """Content of such a file; the data come first, as they lie in the file.
 
     Attributes:
-        parameters: Of the model, by name.
+        parameters: Parameters of the model, by name.
         latents: Unconstrained values `(N, K, *event)` by site.
         log_weight: `(N, K)`.
         index: Which data these are, `(N,)`.

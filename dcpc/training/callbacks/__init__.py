@@ -1,4 +1,4 @@
-"""What a run shows: TensorBoard scalars and images, files of predictions, tables.
+"""Callbacks: TensorBoard scalars and images, files of predictions, tables.
 
 monitors           what TensorBoard shows
 reports            tables, predictions, where the checkpoint is

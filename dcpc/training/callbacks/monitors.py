@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run: scalars, histograms and images."""
+"""TensorBoard monitors of a run: scalars, histograms and images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind and says: tables, files of predictions, where the checkpoint is."""
+"""Reports of a run: tables, files of predictions, the place of the checkpoint."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ class ArrayData(ImageData):
         folder: Where the two files are.
         batch_size: Training data per batch.
         evaluation_batch_size: Held-out data per batch.
-        num_held_out: How many images are never trained on.
-        seed: Of the split and of the shuffling.
+        num_held_out: Number of images that are never trained on.
+        seed: Seed of the split and the shuffling.
     """
 
     def __init__(

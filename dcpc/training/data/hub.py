@@ -55,9 +55,9 @@ class HubImages(ImageData):
         batch_size: Training data per batch.
         evaluation_batch_size: Held-out data per batch.
         held_out_fraction: Fraction of the images that is never trained on.
-        num_training: How many of the training images are used; null for all.
-        num_held_out: How many of the held-out images are used; null for all.
-        seed: Of the split, the shuffling and the binary draws.
+        num_training: Number of training images that are used; null for all.
+        num_held_out: Number of held-out images that are used; null for all.
+        seed: Seed of the split, the shuffling and the binary draws.
         cache_folder: Where decoded images are kept; null for `dcpc` in `$XDG_CACHE_HOME` or
             `~/.cache`.
 
@@ -231,7 +231,7 @@ def _default_cache_folder() -> Path:
 
 
 def _folder_identity(folder: Path) -> list[Any]:
-    """What tells whether a folder's files have changed: their names, sizes and times."""
+    """Fingerprint of a folder: names, sizes and times of its files."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     stats = [(str(path.relative_to(folder)), path.stat()) for path in files]
     return [

@@ -22,8 +22,8 @@ class ImageData(LabelledData):
     Args:
         batch_size: Training data per batch.
         evaluation_batch_size: Held-out data per batch.
-        num_held_out: How many images are never trained on; None where the subclass decides.
-        seed: Of the split and of the shuffling.
+        num_held_out: Number of images that are never trained on; None where the subclass decides.
+        seed: Seed of the split and the shuffling.
 
     Attributes:
         intensity_range: The intensities of black and of white.
@@ -76,7 +76,7 @@ class ImageData(LabelledData):
         return order[num_held_out:], order[:num_held_out]
 
     def count_held_out(self, num_images: int) -> int:
-        """How many of all images are never trained on."""
+        """Number of images that are never trained on."""
         assert self.num_held_out is not None
         return self.num_held_out
 

@@ -26,7 +26,7 @@ class EpochShuffle(Sampler[int]):
 
     Args:
         size: Number of data.
-        seed: Of all permutations.
+        seed: Seed of all permutations.
         follow: Is told every epoch's number too: a data set that changes from epoch to epoch.
     """
 
@@ -102,7 +102,7 @@ class LabelledData(LightningDataModule):
     Args:
         batch_size: Training data per batch.
         evaluation_batch_size: Held-out data per batch.
-        seed: Of the shuffling.
+        seed: Seed of the shuffling.
     """
 
     def __init__(self, batch_size: int, evaluation_batch_size: int, seed: int) -> None:

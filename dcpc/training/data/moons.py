@@ -18,11 +18,11 @@ class MoonsData(LabelledData):
         num_training: Points to train on.
         num_held_out: Points to measure on.
         noise: Standard deviation of the points around the half circles.
-        training_seed: Of the training points.
-        held_out_seed: Of the held-out points.
+        training_seed: Seed of the training points.
+        held_out_seed: Seed of the held-out points.
         batch_size: Training data per batch.
         evaluation_batch_size: Held-out data per batch.
-        seed: Of the shuffling.
+        seed: Seed of the shuffling.
 
     Raises:
         OptionError: A number out of range, or one seed for all points.

@@ -37,7 +37,7 @@ class PixelSet(LabelledSet):
         labels: `(N,)`.
         rows: Which of them, in the order of the set's indices.
         intensity_range: Intensities of the levels 0 and 255.
-        seed: Of the binary draws; None for grey levels.
+        seed: Seed of the binary draws; None for grey levels.
 
     Attributes:
         epoch: Chooses the draws, which are fixed where nobody calls `set_epoch`.

@@ -27,7 +27,7 @@ class AmortisedModule(GenerativeModule):
             batch of data.
         num_samples: Samples of the guide per datum and step.
         bound_samples: Samples per held-out datum of the importance-weighted bound.
-        learning_rate: Of Adam; `--optimizer` replaces it altogether.
+        learning_rate: Adam learning rate; ignored when `--optimizer` is given.
         learning_rate_schedule: `cosine` lowers the rate to zero over the run, by
             `trainer.max_epochs`, `trainer.max_steps` or `trainer.max_time`, whichever is nearest;
             null keeps it.

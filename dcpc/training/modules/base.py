@@ -1,4 +1,4 @@
-"""What all trained modules share: the optimiser, held-out measurements, resumable randomness."""
+"""Base of the trained modules: the optimiser, held-out measurements, resumable randomness."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class MeasuredModule(LightningModule):
     step is a function; measurements have random streams of their own.
 
     Args:
-        learning_rate: Of Adam; `--optimizer` replaces it altogether.
+        learning_rate: Adam learning rate; ignored when `--optimizer` is given.
         learning_rate_schedule: `cosine` lowers the rate to zero over the run, by
             `trainer.max_epochs`, `trainer.max_steps` or `trainer.max_time`, whichever is nearest;
             null keeps it.
@@ -74,7 +74,7 @@ class MeasuredModule(LightningModule):
 
     @abstractmethod
     def measurements(self) -> dict[str, float]:
-        """What was measured in this round over the held-out data, by name."""
+        """Measurements of this round over the held-out data, by name."""
 
     @abstractmethod
     def describe(self, measurements: Mapping[str, float]) -> str:

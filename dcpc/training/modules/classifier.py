@@ -29,7 +29,7 @@ class ClassifierModule(MeasuredModule):
         rule: The learning rule.
         num_classes: Number of classes.
         flatten: Whether a datum is a vector to the network, as opposed to an image.
-        learning_rate: Of Adam; `--optimizer` replaces it altogether.
+        learning_rate: Adam learning rate; ignored when `--optimizer` is given.
         learning_rate_schedule: `cosine` lowers the rate to zero over the run, by
             `trainer.max_epochs`, `trainer.max_steps` or `trainer.max_time`, whichever is nearest;
             null keeps it.

@@ -40,7 +40,7 @@ class GenerativeModule(MeasuredModule):
         guide: A Pyro program, a torch module, that draws the same latents from a batch of data;
             null for none.
         bound_samples: Samples of the guide per held-out datum of the importance-weighted bound.
-        learning_rate: Of Adam; `--optimizer` replaces it altogether.
+        learning_rate: Adam learning rate; ignored when `--optimizer` is given.
         learning_rate_schedule: `cosine` lowers the rate to zero over the run, by
             `trainer.max_epochs`, `trainer.max_steps` or `trainer.max_time`, whichever is nearest;
             null keeps it.
@@ -52,7 +52,7 @@ class GenerativeModule(MeasuredModule):
             which takes as long again.
 
     Attributes:
-        evaluations: Of the last round over the held-out data.
+        evaluations: Evaluations of the last round over the held-out data.
         intensity_range: Intensities of black and of white in the data.
 
     Raises:
@@ -139,7 +139,7 @@ class GenerativeModule(MeasuredModule):
         return format_table(self.measurements(), num_particles, self._ladder(is_test))
 
     def _estimate(self, x: Tensor, batch_idx: int, is_test: bool) -> dict[str, Tensor]:
-        """What is measured beside the evidence, `(B,)` by name; nothing of data that are tied."""
+        """Measurements beside the evidence, `(B,)` by name; none for data that are tied."""
         if not self.held_out_inference.division(x).population:
             return {}
         found = {}

@@ -13,12 +13,12 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dcpc.algorithms import PRESETS, lookup
 from dcpc.conquer import Move, Preconditioner
 from dcpc.divide.handlers import quiet
 from dcpc.errors import ModelError, OptionError, require_at_least
 from dcpc.inference import DCPC
 from dcpc.parts import Adaptation
+from dcpc.presets import PRESETS, lookup
 from dcpc.problem import Problem
 from dcpc.recombine.correction import Correction
 from dcpc.sweep import SweepInfo, SweepState
@@ -66,11 +66,11 @@ class ParticleModule(GenerativeModule):
         move: Proposal, by name or class path; null for the algorithm's own. `dcpc.conquer.Langevin`
             with several `leapfrog_steps`, each at the price of a gradient, mixes faster than as
             many sweeps.
-        correction: What makes a sampler of it, by name or class path; null for the algorithm's own.
+        correction: Correction of the proposal, likewise.
         preconditioner: Scale of the proposal, likewise.
         blocks: Lists of latents to move jointly, as one unit each; null for one unit per latent.
         bound_samples: Samples of the guide per held-out datum of the importance-weighted bound.
-        learning_rate: Of Adam; `--optimizer` replaces it altogether.
+        learning_rate: Adam learning rate; ignored when `--optimizer` is given.
         learning_rate_schedule: `cosine` lowers the rate to zero over the run, by
             `trainer.max_epochs`, `trainer.max_steps` or `trainer.max_time`, whichever is nearest;
             null keeps it.

@@ -11,9 +11,9 @@ import pytest
 import torch
 from pytorch_lightning import Callback, Trainer
 
-from dcpc.algorithms import PRESETS
 from dcpc.conquer import Langevin
 from dcpc.errors import ModelError, OptionError
+from dcpc.presets import PRESETS
 from dcpc.problem import Problem
 from dcpc.training import ParticleModule, StoreError
 from dcpc.training.checkpoint import CheckpointError, read_checkpoint

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from dcpc import DCPC
-from dcpc.algorithms import PRESETS, build_algorithm
 from dcpc.divide.graph import SCHEDULES
+from dcpc.presets import PRESETS, build_algorithm
 from dcpc.recombine.correction import CORRECTIONS
 
 pytestmark = pytest.mark.usefixtures("float64")
