@@ -163,9 +163,10 @@ def engine_step(model: DeepLatentGaussian, x: Tensor, num_particles: int) -> Cal
 
     def step() -> None:
         nonlocal state
-        state, _ = dcpc.sweep(state, x)
+        problem = dcpc.bind(x)
+        state, _ = problem.sweep(state)
         optimizer.zero_grad()
-        (dcpc.loss(state, x) / len(x)).backward()
+        (problem.loss(state) / len(x)).backward()
         optimizer.step()
 
     return step

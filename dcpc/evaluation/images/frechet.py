@@ -34,8 +34,8 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 
     By eigenvalues of symmetric matrices in double precision, so that singular covariances (fewer
     images than features) do no harm and nothing complex appears. Dowson & Landau, 1982; as a
-    score of images, Heusel et al., NeurIPS 2017. scipy's matrix root turns complex where covariances
-    are singular, hence four lines of our own.
+    score of images, Heusel et al., NeurIPS 2017. scipy's matrix root is complex for singular
+    covariances, hence four lines of our own.
 
     Args:
         mean1: `(d,)`.
