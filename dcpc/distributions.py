@@ -16,6 +16,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
+from torch.nn.functional import softplus
 
 from dcpc import kernels
 from dcpc.kernels import NUM_BINS, SPACING
@@ -24,7 +25,7 @@ __all__ = ["Bernoulli", "ContinuousBernoulli", "DiscretizedNormal", "SharedScale
 
 
 class Bernoulli(dist.Bernoulli):
-    r"""Pyro's Bernoulli, with a log-probability that is one operator.
+    r"""Pyro's Bernoulli, with a log-probability of three operations.
 
     .. math:: \log P(x) = x \lambda - \log(1 + e^\lambda)
 
@@ -36,7 +37,9 @@ class Bernoulli(dist.Bernoulli):
         """Log-probability, of the shape of `value` broadcast against `batch_shape`."""
         if self._validate_args:
             self._validate_sample(value)
-        return kernels.bernoulli_log_prob(value, self.logits)
+        # Above the threshold, where exp(-logits) is below rounding in double precision, softplus is
+        # its argument.
+        return value * self.logits - softplus(self.logits, threshold=40.0)
 
 
 class ContinuousBernoulli(TorchDistribution):
@@ -354,7 +357,10 @@ class SharedScaleNormal(TorchDistribution):
         """Log-density, of `value`'s batch shape broadcast against `batch_shape`."""
         if self._validate_args:
             self._validate_sample(value)
-        whitened = kernels.shared_solve(self.scale_tril, value - self.loc)
+        difference = value - self.loc
+        rows = difference.reshape(-1, self.event_shape[0])
+        solved = torch.linalg.solve_triangular(self.scale_tril.mT, rows, upper=True, left=False)
+        whitened = solved.reshape(difference.shape)
         return -0.5 * whitened.square().sum(-1) - self._log_normalizer()
 
     def entropy(self) -> Tensor:

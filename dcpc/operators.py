@@ -16,12 +16,12 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-__all__ = ["define_elementwise", "define_operator"]
+__all__ = ["define_elementwise"]
 
 LIBRARY = torch.library.Library("dcpc", "FRAGMENT")
 
 
-def define_operator(
+def _define(
     schema: str,
     kernel: Callable[..., Tensor],
     *,
@@ -29,7 +29,6 @@ def define_operator(
     jvp: Callable[..., Tensor],
     fake: Callable[..., Tensor],
     vmap: Callable[..., tuple[Tensor, int]],
-    saves_output: bool = False,
 ) -> Any:
     """Defines a differentiable operator that is one node in every capture.
 
@@ -42,7 +41,6 @@ def define_operator(
             None) and of all arguments.
         fake: an empty result of the right shape.
         vmap: the operator with a mapped axis, as `torch.library.register_vmap` calls it.
-        saves_output: whether vjp and jvp get the result after the arguments.
 
     Returns:
         The operator. `torch.autograd` in both modes, any nesting of `torch.func` transforms,
@@ -70,9 +68,8 @@ def define_operator(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            saved = (*inputs[3:], output) if saves_output else inputs[3:]
-            ctx.save_for_backward(*saved)
-            ctx.save_for_forward(*saved)
+            ctx.save_for_backward(*inputs[3:])
+            ctx.save_for_forward(*inputs[3:])
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,9 +96,13 @@ def define_elementwise(
     """Defines a broadcasting elementwise operator.
 
     Args:
-        schema: as for `define_operator`.
-        kernel: as for `define_operator`.
+        schema: the operator's schema; every argument and the result are tensors.
+        kernel: the value. It runs below autograd and may work in place on its own temporaries.
         partials: for each argument, the partial derivative as a function of all arguments.
+
+    Returns:
+        The operator. `torch.autograd` in both modes, any nesting of `torch.func` transforms,
+        `make_fx` and `torch.compile` understand it.
     """
 
     def vjp(grad: Tensor, needed: Sequence[bool], *inputs: Tensor) -> list[Tensor | None]:
@@ -127,5 +128,5 @@ def define_elementwise(
             aligned.append(x)
         return op(*aligned), 0
 
-    op = define_operator(schema, kernel, vjp=vjp, jvp=jvp, fake=fake, vmap=vmap)
+    op = _define(schema, kernel, vjp=vjp, jvp=jvp, fake=fake, vmap=vmap)
     return op

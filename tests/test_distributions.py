@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Callable
 
 import mpmath
 import numpy as np
@@ -16,7 +15,6 @@ from torch.func import grad, hessian, jacrev, jvp, vmap
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dcpc import kernels
 from dcpc.distributions import (
     Bernoulli,
     ContinuousBernoulli,
@@ -605,7 +603,7 @@ def test_capture_solves_once_and_never_expands_the_scale(with_gradient: bool) ->
     # The gradient's second solve is with the transposed scale.
     assert len(solves) == 1 + with_gradient
     for node in solves:
-        assert str(node.target).startswith("dcpc.shared_solve")
+        assert str(node.target) == "aten.linalg_solve_triangular.default"
         matrix, rows = (a.meta["tensor_meta"].shape for a in node.args)
         assert matrix == (dim, dim)
         assert rows == (particles, population, dim)
@@ -626,45 +624,6 @@ def test_capture_solves_once_and_never_expands_the_scale(with_gradient: bool) ->
     torch.testing.assert_close(actual_grads[1].tril(), expected_grads[1].tril())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dim", [64, 65, 128, 150])
-def test_solve_by_blocks_agrees_with_lapack(dim: int, transposed: bool, dtype: torch.dtype) -> None:
-    scale_tril = random_scale(dim).to(dtype)
-    rows = torch.randn(4, 50, dim, dtype=dtype)
-    solve = kernels.shared_solve_transposed if transposed else kernels.shared_solve
-    matrix = (scale_tril.mT if transposed else scale_tril).double()
-    expected = torch.linalg.solve_triangular(matrix, rows.double().mT, upper=transposed).mT
-    error = (solve(scale_tril, rows) - expected).abs().max()
-    lapack = torch.linalg.solve_triangular(matrix.to(dtype), rows.mT, upper=transposed).mT
-    assert error <= 4 * (lapack - expected).abs().max() + 1e-13
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_solve_by_blocks_has_all_derivatives(transposed: bool) -> None:
-    dim = 70
-    scale_tril, rows = random_scale(dim), torch.randn(130, dim, dtype=torch.float64)
-    solve = kernels.shared_solve_transposed if transposed else kernels.shared_solve
-
-    def ours(scale: Tensor, rows: Tensor) -> Tensor:
-        return solve(scale, rows).sin().sum()
-
-    def dense(scale: Tensor, rows: Tensor) -> Tensor:
-        matrix = scale.tril().mT if transposed else scale.tril()
-        return torch.linalg.solve(matrix, rows.mT).mT.sin().sum()
-
-    arguments, tangents = (scale_tril, rows), (random_scale(dim).tril(), torch.randn_like(rows))
-    torch.testing.assert_close(
-        grad(ours, argnums=(0, 1))(*arguments), grad(dense, argnums=(0, 1))(*arguments)
-    )
-    torch.testing.assert_close(jvp(ours, arguments, tangents), jvp(dense, arguments, tangents))
-
-    def curvature(function: Callable[..., Tensor]) -> Tensor:
-        return jvp(grad(function, argnums=(0, 1)), arguments, tangents)[1]
-
-    torch.testing.assert_close(curvature(ours), curvature(dense))
-
-
 def test_bernoulli_agrees_with_cross_entropy() -> None:
     logits = torch.tensor(
         [-800.0, -50.0, -1.5, 0.0, 1e-9, 3.0, 39.0, 41.0, 800.0], dtype=torch.float64
@@ -682,7 +641,7 @@ def test_bernoulli_agrees_with_cross_entropy() -> None:
         torch.testing.assert_close(slope, x - torch.special.expit(logits))
 
 
-def test_bernoulli_is_one_operator_in_a_capture() -> None:
+def test_bernoulli_is_three_operations_in_a_capture() -> None:
     logits, x = torch.randn(3, 5), torch.rand(5)
 
     def log_prob(logits: Tensor) -> Tensor:
@@ -691,7 +650,8 @@ def test_bernoulli_is_one_operator_in_a_capture() -> None:
     graph = make_fx(vmap(log_prob))(logits)
     calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     views = ("aten.permute.default", "aten.view.default")
-    assert [call for call in calls if call not in views] == ["dcpc.bernoulli_log_prob.default"]
+    names = [call.split(".")[1] for call in calls if call not in views]
+    assert sorted(names) == ["mul", "softplus", "sub"]
     cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits
     expected = -cross_entropy(logits, x.expand(3, 5), reduction="none")
     torch.testing.assert_close(graph(logits), expected)
