@@ -13,7 +13,7 @@ from dcpc.annealing import importance_evidence
 from dcpc.posterior import Evidence
 from dcpc.problem import Problem
 from dcpc.progress import ProgressBar
-from dcpc.recombine import take_particles
+from dcpc.recombine import LogWeights, take_particles
 from dcpc.sweep import SweepState, resample, retarget
 
 NUM_PRIOR_DRAWS = 8192
@@ -65,7 +65,11 @@ def approach(
     if not problem.parts.correction.is_exact:
         state = problem.init() if uses_guide else problem.draw_from_prior(start)
         return Arrival(state, Evidence(refusal=refusal))
-    if uses_guide:
+    if uses_guide and (why := problem.guide_refusal()):
+        state = retarget(problem.density, problem.init())
+        state = replace(state, log_weight=LogWeights(torch.zeros_like(state.log_joint)))
+        evidence = Evidence(refusal=refusal or why)
+    elif uses_guide:
         state = retarget(problem.density, problem.init())
         evidence = Evidence(*importance_evidence(state), refusal)
     elif refusal or not estimate_evidence:

@@ -69,6 +69,8 @@ class Posterior:
             `(K, *population)`; None where particles were never resampled or are no chains.
         is_exact: Whether the algorithm leaves the posterior invariant.
         warnings: Warnings that `DCPC.run` issued.
+        num_masked: By latent, number of values that are masked out: they are no part of the
+            posterior, and keep their draws of the prior.
     """
 
     samples: Samples
@@ -84,6 +86,7 @@ class Posterior:
     families: Tensor | None = None
     is_exact: bool = True
     warnings: tuple[str, ...] = ()
+    num_masked: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def log_weight(self) -> Tensor:

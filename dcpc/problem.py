@@ -16,16 +16,22 @@ from dcpc.errors import DataError, EvidenceError, OptionError
 from dcpc.parts import Parts
 from dcpc.presets import Algorithm
 from dcpc.progress import ProgressBar
-from dcpc.start import draw_from_guide, draw_from_prior, guide_loss, starting_references
+from dcpc.start import (
+    draw_from_guide,
+    draw_from_prior,
+    guide_loss,
+    guide_refusal,
+    starting_references,
+)
 from dcpc.sweep import SweepInfo, SweepState, loss, sweep
 
 
 class Problem:
     """A divided model bound to the arguments of a call; made by `DCPC.bind`.
 
-    It holds as long as the arguments and the model's Python state do; parameters may change, since
-    they are read at every sweep. Bind again for every batch: where the shapes are known, that
-    costs some 50 microseconds.
+    It holds as long as the arguments and the model's Python state do; parameters may change in
+    place, as optimisers change them (bind again where one is replaced). Bind again for every batch:
+    where the shapes are known, that costs some 50 microseconds.
 
     Args:
         divisions: The model's divisions.
@@ -259,6 +265,11 @@ class Problem:
     def _at_rest(self, state: SweepState) -> SweepState:
         """The state with what the move keeps of particles that have not moved yet."""
         return replace(state, memory=self.parts.init_memory(state.latents))
+
+    def guide_refusal(self) -> str:
+        """Why particles from the guide have no proper weights; empty if they have."""
+        assert self.guide is not None
+        return guide_refusal(self.guide, self.division, self.arguments)
 
     def _find(self, thorough: bool) -> Density:
         division = self._divisions.find(self.arguments, thorough=thorough)

@@ -97,6 +97,10 @@ class Recorder:
             # Where whole particles are resampled on the way, the cloud's series of means tells.
             families=self._families if has_series else None,
             is_exact=self._problem.parts.correction.is_exact,
+            num_masked={
+                name: int((~active).sum())
+                for name, active in self._problem.density.active_latents().items()
+            },
         )
         return replace(posterior, warnings=find_problems(posterior, self._record(state)))
 
@@ -127,7 +131,7 @@ class Recorder:
             # Particles that are no chains share ancestors that their series may not show.
             forgotten={} if self._is_chains else self._frozen.forgotten(state),
             bad_scores=division.by_unit(self._frozen.bad_scores),
-            active=division.activity(self._problem.density.tensors).latents,
+            active=self._problem.density.active_latents(),
         )
 
     def _undefined(self, state: SweepState) -> list[str]:

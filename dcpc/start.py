@@ -7,19 +7,22 @@ that the first reweighting to the target gives each its importance weight.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from dcpc.divide import Arguments, Density, Division, Reference, prior_particles
-from dcpc.divide.handlers import transform_of
+from dcpc.divide.handlers import layers, quiet, transform_of
 from dcpc.divide.model import Model, constrained_shapes, unconstrain
 from dcpc.divide.program import map_particles
 from dcpc.divide.unit import sum_to_plates
 from dcpc.errors import OptionError
 from dcpc.recombine import LogWeights
+from dcpc.seeding import random_state_kept
 from dcpc.sweep import SweepState
 
 NUM_REFERENCE_DRAWS = 200
@@ -161,6 +164,39 @@ def draw_from_guide(
     latents = map_particles(draw, torch.zeros(num_particles))
     log_guide = latents.pop("_log_guide")
     return SweepState(latents, LogWeights(torch.zeros_like(log_guide)), log_guide)
+
+
+def guide_refusal(guide: Model, division: Division, arguments: Arguments) -> str:
+    """Why a guide's draws have no proper weights; empty if they have.
+
+    Its density is that of all its random numbers, which must be as many as the latents that it
+    gives: a point (`AutoDelta`) has fewer, a guide whose auxiliary variables are to be summed out
+    has more. The latents of `AutoContinuous` are `Delta`s at images of auxiliary numbers, one to
+    one.
+    """
+    args, kwargs = arguments.rebuild(arguments.tensors)
+    with torch.no_grad(), random_state_kept(), quiet(), pyro.validation_enabled(False):
+        guide(*args, **kwargs)  # an autoguide sets itself up in its first call
+        nodes: dict[str, Any] = pyro.poutine.trace(guide).get_trace(*args, **kwargs).nodes
+    random = {
+        name: node["value"].numel()
+        for name, node in nodes.items()
+        if node["type"] == "sample"
+        and not site_is_subsample(node)
+        and not any(isinstance(part, dist.Delta) for part in layers(node["fn"]))
+    }
+    points = [name for name in division.latents if name not in random]
+    needed = sum(division.sites[name].unconstrained_shape.numel() for name in points)
+    got = sum(count for name, count in random.items() if name not in division.latents)
+    if got == needed:
+        return ""
+    what = f"the points that it gives to {points}" if points else "the latents"
+    return (
+        f"the guide draws {got} numbers beside latents where {what} take {needed}: its density is "
+        "not one of the latents (a point, as of AutoDelta, has none; auxiliary variables would "
+        "have to be summed out), so that its particles have no proper weights. Leave the guide out "
+        "for an evidence estimate, or use one such as AutoNormal"
+    )
 
 
 def guide_loss(

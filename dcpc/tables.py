@@ -110,6 +110,11 @@ def _footnotes(posterior: Posterior) -> list[str]:
     lines = [f"{_particles(posterior)}; the table is of {used}", _evidence(posterior)]
     if not posterior.is_exact:
         lines.append(INEXACT)
+    lines += [
+        f"{count} of the values of {name} are masked out: they are no part of the posterior, and "
+        "keep their draws of the prior"
+        for name, count in posterior.num_masked.items()
+    ]
     if posterior.num_bad:
         lines.append(
             f"{posterior.num_bad} log-densities were NaN or infinite and counted as density zero"

@@ -16,12 +16,17 @@ from oracles import (
     kalman,
     linear_gaussian_dag,
 )
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 from torch import Tensor
 
 from dcpc import DCPC
 from dcpc.conquer import Langevin
-from dcpc.errors import OptionError
+from dcpc.errors import EvidenceError, OptionError
 from dcpc.recombine.correction import Metropolis, Outcome, ProposedMove
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -434,3 +439,73 @@ def test_single_precision_is_kept():
     mean, sd, _ = exact.errors(posterior.samples, posterior.state.log_weight.normalized())
     assert mean < 4.5 / 500**0.5
     assert sd < 4.5 / 1000**0.5
+
+
+def points(x):
+    """A model of two latents, conjugate: `z1 ~ N(0, 1)`, `z2 ~ N(z1, 1)`, data `N(z2, 1)`."""
+    z1 = pyro.sample("z1", dist.Normal(0.0, 1.0))
+    z2 = pyro.sample("z2", dist.Normal(z1, 1.0))
+    with pyro.plate("n", len(x)):
+        pyro.sample("x", dist.Normal(z2, 1.0), obs=x)
+
+
+def point_guide(x):
+    pyro.sample("z1", dist.Delta(torch.tensor(0.3)))
+    pyro.sample("z2", dist.Delta(torch.tensor(1.2)))
+
+
+def mode_guide(x):
+    """At the mode of three data that sum to 3.5, where all scores are zero."""
+    pyro.sample("z1", dist.Delta(torch.tensor(0.5)))
+    pyro.sample("z2", dist.Delta(torch.tensor(1.0)))
+
+
+def half_point_guide(x):
+    pyro.sample("z1", dist.Normal(0.5, 0.7))
+    pyro.sample("z2", dist.Delta(torch.tensor(1.0)))
+
+
+def mixing_guide(x):
+    u = pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+    pyro.sample("z1", dist.Normal(0.5 + 0.3 * u, 0.3))
+    pyro.sample("z2", dist.Normal(1.0, 0.3))
+
+
+@pytest.mark.parametrize(
+    "guide", [point_guide, mode_guide, half_point_guide, mixing_guide, AutoDelta(points)]
+)
+def test_a_guide_without_a_density_of_the_latents_gives_no_evidence(guide):
+    """Its particles would be weighed by the wrong density; the posterior is that of the sweeps."""
+    x = torch.tensor([1.0, 2.0, 0.5])
+    posterior = DCPC(points, guide, num_particles=400).run(
+        x, num_sweeps=200, seed=0, progress=False
+    )
+    with pytest.raises(EvidenceError, match="its density is not one of the latents"):
+        posterior.log_evidence  # noqa: B018
+    precision = torch.tensor([[2.0, -1.0], [-1.0, 1.0 + len(x)]])
+    mean = torch.linalg.solve(precision, torch.tensor([0.0, float(x.sum())]))
+    sd = torch.linalg.inv(precision).diagonal().sqrt()
+    for index, name in enumerate(("z1", "z2")):
+        table = posterior.statistics()[name]
+        assert abs(float(table["mean"] - mean[index])) < 5 * float(table["mcse"])
+        assert float(table["std"]) == pytest.approx(float(sd[index]), rel=0.05)
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal, AutoDiagonalNormal])
+def test_autoguides_over_images_of_auxiliary_numbers_have_a_density(kind):
+    def model(x):
+        s = pyro.sample("s", dist.Gamma(2.0, 2.0))
+        w = pyro.sample("w", dist.Dirichlet(torch.ones(3)))
+        pyro.sample("x", dist.Poisson(s * w).to_event(1), obs=x)
+
+    x = torch.tensor([1.0, 0.0, 2.0])
+    posterior = DCPC(model, kind(model, init_scale=1.0), num_particles=4000).run(
+        x, num_sweeps=10, seed=0, progress=False
+    )
+    # sum x | s ~ Poisson(s), and the counts given their sum are multinomial with flat weights.
+    total = float(x.sum())
+    expected = 2 * math.log(2.0) - math.lgamma(2.0) + math.lgamma(2 + total)
+    expected -= (2 + total) * math.log(3.0) + math.lgamma(total + 1)
+    expected += math.lgamma(3.0) + math.lgamma(total + 1) - math.lgamma(total + 3)
+    error = abs(float(posterior.log_evidence) - expected)
+    assert error < 4 * float(posterior.log_evidence_se) + 1e-3

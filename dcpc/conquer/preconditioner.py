@@ -158,7 +158,8 @@ class SecondMoment(Preconditioner):
 
     def metric(self, state: Mapping[str, Tensor], score: Tensor) -> Metric:
         moment = state["moment"] / state["mass"].clamp(min=1.0 - self.decay)
-        moment = torch.where(state["mass"] > 0, moment, 1.0)
+        # Scores of zero (particles at a mode) measure nothing: the identity until they do.
+        moment = torch.where(moment > 0, moment, 1.0)
         return Diagonal(moment.clamp(min=_tiny(moment)).pow(-0.5 * self.exponent))
 
 
@@ -285,7 +286,7 @@ def _tiny(value: Tensor) -> float:
 def _inverse_factor(moment: Tensor) -> Tensor:
     """`F` with `F F^T = moment^-1`, by Cholesky, with a relative ridge for rounding."""
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
-    floor = diagonal.clamp(min=_tiny(moment))
+    floor = torch.where(diagonal > 0, diagonal.clamp(min=_tiny(moment)), 1.0)
     scale = floor.rsqrt()
     correlation = moment * scale.unsqueeze(-1) * scale.unsqueeze(-2)
     identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)

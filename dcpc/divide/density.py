@@ -92,6 +92,13 @@ class Density:
         """
         return self.division.activity(self.tensors).groups
 
+    def active_latents(self) -> dict[str, Tensor]:
+        """By latent, which values the data make a part of the density, `(*batch, *event)`.
+
+        Latents that are all active are left out.
+        """
+        return self.division.activity(self.tensors).latents
+
     def without_prior(self) -> list[str]:
         """Latents whose prior is flat, scaled or masked: it cannot be sampled or integrated."""
         sites, activity = self.division.sites, self.division.activity(self.tensors)

@@ -284,3 +284,16 @@ def test_the_joint_is_minus_the_potential_of_pyro_under_scales_and_masks(scale, 
     for k in range(4):
         expected = -pyro_potential(model, (x,), {name: value[k] for name, value in u.items()})
         assert joint[k].sum().item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_table_says_which_values_are_masked_out():
+    def model(y):
+        with pyro.plate("d", 4), poutine.mask(mask=torch.tensor([True, False, True, False])):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    posterior = DCPC(model, num_particles=100).run(
+        torch.arange(4.0), num_sweeps=10, seed=0, progress=False
+    )
+    assert posterior.num_masked == {"z": 2}
+    assert "2 of the values of z are masked out" in posterior.format_summary()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dcpc.divide import Division
 from dcpc.divide.model import Model
-from dcpc.errors import EvidenceError, ModelError, require_at_least
+from dcpc.errors import EvidenceError, ModelError, OptionError, require_at_least
 from dcpc.evaluation.batches import (
     BATCH_SIZE,
     batches,
@@ -97,6 +97,8 @@ class ImportanceSampler:
     def _weigh(self, x: Tensor, num_samples: int) -> Tensor:
         problem = self._inference.bind(x)
         self._check(problem.division, len(x))
+        if problem.guide is not None and (why := problem.guide_refusal()):
+            raise OptionError(f"{why}: there is no bound by its weights")
         chunks = []
         for _ in range(-(-num_samples // problem.num_particles)):
             state = problem.init()
