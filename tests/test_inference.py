@@ -508,4 +508,4 @@ def test_autoguides_over_images_of_auxiliary_numbers_have_a_density(kind):
     expected -= (2 + total) * math.log(3.0) + math.lgamma(total + 1)
     expected += math.lgamma(3.0) + math.lgamma(total + 1) - math.lgamma(total + 3)
     error = abs(float(posterior.log_evidence) - expected)
-    assert error < 4 * float(posterior.log_evidence_se) + 1e-3
+    assert error < 4 * float(posterior.log_evidence_se) < 1.0

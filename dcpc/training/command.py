@@ -221,7 +221,7 @@ class ConfiguredCLI(TrainingCLI):
     """Objects that a config names, built as `model`, `datamodule` and `trainer` without a run."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        pass
+        """Runs nothing."""
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcpc import DCPC
 from dcpc.conquer import SecondMoment
@@ -155,9 +155,11 @@ def value_and_gradient(density: Density, u: Tensor) -> tuple[Tensor, Tensor]:
     return value.detach(), gradient
 
 
-def engine_step(model: DeepLatentGaussian, x: Tensor, num_particles: int) -> Callable[[], None]:
+def engine_step(
+    model: nn.Module, x: Tensor, num_particles: int, certify: bool = True
+) -> Callable[[], None]:
     """The same step by `DCPC` on the Pyro model, with the same diagonal preconditioner."""
-    dcpc = DCPC(model, num_particles=num_particles, preconditioner=SecondMoment())
+    dcpc = DCPC(model, num_particles=num_particles, preconditioner=SecondMoment(), certify=certify)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     state = dcpc.init(x)
 

@@ -70,7 +70,7 @@ class LabelledSet(Dataset[Batch]):
         return data[0], labels[0], indices[0]
 
     def set_epoch(self, epoch: int) -> None:
-        """Hears about a new epoch of training."""
+        """Follow a new epoch of training."""
 
 
 class TensorSet(LabelledSet):
