@@ -1,8 +1,8 @@
 """Numbers behind `dcpc.distributions`: log-densities and their derivatives as operators.
 
-Those of the continuous Bernoulli make a training step of four particles 1.2 to 1.5 times as fast as the
-formula in plain torch; those of the discretised normal are exact to rounding where no formula in
-plain torch is. What gained neither is not here (`experiments.benchmarks.operators`).
+Those of the continuous Bernoulli make a training step of four particles 1.1 to 1.5 times as fast as
+the formula in plain torch; those of the discretised normal are exact to rounding where no formula
+in plain torch is. What gained neither is not here (`experiments.benchmarks.operators`).
 
 Every kernel runs below autograd and below every capture, so that it may work in place on its own
 temporaries and choose a formula by looking at the values.
