@@ -2,11 +2,11 @@
 
     python -m experiments.colour --path uoft-cs/cifar10 --minutes 20
 
-Trains `configs/cifar10/<algorithm>.json` on 9,000 images for so many minutes each, as `dcpc fit`
-does, into `runs/colour`; what is there already is not trained again. The configs ending in `-warm`
-begin as autoencoders, for a number of epochs that suits these sizes. Then it measures all of them
-on the same held-out images, and writes a table and, for each algorithm, a picture: held-out images,
-their reconstructions, samples of the prior, samples of the pseudo-posterior.
+Trains `configs/cifar10.json` with each algorithm's layer on 9,000 images for so many minutes, as
+`dcpc fit` does, into `runs/colour`; what is there already is not trained again. The algorithms
+ending in `-warm` begin as autoencoders, for a number of epochs that suits these sizes. Then it
+measures all of them on the same held-out images, and writes a table and, for each algorithm, a
+picture: held-out images, their reconstructions, samples of the prior and of the pseudo-posterior.
 
 The pseudo-posterior is a Gaussian mixture of the training images' latents: of their particles, or
 of the encoder's samples where there are no particles. Frechet distances are in the features of a
@@ -47,6 +47,7 @@ from dcpc.training.callbacks import image_grid, save_png
 from dcpc.training.checkpoint import read_checkpoint
 from dcpc.training.command import ConfiguredCLI, one_line_errors
 from dcpc.training.command import main as dcpc_command
+from experiments.layers import layers
 from experiments.tables import markdown
 
 ALGORITHMS = (*PRESETS, "dcpc-warm", "pgd-warm", "vae")
@@ -78,8 +79,10 @@ class Measured:
 def train(algorithm: str, options: argparse.Namespace) -> Path:
     """The checkpoint of a training that takes the given time, without any validation."""
     folder = options.runs / f"{algorithm}-{options.minutes:g}-minutes"
-    config = json.loads(Path(_config_file(algorithm)).read_text())
-    about = {"config": config, "options": _overrides(options)}
+    configs = [
+        json.loads(Path(layer.partition("=")[2]).read_text()) for layer in _layers(algorithm)
+    ]
+    about = {"configs": configs, "options": _overrides(options)}
     if (folder / "last.ckpt").exists():
         _require_same(folder / ABOUT, about)
     else:
@@ -200,8 +203,8 @@ def _networks(training: Tensor, labels: Tensor) -> dict[str, FeatureClassifier |
     return networks
 
 
-def _config_file(algorithm: str) -> str:
-    return f"configs/cifar10/{algorithm}.json"
+def _layers(algorithm: str) -> list[str]:
+    return layers("cifar10", algorithm)
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
@@ -215,7 +218,7 @@ def _overrides(options: argparse.Namespace) -> list[str]:
 
 
 def _config(algorithm: str, options: argparse.Namespace) -> list[str]:
-    return [f"--config={_config_file(algorithm)}", *_overrides(options)]
+    return [*_layers(algorithm), *_overrides(options)]
 
 
 def _require_same(file: Path, about: Mapping[str, Any]) -> None:

@@ -47,14 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog="Further options override keys of the config."
     )
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", required=True, action="append", help="once per layer")
     parser.add_argument("--ckpt_path", help="default: last.ckpt in the config's folder of runs")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--num_images", type=int, default=512)
     parser.add_argument("--num_kept", type=int, default=4, help="particles per image")
     parser.add_argument("--num_temperatures", type=int, default=400)
     options, overrides = parser.parse_known_args(arguments)
-    built = ConfiguredCLI(["fit", f"--config={options.config}", *overrides])
+    built = ConfiguredCLI(["fit", *(f"--config={layer}" for layer in options.config), *overrides])
     path = options.ckpt_path or Path(built.trainer.default_root_dir) / "last.ckpt"
     built.model.load_state_dict(read_checkpoint(path, built.model)["state_dict"])
     frozen = freeze(

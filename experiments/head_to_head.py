@@ -2,14 +2,15 @@
 
     python -m experiments.head_to_head --path ylecun/mnist
 
-One run per algorithm and seed trains `configs/mnist/<algorithm>.json` on 10,000 images, at a
-constant learning rate, until both budgets are spent: so many minutes, and so many gradient
-evaluations. The models as they were then go to `runs/head_to_head`, and are measured on the same
-held-out images by the same annealing, which leaves one file in `experiments/results/head_to_head`.
-What is there already is neither trained nor measured again, so that an interrupted comparison
-continues where it stopped; with another measurement and other `--results`, nothing is trained
-again. Then the tables and the learning curves are written anew from all files. `dcpc-warm` is
-`dcpc` after an encoder's warm-up, which is part of its budgets, and so is `pgd-warm` of `pgd`.
+One run per algorithm and seed trains `configs/mnist.json` with the algorithm's layer on 10,000
+images, at a constant learning rate, until both budgets are spent: so many minutes, and so many
+gradient evaluations. The models as they were then go to `runs/head_to_head`, and are measured on
+the same held-out images by the same annealing, which leaves one file in
+`experiments/results/head_to_head`. What is there already is neither trained nor measured again, so
+that an interrupted comparison continues where it stopped; with another measurement and other
+`--results`, nothing is trained again. Then the tables and the learning curves are written anew from
+all files. `dcpc-warm` is `dcpc` after an encoder's warm-up, which is part of its budgets, and so is
+`pgd-warm` of `pgd`.
 
 A gradient evaluation is the gradient of a log-density with respect to one latent of one particle of
 one datum: a sweep takes one per latent and leapfrog step, and one more where the correction looks

@@ -19,6 +19,7 @@ from torch import Tensor
 from dcpc.training import AmortisedModule, GenerativeModule, ImageData, ParticleModule
 from dcpc.training.command import ConfiguredCLI
 from experiments.head_to_head_report import Budget
+from experiments.layers import layers
 
 CURVE_POINTS = (0.1, 0.2, 0.4, 0.7, 1.0)
 """Fractions of the time after which the learning curves are measured."""
@@ -142,7 +143,7 @@ class Budgets(Callback):
 def gradients_per_datum(num_latents: int, module: GenerativeModule) -> int:
     """Gradient evaluations of a training step, per datum; see `experiments.head_to_head`."""
     if isinstance(module, AmortisedModule):
-        return num_latents * module.objective.num_particles
+        return num_latents * module.num_samples
     assert isinstance(module, ParticleModule)
     if module.is_warming_up:
         return num_latents
@@ -193,16 +194,14 @@ def last_sweep(module: GenerativeModule, x: Tensor) -> dict[str, dict[str, float
 def build(
     algorithm: str, seed: int, setting: TrainingSetting
 ) -> tuple[GenerativeModule, ImageData]:
-    """The module and the data of a config, with a constant learning rate and one likelihood."""
-    prefix = "model.init_args" if algorithm == "vae" else "model"
+    """The module and the data of a config, with a constant learning rate."""
     built = ConfiguredCLI(
         [
             "fit",
-            f"--config=configs/mnist/{algorithm}.json",
+            *layers("mnist", algorithm),
             f"--seed_everything={seed}",
             f"--num_threads={setting.num_threads}",
-            f"--{prefix}.learning_rate_schedule=null",
-            f"--{prefix}.model.init_args.likelihood=bernoulli",
+            "--model.learning_rate_schedule=null",
             f"--data.path={setting.path}",
             f"--data.num_training={setting.num_training}",
             "--data.num_held_out=null",

@@ -1,7 +1,7 @@
 """How many temperatures and particles the evidence of a trained model takes.
 
     python -m experiments.temperatures \\
-        --config configs/mnist/headline.json --checkpoint checkpoints/mnist.pt
+        --config configs/mnist.json --checkpoint checkpoints/mnist.pt
 
 Anneals held-out images that came with a small file of `experiments.freeze`, at several settings,
 and writes the table with the changes on doubling to `experiments/results`.

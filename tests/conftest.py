@@ -15,7 +15,7 @@ from pytorch_lightning import Trainer
 from torch import Tensor, nn
 
 from dcpc.models import DeepLatentGaussian
-from dcpc.training import ImageData, ParticleModule
+from dcpc.training import HeldOut, ImageData, ParticleModule
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -105,8 +105,7 @@ def deep_module() -> Callable[..., ParticleModule]:
         pyro.clear_param_store()
         torch.manual_seed(0)
         model = DeepLatentGaussian(latent_sizes, [1, 2, 2])
-        ladders = {"num_temperatures": 2, "test_temperatures": 2}
-        settings = {"evaluation_particles": 2, **ladders, **options}
+        settings = {"held_out": HeldOut(2, num_temperatures=2, test_temperatures=2), **options}
         return ParticleModule(model, **settings)
 
     return make

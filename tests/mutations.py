@@ -263,11 +263,23 @@ FAULTS = [
     Fault("the monitor counts the optimiser's steps",
           "return trainer.fit_loop.total_batch_idx + 1", "return trainer.global_step"),
     Fault("the encoder does not learn from the particles",
-          'losses["guide_loss"] = problem.guide_loss(state) / len(x)', "pass"),
+          'return {"guide_loss": problem.guide_loss(state) / len(x)}', "return {}"),
     Fault("lpc keeps its particles",
-          "preset.warm_starts_every_visit if restart is None", "False if restart is None"),
+          "preset.warm_starts_every_visit if start.restart is None",
+          "False if start.restart is None"),
+    Fault("particles restart from the encoder at every visit",
+          "draw() if self.restarts else", "draw() if self.guide is not None else"),
+    Fault("the parameters step after the sweeps of a first visit too",
+          "not self.automatic_optimization and remaining < self.sweeps_per_step",
+          "not self.automatic_optimization"),
+    Fault("tied data keep the weights that they had in other batches",
+          "value.new_zeros(value.shape[:1])", "value[:, 0]"),
+    Fault("an algorithm takes another one's step size",
+          "return given.get(algorithm)", "return next(iter(given.values()))"),
+    Fault("runs of other layers share a folder",
+          "stem for layer in layers)", "stem for layer in layers[:1])"),
     Fault("the autoencoder's loss is that of the whole batch",
-          "self.guide, x) / len(x)", "self.guide, x)", within="AmortisedModule"),
+          "self.guide, x) / len(x)", "self.guide, x)", within="GenerativeModule"),
     Fault("the learning rate ends at a half",
           "done.append(self._num_steps / total)", "done.append(0.5 * self._num_steps / total)"),
     Fault("every step draws the same numbers",
@@ -355,9 +367,9 @@ FAULTS = [
     Fault("the table by gradients shows what was learned by time",
           'run["spent"][budget] for run', 'run["spent"]["seconds"] for run'),
     Fault("a warm guide goes on learning from single particles",
-          "if self.guide is not None and not self.warm_up_epochs:", "if self.guide is not None:"),
+          "if has_guide and not start.warm_up_epochs:", "if has_guide:"),
     Fault("the bound of a warm guide teaches the model",
-          "{name: value.detach() for", "{name: value for", within="ParticleModule"),
+          "{name: value.detach() for", "{name: value for", within="_by_its_bound"),
     Fault("errors do not pull at the value before",
           "prediction = stage.predict(before.value)",
           "prediction = stage.predict(before.value.detach())"),
@@ -553,10 +565,7 @@ def survives(fault: Fault, workdir: Path) -> str | None:
     source = path.read_text()
     path.write_text(source[:start] + fault.new + source[end:])
     try:
-        place = path.relative_to(workdir).with_suffix("").parts[1]
-        tests = [test for test in TESTS if (workdir / test).exists()]
-        tests.sort(key=lambda test: place not in test)  # where it should be noticed, first
-        output = failure(workdir, tests)
+        output = failure(workdir, _nearest_first(path.relative_to(workdir)))
         if output is None:
             return "all tests passed"
         failures = re.findall(r"^FAILED (\S+)", output, re.MULTILINE)
@@ -566,6 +575,14 @@ def survives(fault: Fault, workdir: Path) -> str | None:
         return None
     finally:
         path.write_text(source)
+
+
+def _nearest_first(path: Path) -> list[str]:
+    """The tests, those that mirror a source file first: a fault should be noticed there."""
+    mirror = Path("tests", *path.parts[1:-1], f"test_{path.name}")
+    tests = [str(mirror)] if (ROOT / mirror).exists() else []
+    folder = path.with_suffix("").parts[1]
+    return tests + sorted(TESTS, key=lambda test: folder not in test)
 
 
 def main() -> None:

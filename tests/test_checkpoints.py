@@ -12,8 +12,8 @@ from dcpc.training.command import ConfiguredCLI
 ROOT = Path(__file__).parents[1]
 CONFIGS = {
     "digits.pt": "digits.json",
-    "mnist.pt": "mnist/headline.json",
-    "cifar10.pt": "cifar10/dcpc-warm.json",
+    "mnist.pt": "mnist.json",
+    "cifar10.pt": "cifar10.json",
 }
 FILES = sorted((ROOT / "checkpoints").glob("*.pt"))
 

@@ -7,72 +7,115 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dcpc.training import ClassifierModule, LabelledData, MeasuredModule, ParticleModule
+from dcpc.training import AmortisedModule, ClassifierModule
 from dcpc.training.checkpoint import read_checkpoint
 from dcpc.training.command import ConfiguredCLI, main
-from experiments.head_to_head_report import ALGORITHMS
+from experiments import head_to_head_report
+from experiments.layers import layers
 
 FOLDER = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(FOLDER.glob("**/*.json"))
-DATA_SETS = ("mnist", "fashion_mnist", "emnist", "cifar10", "celeba")
-WARM = ("dcpc-warm", "pgd-warm")
-GUIDED = (*WARM, "lpc", "vae")
-SHARED = (
-    "learning_rate",
-    "learning_rate_schedule",
-    "evaluation_particles",
-    "num_temperatures",
-    "test_temperatures",
+NETWORKS = sorted(FOLDER.glob("networks/*.json"))
+DATA_SETS = {
+    "digits": ["digits"],
+    "mnist": ["mnist"],
+    "fashion_mnist": ["mnist", "data/fashion_mnist"],
+    "emnist": ["mnist", "data/emnist"],
+    "cifar10": ["cifar10"],
+    "celeba": ["cifar10", "data/celeba"],
+}
+"""By data set, its layers."""
+ALGORITHMS = {
+    path.stem: [f"algorithms/{path.stem}"]
+    for path in sorted(FOLDER.glob("algorithms/*.json"))
+    if path.stem not in ("headline", "pgd-paper", "warm", "warm-restart")
+} | {
+    f"{name}-{start}": [f"algorithms/{name}", f"algorithms/{start}"]
+    for name in ("dcpc", "pgd")
+    for start in ("warm", "warm-restart")
+}
+"""By algorithm that goes with any data set, its layers."""
+GUIDED = ("dcpc-warm", "pgd-warm", "dcpc-warm-restart", "pgd-warm-restart", "lpc", "vae")
+
+
+def arguments(*layers: str) -> list[str]:
+    return [f"--config={FOLDER / layer}.json" for layer in layers]
+
+
+def load(layer: str) -> dict:
+    return json.loads((FOLDER / f"{layer}.json").read_text())
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("data_set", DATA_SETS)
+def test_every_algorithm_builds_on_every_data_set(
+    data_set: str, algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    layers = [*DATA_SETS[data_set], *ALGORITHMS[algorithm]]
+    built = ConfiguredCLI(["fit", *arguments(*layers)])
+    names = [Path(layer).stem for layer in layers]
+    assert Path(built.trainer.default_root_dir) == Path("runs", *names)
+    module, base = built.model, load(DATA_SETS[data_set][0])["model"]
+    assert module.held_out.num_particles == base["held_out"]["num_particles"]
+    assert module.learning_rate == base["learning_rate"]
+    assert (module.guide is not None) == (algorithm in GUIDED)
+    if algorithm == "vae":
+        assert isinstance(module, AmortisedModule)
+        return
+    written = load(f"algorithms/{algorithm.split('-warm')[0]}")["model"]
+    assert module.inference.algorithm.name == written["algorithm"]
+    assert module.inference.num_particles == written["num_particles"]
+    step_sizes = base.get("step_size", {})
+    for layer in DATA_SETS[data_set][1:]:
+        step_sizes = load(layer).get("model", {}).get("step_size", step_sizes)
+    if written["algorithm"] in step_sizes:
+        assert module.inference.parts.step_size == step_sizes[written["algorithm"]]
+    assert module.restarts == (algorithm == "lpc" or algorithm.endswith("restart"))
+    assert module.is_warming_up == ("warm" in algorithm)
+
+
+@pytest.mark.parametrize("layer", [path.stem for path in (FOLDER / "algorithms").glob("*.json")])
+def test_a_layer_of_an_algorithm_leaves_data_model_and_measurements_be(layer: str) -> None:
+    written = load(f"algorithms/{layer}")
+    model = written["model"]
+    model = model.get("init_args", model)
+    assert not {"learning_rate", "held_out"} & model.keys()
+    if layer not in ("headline", "pgd-paper"):
+        assert written.keys() == {"model"}
+        assert "model" not in model
+
+
+@pytest.mark.parametrize(
+    ("layers", "model"),
+    [
+        (["mnist", "algorithms/headline"], "DeepLatentGaussian"),
+        (["cifar10", "algorithms/pgd-paper"], "PGDGenerator"),
+    ],
 )
-"""Keys of the model that are no part of an algorithm."""
+def test_the_papers_and_the_headlines_settings_build(
+    layers: list[str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    built = ConfiguredCLI(["fit", *arguments(*layers)])
+    assert type(built.model.model).__name__ == model
+    if model == "PGDGenerator":
+        assert built.model.inference.parts.step_size == load(layers[1])["model"]["step_size"]
+    else:
+        assert built.datamodule.batch_size == load(layers[1])["data"]["init_args"]["batch_size"]
+        (group,) = built.model.configure_optimizers().param_groups
+        assert group["weight_decay"] == load(layers[1])["optimizer"]["init_args"]["weight_decay"]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(FOLDER)))
-def test_every_shipped_config_builds_what_it_names(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", NETWORKS, ids=lambda path: path.stem)
+def test_every_classifiers_config_builds_what_it_names(path: Path, tmp_path: Path) -> None:
     folder = f"--trainer.default_root_dir={tmp_path}"
     built = ConfiguredCLI(["fit", "--config", str(path), folder])
-    assert isinstance(built.model, MeasuredModule)
-    assert isinstance(built.datamodule, LabelledData)
-    written = json.loads(path.read_text())
-    assert built.trainer.max_epochs == written["trainer"]["max_epochs"]
-    if isinstance(built.model, ParticleModule):
-        assert built.model.inference.num_particles == written["model"]["num_particles"]
-        assert built.model.inference.algorithm.name == written["model"].get("algorithm", "dcpc")
-    elif isinstance(built.model, ClassifierModule):
-        rule = written["model"]["init_args"]["rule"]
-        assert f"dcpc.networks.{type(built.model.rule).__name__}" == rule["class_path"]
-        values = [node.value for node in built.model.network.nodes]
-        (group,) = built.model.rule.value_optimizer(values).param_groups
-        assert group["lr"] == rule["init_args"]["value_optimizer"]["init_args"]["lr"]
-    else:
-        assert path.stem == "vae"
-
-
-@pytest.mark.parametrize("data_set", DATA_SETS)
-def test_every_algorithm_trains_the_same_model_on_the_same_data(data_set: str) -> None:
-    configs = {
-        name: json.loads((FOLDER / data_set / f"{name}.json").read_text()) for name in ALGORITHMS
-    }
-    assert {config["trainer"]["default_root_dir"] for config in configs.values()} == {
-        f"runs/{data_set}/{name}" for name in ALGORITHMS
-    }
-    for name, config in configs.items():
-        options = config["model"].get("init_args", config["model"])
-        model = options["model"]
-        if name == "dcpc-paper":  # the paper's likelihood
-            assert model["init_args"].pop("likelihood") in ("continuous_bernoulli", "normal")
-            model["init_args"]["likelihood"] = (
-                "bernoulli" if "sizes" in str(model) else "discretized_normal"
-            )
-        assert model == configs["dcpc"]["model"]["model"]
-        assert config["data"] == configs["dcpc"]["data"]
-        assert options.get("algorithm", "vae") == name.removesuffix("-warm")
-        assert options.get("warm_up_epochs", 0) < config["trainer"]["max_epochs"]
-        assert ("warm_up_epochs" in options) == (name in WARM)
-        assert [options[key] for key in SHARED] == [configs["dcpc"]["model"][key] for key in SHARED]
-        assert config["seed_everything"] == configs["dcpc"]["seed_everything"]
-        folder = {"default_root_dir": f"runs/{data_set}/{name}"}
-        assert config["trainer"] == {**configs["dcpc"]["trainer"], **folder}
+    assert isinstance(built.model, ClassifierModule)
+    rule = json.loads(path.read_text())["model"]["init_args"]["rule"]
+    assert f"dcpc.networks.{type(built.model.rule).__name__}" == rule["class_path"]
+    values = [node.value for node in built.model.network.nodes]
+    (group,) = built.model.rule.value_optimizer(values).param_groups
+    assert group["lr"] == rule["init_args"]["value_optimizer"]["init_args"]["lr"]
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist", "mnist-equilibrium", "mnist-hopfield"])
@@ -100,24 +143,22 @@ def test_every_classifier_of_images_fits_from_its_config(
     assert (tmp_path / "run" / "last.ckpt").is_file()
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", head_to_head_report.ALGORITHMS)
 def test_every_algorithm_fits_from_its_config(
     algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     images = np.random.default_rng(0).integers(0, 256, (10, 4, 4), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
-    model = "model.init_args" if algorithm == "vae" else "model"
-    sizes = ["--{}.{}.init_args.latent_sizes=[2,3]", "--{}.{}.init_args.image_shape=[1,4,4]"]
-    parts = ["model", "guide"] if algorithm in GUIDED else ["model"]
-    warm_up = ["--model.warm_up_epochs=1"] if algorithm in WARM else []
+    warm_up = ["--model.start.warm_up_epochs=1"] if algorithm.endswith("-warm") else []
     main(
         [
             "fit",
-            f"--config=configs/mnist/{algorithm}.json",
-            *(option.format(model, part) for option in sizes for part in parts),
+            *layers("mnist", algorithm),
+            "--model.model.init_args.latent_sizes=[2,3]",
+            "--model.model.init_args.image_shape=[1,4,4]",
             *warm_up,
-            f"--{model}.evaluation_particles=2",
-            f"--{model}.num_temperatures=2",
+            "--model.held_out.num_particles=2",
+            "--model.held_out.num_temperatures=2",
             "--data=ArrayData",
             f"--data.folder={tmp_path}",
             "--data.num_held_out=2",
@@ -135,7 +176,11 @@ def test_every_algorithm_fits_from_its_config(
 
 
 @pytest.mark.parametrize(
-    "name", ["pgd-paper", *(pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS)]
+    "name",
+    [
+        "pgd-paper",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in head_to_head_report.ALGORITHMS),
+    ],
 )
 def test_every_colour_generator_fits_from_its_config(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -147,22 +192,16 @@ def test_every_colour_generator_fits_from_its_config(
     for number in range(20):
         pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
-    model = "model.init_args" if name == "vae" else "model"
-    parts = ["model", "guide"] if name in GUIDED else ["model"]
-    warm_up = ["--model.warm_up_epochs=1"] if name in WARM else []
-    small = [
-        f"--{model}.{part}.init_args.{size}"
-        for part in parts
-        for size in ("latent_size=3", "image_shape=[3,16,16]")
-    ]
+    warm_up = ["--model.start.warm_up_epochs=1"] if name.endswith("-warm") else []
     main(
         [
             "fit",
-            f"--config=configs/cifar10/{name}.json",
-            *small,
+            *layers("cifar10", name),
+            "--model.model.init_args.latent_size=3",
+            "--model.model.init_args.image_shape=[3,16,16]",
             *warm_up,
-            f"--{model}.evaluation_particles=2",
-            f"--{model}.num_temperatures=1",
+            "--model.held_out.num_particles=2",
+            "--model.held_out.num_temperatures=1",
             f"--data.path={tmp_path / 'images'}",
             "--data.num_held_out=2",
             "--data.batch_size=4",

@@ -17,9 +17,9 @@ README = (ROOT / "README.md").read_text()
 SMALL = [
     "--trainer.max_epochs=1",
     "--trainer.check_val_every_n_epoch=1",
-    "--model.num_temperatures=3",
-    "--model.test_temperatures=3",
-    "--model.evaluation_particles=2",
+    "--model.held_out.num_temperatures=3",
+    "--model.held_out.test_temperatures=3",
+    "--model.held_out.num_particles=2",
 ]
 EVALUATION = SMALL[2:]
 FEW_IMAGES = ["--data.batch_size=8", "--data.num_held_out=2", "--trainer.log_every_n_steps=1"]
@@ -113,8 +113,8 @@ def test_the_commands_of_the_experiments_run_on_a_folder_of_pictures(tmp_path: P
     for command in experiments:
         small = [*SMALL, *FEW_IMAGES, f"--data.path={folder.parent}"]
         run(dcpc_command(command, small), tmp_path, XDG_CACHE_HOME=str(tmp_path / "cache"))
-        config = Path(shlex.split(command)[3])
-        assert (tmp_path / "runs" / "mnist" / config.stem / "last.ckpt").exists()
+        algorithm = Path(shlex.split(command)[5])
+        assert (tmp_path / "runs" / "mnist" / algorithm.stem / "last.ckpt").exists()
 
 
 def test_tensorboard_takes_the_command_of_the_readme() -> None:

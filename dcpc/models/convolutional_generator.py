@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from dcpc.distributions import DiscretizedNormal
+from dcpc.models.encoders import ConvolutionalEncoder
 
 __all__ = ["ConvolutionalGenerator", "LearnedScale", "PGDGenerator", "Residual"]
 
@@ -116,6 +117,10 @@ class ConvolutionalGenerator(nn.Module):
         """The pixels' locations `(B, *image_shape)` of latents `(B, latent_size)`."""
         return self.network(z)
 
+    def encoder(self) -> ConvolutionalEncoder:
+        """A guide for this model, with its shapes."""
+        return ConvolutionalEncoder(self.latent_size, self.image_shape)
+
     def _layers(self, norm: Norm) -> Iterator[nn.Module]:
         channels, height, width = self.image_shape
         yield nn.Linear(self.latent_size, WIDTHS[0])
@@ -192,6 +197,10 @@ class PGDGenerator(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """The pixels' locations `(B, *image_shape)` of latents `(B, latent_size)`."""
         return self.network(z)
+
+    def encoder(self) -> ConvolutionalEncoder:
+        """A guide for this model, with its shapes."""
+        return ConvolutionalEncoder(self.latent_size, self.image_shape)
 
 
 class Residual(nn.Module):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dcpc.distributions import Bernoulli, ContinuousBernoulli, SharedScaleNormal
+from dcpc.models.encoders import MLPEncoder
 
 __all__ = ["DeepLatentGaussian", "ScaleTril"]
 
@@ -103,6 +104,10 @@ class DeepLatentGaussian(nn.Module):
                 z = pyro.sample(f"z{index + 2}", SharedScaleNormal(loc, scale()))
             pixels = self._pixels(self.layers[-1](torch.relu(z)))
             return pyro.sample("x", pixels, obs=None if x is None else x.flatten(1))
+
+    def encoder(self) -> MLPEncoder:
+        """A guide for this model, with its shapes."""
+        return MLPEncoder(self.latent_sizes, self.image_shape)
 
     def _pixels(self, logits: Tensor) -> dist.TorchDistribution:
         if self.likelihood == "bernoulli":

@@ -4,6 +4,7 @@ modules     what is trained, and how
 data        what it is trained on, and where that comes from
 callbacks   what a run shows
 store       the particles of every training datum
+visits      the particles of a batch, from the store and back
 checkpoint  checkpoints, checked before they are used
 command     the `dcpc` command
 """
@@ -21,8 +22,10 @@ from dcpc.training.modules import (
     AmortisedModule,
     ClassifierModule,
     GenerativeModule,
+    HeldOut,
     MeasuredModule,
     ParticleModule,
+    Start,
 )
 from dcpc.training.store import ParticleStore, StoreError
 
@@ -33,6 +36,7 @@ __all__ = [
     "DecisionBoundary",
     "DigitsData",
     "GenerativeModule",
+    "HeldOut",
     "HubImages",
     "ImageData",
     "LabelledData",
@@ -40,5 +44,6 @@ __all__ = [
     "MoonsData",
     "ParticleModule",
     "ParticleStore",
+    "Start",
     "StoreError",
 ]

@@ -38,8 +38,10 @@ from dcpc.training.data import ArrayData, DigitsData, HubImages, LabelledData, M
 from dcpc.training.modules import (
     AmortisedModule,
     ClassifierModule,
+    HeldOut,
     MeasuredModule,
     ParticleModule,
+    Start,
 )
 
 __all__ = ["ConfiguredCLI", "TrainingCLI", "main"]
@@ -48,16 +50,19 @@ DESCRIPTION = """\
 Divide-and-conquer predictive coding: trains Pyro models on particles that every datum keeps.
 
   dcpc fit     --config configs/digits.json            train; logs and checkpoints go to runs/digits
+  dcpc fit     --config configs/mnist.json --config configs/algorithms/pgd.json    in layers, later
+                                                       ones over earlier ones; to runs/mnist/pgd
   dcpc fit     --config ... --model.num_particles 16 --trainer.max_epochs 5    override any key
   dcpc fit     --config ... --ckpt_path runs/digits/last.ckpt                  resume, exactly
   dcpc test    --config ...                            evidence NLL and more on held-out data
   dcpc predict --config ...                            samples and reconstructions, to files
 
-test, validate and predict use <trainer.default_root_dir>/last.ckpt, the newest run's checkpoint,
-unless --ckpt_path names another one. `dcpc fit --help` lists the keys of a config, `--model.help
-ParticleModule` (or AmortisedModule, ClassifierModule) and `--data.help HubImages` (or DigitsData,
-ArrayData, MoonsData) those below "model" and "data", `dcpc fit --config ... --print_config` prints
-a whole one, `tensorboard --logdir runs` shows the runs.
+Runs go to trainer.default_root_dir, by default runs/<names of the configs>. test, validate and
+predict use its last.ckpt, the newest run's checkpoint, unless --ckpt_path names another one.
+`dcpc fit --help` lists the keys of a config, `--model.help ParticleModule` (or AmortisedModule,
+ClassifierModule) and `--data.help HubImages` (or DigitsData, ArrayData, MoonsData) those below
+"model" and "data", `dcpc fit --config ... --print_config` prints a whole one,
+`tensorboard --logdir runs` shows the runs.
 """
 
 CONFIGURED: dict[str, tuple[type, ...]] = {
@@ -65,6 +70,9 @@ CONFIGURED: dict[str, tuple[type, ...]] = {
     "data": (HubImages, DigitsData, ArrayData, MoonsData),
 }
 """The classes below each key of a config that this package has."""
+
+GROUPS: dict[str, tuple[type, ...]] = {"model.start": (Start,), "model.held_out": (HeldOut,)}
+"""Groups of keys within those classes."""
 
 CONFIG_OPTIONS = ("--config", "-c")
 
@@ -90,6 +98,10 @@ class _Parser(LightningArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"parser_mode": "json", "formatter_class": _HelpFormatter, **kwargs})
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """A config as text that can be read, also by `--print_config`."""
+        return super().dump(*args, **{"format": "json_indented", **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         _fail(message + _suggest_key(message))
@@ -132,7 +144,7 @@ class TrainingCLI(LightningCLI):
             save_config_callback=_SaveConfig,
             save_config_kwargs={"config_filename": "config.json"},
             trainer_defaults={
-                "default_root_dir": "runs",
+                "default_root_dir": None,
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
                 "enable_progress_bar": None,
@@ -164,7 +176,8 @@ class TrainingCLI(LightningCLI):
         """Parses, and checks what can be checked before anything is built."""
         self.config = parser.parse_args(args)
         options = self.config[self.config.subcommand]
-        folder = Path(options.trainer.default_root_dir)
+        folder = Path(options.trainer.default_root_dir or _run_folder(options.config or []))
+        options.trainer.default_root_dir = str(folder)
         _check_writable(folder)
         if self.config.subcommand != "fit" and options.ckpt_path is None:
             options.ckpt_path = str(folder / "last.ckpt")
@@ -268,19 +281,36 @@ def _find_config(path: str) -> str:
     raise OptionError(f"--config: there is no file '{path}'")
 
 
+def _run_folder(layers: Sequence[Any]) -> Path:
+    """The folder of a run: `runs`, and below it the names of its configs."""
+    return Path("runs", *(Path(str(layer)).stem for layer in layers))
+
+
 def _suggest_key(message: str) -> str:
     """The likely fix of a key that no class accepts, which jsonargparse names without its path."""
-    refused = re.fullmatch(r"Option '(?:.*\.)?(\w+)' is not accepted", message)
+    if message.endswith("are required: model"):
+        return (
+            "; an algorithm is a layer on top of data and model: --config configs/mnist.json first"
+        )
+    refused = re.fullmatch(
+        r"Option '(?:.*\.)?(\w+)' is not accepted|unrecognized arguments: --(?:\S*\.)?(\w+)=?.*",
+        message,
+    )
     if refused is None:
         return ""
-    paths = {
-        key: f"{part}.{key}"
-        for part, classes in CONFIGURED.items()
-        for configured in classes
+    owners = {
+        key: (f"{part}.{key}", configured)
+        for part, classes in (GROUPS | CONFIGURED).items()
+        for configured in reversed(classes)
         for key in inspect.signature(configured).parameters
     }
-    close = difflib.get_close_matches(refused[1], paths, n=1, cutoff=0.8)
-    question = f"; did you mean '{paths[close[0]]}'?" if close else "."
+    key = refused[1] or refused[2]
+    close = difflib.get_close_matches(key, owners, n=1, cutoff=0.8)
+    question = "."
+    if close:
+        path, owner = owners[close[0]]
+        known = f"; '{path}' is a key of {owner.__name__} (a layer of another class comes last)."
+        question = known if close[0] == key else f"; did you mean '{path}'?"
     return f"{question} dcpc fit --help, --model.help CLASS and --data.help CLASS list the keys"
 
 

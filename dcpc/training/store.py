@@ -11,20 +11,17 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dcpc.divide import Division
 from dcpc.errors import DCPCError
 from dcpc.recombine import LogWeights
 from dcpc.sweep import SweepState
 
-__all__ = ["ParticleStore", "StoreError", "datum_axes", "gather", "spread"]
-
+__all__ = ["ParticleStore", "StoreError"]
 
 Entry = tuple[str, str]
 """A latent, and what is kept of it: its value (the empty name), or an entry of a move's memory."""
@@ -225,39 +222,6 @@ class ParticleStore:
                     "settings of the first run, or start afresh without --ckpt_path"
                 )
         self._fits_model = True
-
-
-def datum_axes(division: Division, num_data: int) -> dict[str, int]:
-    """By latent, the axis of its value `(K, *batch, *event)` that runs over a batch's data.
-
-    Raises:
-        StoreError: The latents are not in one plate over the data.
-    """
-    sites = [division.sites[name] for name in division.latents]
-    plates = [plate for plate in sites[0].plates if all(plate in site.plates for site in sites)]
-    sizes = [plate.size for plate in plates]
-    if sizes != [num_data]:
-        raise StoreError(
-            f"training keeps particles per datum, so all latents must be in one plate over the "
-            f"{num_data} data of a batch; the plates around every latent of this model have "
-            f"sizes {sizes}. Wrap the model's body in: with pyro.plate('data', len(x))"
-        )
-    return {site.name: 1 + len(site.batch_shape) + plates[0].dim for site in sites}
-
-
-def spread(state: SweepState, num_data: int) -> SweepState:
-    """Particles of a batch whose data are one cell, with that cell's weights for every datum."""
-    return _with_weights(state, lambda value: value.unsqueeze(1).expand(-1, num_data))
-
-
-def gather(state: SweepState) -> SweepState:
-    """Particles of data that met in a batch, as one cell: they start with equal weights."""
-    return _with_weights(state, lambda value: torch.zeros_like(value[:, 0]))
-
-
-def _with_weights(state: SweepState, change: Callable[[Tensor], Tensor]) -> SweepState:
-    log_weight = LogWeights(change(state.log_weight.log_weight))
-    return replace(state, log_weight=log_weight, log_joint=change(state.log_joint))
 
 
 def _rows(stored: Tensor, index: Tensor, axis: int) -> Tensor:

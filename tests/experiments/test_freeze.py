@@ -13,7 +13,7 @@ from dcpc.training.command import main as dcpc_command
 from experiments import freeze
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--model.evaluation_particles=3", "--data.num_held_out=1700", "--num_threads=1"]
+SMALL = ["--model.held_out.num_particles=3", "--data.num_held_out=1700", "--num_threads=1"]
 
 
 def test_a_trained_model_becomes_a_file_that_the_library_opens(

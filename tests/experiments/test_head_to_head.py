@@ -17,7 +17,7 @@ from dcpc.conquer import Langevin
 from dcpc.divide import UnitGroup
 from dcpc.evaluation import prior_sample_estimate
 from dcpc.models import DeepLatentGaussian, MLPEncoder
-from dcpc.training import AmortisedModule, ParticleModule
+from dcpc.training import AmortisedModule, ParticleModule, Start
 from experiments import head_to_head, head_to_head_training
 
 ROOT = Path(__file__).parents[2]
@@ -209,7 +209,7 @@ def test_gradients_of_a_step_while_the_encoder_warms_up() -> None:
         DeepLatentGaussian(sizes, shape),
         MLPEncoder(sizes, shape),
         num_particles=4,
-        warm_up_epochs=1,
+        start=Start(warm_up_epochs=1),
     )
     assert head_to_head_training.gradients_per_datum(3, module) == 3
 

@@ -12,7 +12,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from dcpc.training import ImageData, ParticleModule
+from dcpc.training import HeldOut, ImageData, ParticleModule
 from dcpc.training.callbacks import (
     EvaluationTable,
     ImageGrids,
@@ -44,9 +44,7 @@ class ColourImages(ImageData):
 
 @pytest.fixture
 def colour_module(shifted_gaussian: type) -> ParticleModule:
-    return ParticleModule(
-        shifted_gaussian(12), evaluation_particles=2, num_temperatures=2, test_temperatures=2
-    )
+    return ParticleModule(shifted_gaussian(12), held_out=HeldOut(2, 2, 2))
 
 
 def logged(folder: Path) -> EventAccumulator:
@@ -187,7 +185,6 @@ def test_a_module_without_particles_has_grids_and_a_report_but_no_sweeps(
     shifted_gaussian: type, images: type, trainer: Callable, tmp_path: Path, capsys
 ) -> None:
     logger = TensorBoardLogger(tmp_path, name="")
-    options = {"evaluation_particles": 2, "num_temperatures": 2, "test_temperatures": 2}
     report = RunReport()
     run = trainer(
         limit_val_batches=1.0,
@@ -196,7 +193,7 @@ def test_a_module_without_particles_has_grids_and_a_report_but_no_sweeps(
         num_sanity_val_steps=0,
         callbacks=[SweepMonitor(every_n_steps=1), ImageGrids(), EvaluationTable(), report],
     )
-    module = Regression(shifted_gaussian(), **options)
+    module = Regression(shifted_gaussian(), held_out=HeldOut(2, 2, 2))
     run.fit(module, datamodule=images())
     logger.finalize("success")
     tags = logged(Path(logger.log_dir)).Tags()

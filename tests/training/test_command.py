@@ -42,9 +42,7 @@ def config(folder: Path) -> dict:
             },
             "num_particles": 2,
             "learning_rate": 0.03,
-            "evaluation_particles": 3,
-            "num_temperatures": 3,
-            "test_temperatures": 3,
+            "held_out": {"num_particles": 3, "num_temperatures": 3, "test_temperatures": 3},
         },
         "data": {
             "class_path": "dcpc.training.data.DigitsData",
@@ -241,6 +239,11 @@ def test_an_optimizer_and_a_schedule_can_be_given(command: Callable, tmp_path: P
     [
         (["--model.num_partcles=3"], "'num_partcles' .* you mean 'model.num_particles'"),
         (["--data.batchsize=3"], "'batchsize' .* you mean 'data.batch_size'"),
+        (["--model.held_out.completon=true"], "completon.* you mean 'model.held_out.completion'"),
+        (
+            ["--model=AmortisedModule", "--model.step_size=0.1"],
+            r"'step_size' .* 'model\.step_size' is a key of ParticleModule \(a layer .* last\)",
+        ),
         (["--model.model.init_args.breadth=3"], r"'breadth' is not accepted\. dcpc fit --help"),
         (["--model.num_particles=three"], '"num_particles":.*int.*three'),
         (["--model.model.class_path=experiments.nowhere.Model"], "experiments.nowhere.Model"),

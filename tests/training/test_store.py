@@ -10,7 +10,7 @@ import torch
 
 from dcpc.recombine import LogWeights
 from dcpc.sweep import SweepState
-from dcpc.training.store import ParticleStore, StoreError, datum_axes
+from dcpc.training.store import ParticleStore, StoreError
 
 N, K = 7, 3
 AXES = {"z": 1, "w": 2}
@@ -162,9 +162,3 @@ def test_a_disk_that_is_too_small_is_noticed_before_it_is_full(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(StoreError, match=r"the disk of .* has 0 MB left"):
         store.write(torch.arange(N), state(N), AXES)
-
-
-def test_a_model_whose_data_are_not_one_plate_is_refused() -> None:
-    division = SimpleNamespace(sites={"z": SimpleNamespace(plates=())}, latents=["z"])
-    with pytest.raises(StoreError, match="one plate over the 8 data"):
-        datum_axes(division, 8)

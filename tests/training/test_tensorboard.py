@@ -66,8 +66,7 @@ def run(folder: Path) -> Run:
                 "init_args": model,
             },
             "num_particles": NUM_PARTICLES,
-            "evaluation_particles": 2,
-            "num_temperatures": 2,
+            "held_out": {"num_particles": 2, "num_temperatures": 2},
         },
         "data": {"class_path": "dcpc.training.data.DigitsData", "init_args": digits},
     }

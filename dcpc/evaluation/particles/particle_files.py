@@ -146,7 +146,7 @@ def _of_checkpoint(content: Mapping[str, Any], path: str | Path) -> SavedParticl
     if not bool(particles["visited"].any()):
         raise FrozenParticlesError(
             f"'{path}' holds no particles yet: the run had not swept any when it was saved; train "
-            "for longer, or lower model.warm_up_epochs"
+            "for longer, or lower model.start.warm_up_epochs"
         )
     whole = SavedParticles(
         parameters={

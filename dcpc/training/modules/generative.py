@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
-from dcpc.errors import require_at_least
+from dcpc.errors import OptionError, require_at_least
 from dcpc.evaluation import (
     PRIOR_SAMPLES,
     Evaluation,
@@ -24,7 +27,40 @@ from dcpc.evaluation import (
 from dcpc.training.data import Batch
 from dcpc.training.modules.base import LearningRateSchedule, MeasuredModule
 
-__all__ = ["GenerativeModule"]
+__all__ = ["GenerativeModule", "Guide", "HeldOut"]
+
+Guide = Literal["encoder"] | nn.Module | None
+"""A guide; `encoder` is the model's own, `model.encoder()`."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How held-out data are measured.
+
+    Args:
+        num_particles: Particles per datum.
+        num_temperatures: Length of the annealing ladder while training.
+        test_temperatures: Its length for `test` and `predict`. A short ladder overstates the
+            evidence NLL, by Jensen's inequality; lengthen it until the figure stands still.
+        bound_samples: Samples of the guide per datum of the importance-weighted bound.
+        completion: Whether `test` also completes the upper half of images from the lower one,
+            which takes as long again.
+
+    Raises:
+        OptionError: A number out of range.
+    """
+
+    num_particles: int = 16
+    num_temperatures: int = 100
+    test_temperatures: int = 400
+    bound_samples: int = 100
+    completion: bool = False
+
+    def __post_init__(self) -> None:
+        require_at_least("model.held_out.num_particles", self.num_particles, 2)
+        require_at_least("model.held_out.num_temperatures", self.num_temperatures, 1)
+        require_at_least("model.held_out.test_temperatures", self.test_temperatures, 1)
+        require_at_least("model.held_out.bound_samples", self.bound_samples, 1)
 
 
 class GenerativeModule(MeasuredModule):
@@ -38,25 +74,19 @@ class GenerativeModule(MeasuredModule):
         model: The Pyro program, a torch module; called with a batch of data, with all latents in
             one plate over the batch.
         guide: A Pyro program, a torch module, that draws the same latents from a batch of data;
-            null for none.
-        bound_samples: Samples of the guide per held-out datum of the importance-weighted bound.
+            `encoder` for the one that `model.encoder()` makes, null for none.
+        held_out: How held-out data are measured.
         learning_rate: Adam learning rate; ignored when `--optimizer` is given.
         learning_rate_schedule: `cosine` lowers the rate to zero over the run, by
             `trainer.max_epochs`, `trainer.max_steps` or `trainer.max_time`, whichever is nearest;
             null keeps it.
-        evaluation_particles: Particles per held-out datum.
-        num_temperatures: Length of the annealing ladder on held-out data while training.
-        test_temperatures: Its length for `test` and `predict`. A short ladder overstates the
-            evidence NLL, by Jensen's inequality; lengthen it until the figure stands still.
-        test_completion: Whether `test` also completes the upper half of images from the lower one,
-            which takes as long again.
 
     Attributes:
         evaluations: Evaluations of the last round over the held-out data.
         intensity_range: Intensities of black and of white in the data.
 
     Raises:
-        OptionError: A number out of range.
+        OptionError: A number out of range, or a model without an encoder of its own.
     """
 
     headline = "evidence_nll"
@@ -64,36 +94,38 @@ class GenerativeModule(MeasuredModule):
     def __init__(
         self,
         model: nn.Module,
-        guide: nn.Module | None = None,
-        bound_samples: int = 100,
+        guide: Guide = None,
+        held_out: HeldOut = HeldOut(),
         learning_rate: float = 1e-3,
         learning_rate_schedule: LearningRateSchedule | None = None,
-        evaluation_particles: int = 16,
-        num_temperatures: int = 100,
-        test_temperatures: int = 400,
-        test_completion: bool = False,
     ) -> None:
         super().__init__(learning_rate, learning_rate_schedule)
-        require_at_least("model.bound_samples", bound_samples, 1)
-        require_at_least("model.evaluation_particles", evaluation_particles, 2)
-        require_at_least("model.num_temperatures", num_temperatures, 1)
-        require_at_least("model.test_temperatures", test_temperatures, 1)
         self.model = model
-        self.guide = guide
-        self.bound_samples = bound_samples
-        self.num_temperatures = num_temperatures
-        self.test_temperatures = test_temperatures
-        self.test_completion = test_completion
-        self.held_out_inference = held_out_inference(model, evaluation_particles)
+        self.guide = _own_encoder(model) if guide == "encoder" else guide
+        self.held_out = held_out
+        self.held_out_inference = held_out_inference(model, held_out.num_particles)
         self.intensity_range = (0.0, 1.0)
         self.evaluations: list[Evaluation] = []
         self._estimates: dict[str, list[Tensor]] = {}
         self._prior_sampler = ImportanceSampler(model)
-        self._guide_sampler = None if guide is None else ImportanceSampler(model, guide)
+        self._guide_sampler = None if guide is None else ImportanceSampler(model, self.guide)
 
     @abstractmethod
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the loss per datum, in nats."""
+
+    def negative_elbo(
+        self, x: Tensor, model: Callable[..., Any] | None = None, num_samples: int = 1
+    ) -> Tensor:
+        """Minus the evidence lower bound of a batch per datum, in nats, by Pyro's `Trace_ELBO`.
+
+        Args:
+            x: The batch `(B, *shape)`.
+            model: Takes the place of the module's.
+            num_samples: Samples of the guide per datum.
+        """
+        bound = Trace_ELBO(num_particles=num_samples)
+        return bound.differentiable_loss(model or self.model, self.guide, x) / len(x)
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
@@ -108,7 +140,7 @@ class GenerativeModule(MeasuredModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Reconstructions of a batch, and as many samples of the model's prior."""
         x, labels, index = batch
-        measured = self._evaluate(x, batch_idx, self.test_temperatures)
+        measured = self._evaluate(x, batch_idx, self.held_out.test_temperatures)
         samples, means = prior_samples(self.model, x, seed=batch_idx)
         return {
             "index": index,
@@ -135,8 +167,8 @@ class GenerativeModule(MeasuredModule):
         return f"evidence NLL {nll:.2f} ± {error:.2f}"
 
     def table(self, is_test: bool) -> str:
-        num_particles = self.held_out_inference.num_particles
-        return format_table(self.measurements(), num_particles, self._ladder(is_test))
+        num_particles, ladder = self.held_out.num_particles, self._ladder(is_test)
+        return format_table(self.measurements(), num_particles, ladder)
 
     def _estimate(self, x: Tensor, batch_idx: int, is_test: bool) -> dict[str, Tensor]:
         """Measurements beside the evidence, `(B,)` by name; none for data that are tied."""
@@ -144,18 +176,18 @@ class GenerativeModule(MeasuredModule):
             return {}
         found = {}
         if self._guide_sampler is not None:
-            bounds = self._guide_sampler.bounds(x, self.bound_samples, seed=batch_idx)
+            bounds = self._guide_sampler.bounds(x, self.held_out.bound_samples, seed=batch_idx)
             found["elbo"], found["importance_weighted_bound"] = bounds
         if is_test:
             weighed = self._prior_sampler.bounds(x, PRIOR_SAMPLES, seed=batch_idx)
             found["prior_sample_estimate"] = weighed.importance_weighted
-        if is_test and self.test_completion:
+        if is_test and self.held_out.completion:
             completed = complete(
                 self.model,
                 x,
                 bottom_half(x.shape[1:]),
-                num_particles=self.held_out_inference.num_particles,
-                num_temperatures=self.test_temperatures,
+                num_particles=self.held_out.num_particles,
+                num_temperatures=self.held_out.test_temperatures,
                 seed=batch_idx,
                 intensity_range=self.intensity_range,
             )
@@ -164,10 +196,21 @@ class GenerativeModule(MeasuredModule):
         return found
 
     def _ladder(self, is_test: bool) -> int:
-        return self.test_temperatures if is_test else self.num_temperatures
+        how = self.held_out
+        return how.test_temperatures if is_test else how.num_temperatures
 
     def _evaluate(self, x: Tensor, batch_idx: int, num_temperatures: int) -> Evaluation:
         # The same seed at every evaluation: differences come from the parameters.
         return evaluate(
             self.held_out_inference, x, num_temperatures, batch_idx, self.intensity_range
         )
+
+
+def _own_encoder(model: nn.Module) -> nn.Module:
+    encoder = getattr(model, "encoder", None)
+    if not callable(encoder):
+        raise OptionError(
+            f"model.guide='encoder' needs a model that makes one, and {type(model).__name__} has "
+            "no method encoder(); give model.guide as a class_path with init_args"
+        )
+    return encoder()

@@ -194,7 +194,7 @@ def test_files_that_hold_no_particles_are_named(frozen: FrozenParticles, tmp_pat
             FrozenParticles.from_checkpoint(path, model)
     particles = {"visited": torch.zeros(3, dtype=torch.bool), "log_weight": torch.zeros(0)}
     torch.save({"state_dict": {}, "dcpc": {"particles": particles}}, path)
-    with pytest.raises(FrozenParticlesError, match=r"yet.*lower model\.warm_up_epochs"):
+    with pytest.raises(FrozenParticlesError, match=r"yet.*lower model\.start\.warm_up_epochs"):
         FrozenParticles.from_checkpoint(path, model)
 
 

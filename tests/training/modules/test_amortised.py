@@ -12,7 +12,7 @@ from pytorch_lightning import Trainer
 from torch import Tensor, nn
 
 from dcpc.errors import OptionError
-from dcpc.training import AmortisedModule, ImageData, ParticleModule
+from dcpc.training import AmortisedModule, HeldOut, ImageData, ParticleModule
 
 
 def evidence(x: Tensor) -> Tensor:
@@ -26,8 +26,7 @@ def batch(num_data: int = 64) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def module(model: nn.Module, guide: nn.Module, **options: object) -> AmortisedModule:
-    ladders = {"evaluation_particles": 2, "num_temperatures": 2, "test_temperatures": 2}
-    made = AmortisedModule(model, guide, **{**ladders, **options})
+    made = AmortisedModule(model, guide, **{"held_out": HeldOut(2, 2, 2), **options})
     made._seed = 0
     made.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     return made
@@ -62,7 +61,8 @@ def test_measures_bounds_of_the_encoder_beside_the_evidence_of_the_model(
     shifted_gaussian: Callable[..., nn.Module],
     linear_encoder: Callable[..., nn.Module],
 ) -> None:
-    measured = module(shifted_gaussian(), linear_encoder(), num_temperatures=50, bound_samples=400)
+    how = HeldOut(2, num_temperatures=50, bound_samples=400)
+    measured = module(shifted_gaussian(), linear_encoder(), held_out=how)
     measured.on_validation_epoch_start()
     x = batch(200)[0]
     measured.validation_step((x, x, x), 0)
@@ -80,8 +80,8 @@ def test_dcpc_test_adds_estimates_that_have_closed_forms_here(
     linear_encoder: Callable[..., nn.Module],
 ) -> None:
     exact = linear_encoder(slope=0.5, scale=math.sqrt(0.5))
-    ladders = {"num_temperatures": 2, "test_temperatures": 20}
-    made = kind(shifted_gaussian(), exact, evaluation_particles=64, test_completion=True, **ladders)
+    how = HeldOut(64, num_temperatures=2, test_temperatures=20, completion=True)
+    made = kind(shifted_gaussian(), exact, held_out=how)
     data = batch(400)
     made.start_measurements()
     made.measure(data, 0, is_test=False)
@@ -144,11 +144,9 @@ def test_cosine_schedule_ends_at_zero(
     assert rates == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", ["num_samples", "bound_samples"])
 def test_a_number_of_samples_below_one_is_an_error(
-    name: str,
     shifted_gaussian: Callable[..., nn.Module],
     linear_encoder: Callable[..., nn.Module],
 ) -> None:
-    with pytest.raises(OptionError, match=f"model.{name} must be at least 1, got 0"):
-        module(shifted_gaussian(), linear_encoder(), **{name: 0})
+    with pytest.raises(OptionError, match=r"model\.num_samples must be at least 1, got 0"):
+        module(shifted_gaussian(), linear_encoder(), num_samples=0)

@@ -13,9 +13,10 @@ from pytorch_lightning import Callback, Trainer
 
 from dcpc.conquer import Langevin
 from dcpc.errors import ModelError, OptionError
+from dcpc.models import DeepLatentGaussian, MLPEncoder
 from dcpc.presets import PRESETS
 from dcpc.problem import Problem
-from dcpc.training import ParticleModule, StoreError
+from dcpc.training import HeldOut, ParticleModule, Start, StoreError
 from dcpc.training.checkpoint import CheckpointError, read_checkpoint
 
 
@@ -166,7 +167,7 @@ class Tied(torch.nn.Module):
 
 def test_data_that_a_batch_ties_train_without_weights(images: type, trainer: Callable) -> None:
     module = ParticleModule(
-        Tied(), num_particles=3, algorithm="pgd", learning_rate=0.1, evaluation_particles=2
+        Tied(), num_particles=3, algorithm="pgd", learning_rate=0.1, held_out=HeldOut(2)
     )
     data = images(num_images=64, batch_size=25)
     run = trainer(max_epochs=30)
@@ -179,7 +180,7 @@ def test_data_that_a_batch_ties_train_without_weights(images: type, trainer: Cal
 def test_data_that_a_batch_ties_are_refused_where_weights_matter(
     images: type, trainer: Callable
 ) -> None:
-    module = ParticleModule(Tied(), num_particles=3, evaluation_particles=2)
+    module = ParticleModule(Tied(), num_particles=3, held_out=HeldOut(2))
     with pytest.raises(ModelError, match=r"algorithm 'dcpc' would weigh.*pgd, lpc, mcpc, pc or"):
         trainer().fit(module, datamodule=images())
 
@@ -187,11 +188,20 @@ def test_data_that_a_batch_ties_are_refused_where_weights_matter(
 def test_first_visits_get_their_extra_sweeps(
     deep_module: Callable, images: type, trainer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, count = deep_module(first_visit_sweeps=4), []
+    module, count = deep_module(start=Start(first_sweeps=4)), []
     sweep = Problem.sweep
     monkeypatch.setattr(Problem, "sweep", lambda *args: count.append(1) or sweep(*args))
     trainer(max_epochs=2).fit(module, datamodule=images(batch_size=20))
     assert len(count) == (4 + 1) + 1
+
+
+def test_incremental_steps_follow_the_sweeps_of_every_visit_but_not_its_extra_ones(
+    deep_module: Callable, images: type, trainer: Callable
+) -> None:
+    options = {"num_particles": 1, "sweeps_per_step": 2, "start": Start(first_sweeps=3)}
+    run = trainer(max_epochs=3)
+    run.fit(deep_module(algorithm="ipc", **options), datamodule=images(batch_size=20))
+    assert run.global_step == 3 * 2
 
 
 def test_a_checkpoint_of_other_particles_is_refused_on_resuming(
@@ -235,12 +245,12 @@ def test_unusable_checkpoints_are_told_apart(deep_module: Callable, tmp_path: Pa
     [
         ({"num_particles": 0}, "num_particles must be at least 1, got 0"),
         ({"sweeps_per_step": 0}, r"model\.sweeps_per_step must be at least 1, got 0"),
-        ({"first_visit_sweeps": -1}, r"model\.first_visit_sweeps must be at least 0"),
-        ({"warm_up_epochs": -1}, r"model\.warm_up_epochs must be at least 0"),
-        ({"warm_up_epochs": 2}, r"model\.warm_up_epochs=2 needs a guide .* model\.guide"),
-        ({"evaluation_particles": 1}, r"model\.evaluation_particles must be at least 2"),
-        ({"num_temperatures": 0}, r"model\.num_temperatures must be at least 1"),
-        ({"test_temperatures": 0}, r"model\.test_temperatures must be at least 1"),
+        ({"start": Start(2)}, r"model\.start\.warm_up_epochs=2 needs a guide .* model\.guide"),
+        (
+            {"step_size": {"sgd": 0.1}},
+            r"unknown algorithm of model\.step_size 'sgd'; choose one of",
+        ),
+        ({"step_size": {"dcpc": -0.1}}, "step_size must be a positive number"),
         ({"learning_rate": -1.0}, r"model\.learning_rate must be positive"),
         ({"step_size": -0.1}, "step_size must be a positive number"),
         ({"algorithm": "sgd"}, "unknown algorithm 'sgd'; choose one of dcpc,"),
@@ -253,7 +263,9 @@ def test_unusable_checkpoints_are_told_apart(deep_module: Callable, tmp_path: Pa
         ({"algorithm": "dcpc-paper", "move": Langevin(2)}, "density of the proposal"),
     ],
 )
-def test_options_out_of_range_are_named(deep_module: Callable, options: dict, message: str) -> None:
+def test_options_that_do_not_fit_are_named(
+    deep_module: Callable, options: dict, message: str
+) -> None:
     with pytest.raises(OptionError, match=message):
         deep_module(**options)
 
@@ -295,3 +307,46 @@ def test_memory_does_not_grow_over_two_thousand_steps(
     assert run.global_step == 2100
     assert len(set(watch.tensors)) == 1
     assert watch.peaks[-1] - watch.peaks[0] < 2000  # kilobytes: less than one per step
+
+
+@pytest.mark.parametrize(
+    ("group", "options", "message"),
+    [
+        (Start, {"first_sweeps": -1}, r"model\.start\.first_sweeps must be at least 0, got -1"),
+        (Start, {"warm_up_epochs": -1}, r"model\.start\.warm_up_epochs must be at least 0"),
+        (HeldOut, {"num_particles": 1}, r"model\.held_out\.num_particles must be at least 2"),
+        (HeldOut, {"num_temperatures": 0}, r"model\.held_out\.num_temperatures must be at least 1"),
+        (
+            HeldOut,
+            {"test_temperatures": 0},
+            r"model\.held_out\.test_temperatures must be at least 1",
+        ),
+        (HeldOut, {"bound_samples": 0}, r"model\.held_out\.bound_samples must be at least 1"),
+    ],
+)
+def test_numbers_out_of_range_are_named(group: type, options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        group(**options)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(0.2, 0.2), ({"pgd": 0.3, "pc": 1.0}, 0.3), ({"pc": 0.7}, None)]
+)
+def test_step_sizes_may_be_given_by_algorithm(
+    deep_module: Callable, given: object, expected: float | None
+) -> None:
+    module, plain = (deep_module(algorithm="pgd", step_size=size) for size in (given, None))
+    default = plain.inference.parts.step_size
+    assert module.inference.parts.step_size == (default if expected is None else expected)
+
+
+def test_the_models_own_encoder_is_its_guide() -> None:
+    model = DeepLatentGaussian([2, 3], [1, 2, 2])
+    module = ParticleModule(model, "encoder", held_out=HeldOut(2))
+    assert isinstance(module.guide, MLPEncoder)
+    assert module.inference.guide is module.guide
+    x = torch.rand(5, 1, 2, 2)
+    shapes = {name: tuple(value.shape) for name, value in module.guide(x).items()}
+    assert shapes == {"z1": (5, 2), "z2": (5, 3)}
+    with pytest.raises(OptionError, match=r"guide='encoder' .* Tied has no method encoder"):
+        ParticleModule(Tied(), "encoder")

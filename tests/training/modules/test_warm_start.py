@@ -16,7 +16,7 @@ from dcpc.errors import OptionError
 from dcpc.models import DeepLatentGaussian, MLPEncoder
 from dcpc.problem import Problem
 from dcpc.sweep import SweepState
-from dcpc.training import AmortisedModule, ParticleModule
+from dcpc.training import AmortisedModule, HeldOut, ParticleModule, Start
 
 SIZES, SHAPE = [2, 3], [1, 2, 2]
 
@@ -33,7 +33,7 @@ def counting(init: Callable[[Problem], SweepState], drawn: list[int]) -> Callabl
 
 def deep(**options: object) -> ParticleModule:
     torch.manual_seed(0)
-    settings = {"num_particles": 2, "evaluation_particles": 2, "num_temperatures": 2, **options}
+    settings = {"num_particles": 2, "held_out": HeldOut(2, 2), **options}
     return ParticleModule(DeepLatentGaussian(SIZES, SHAPE), MLPEncoder(SIZES, SHAPE, 4), **settings)
 
 
@@ -107,7 +107,7 @@ def test_particles_come_from_the_encoder_at_the_first_visit_or_at_every_visit(
     trainer: Callable[..., Trainer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module, drawn = deep(algorithm=algorithm, restart=restart), []
+    module, drawn = deep(algorithm=algorithm, start=Start(restart=restart)), []
     monkeypatch.setattr(Problem, "init", counting(Problem.init, drawn))
     trainer(max_epochs=3).fit(module, datamodule=images(batch_size=20))
     assert drawn == [20] * visits
@@ -118,7 +118,7 @@ def test_a_warm_up_trains_as_the_autoencoder_does_and_then_makes_particles(
 ) -> None:
     torch.manual_seed(0)
     rival = AmortisedModule(DeepLatentGaussian(SIZES, SHAPE), MLPEncoder(SIZES, SHAPE, 4))
-    module, drawn = deep(warm_up_epochs=2), []
+    module, drawn = deep(start=Start(warm_up_epochs=2)), []
     monkeypatch.setattr(Problem, "init", counting(Problem.init, drawn))
     for one, epochs in ((rival, 2), (module, 2)):
         torch.manual_seed(11)
@@ -129,7 +129,7 @@ def test_a_warm_up_trains_as_the_autoencoder_does_and_then_makes_particles(
     assert not drawn
     assert not module.store.visited(torch.arange(20)).any()
 
-    module = deep(warm_up_epochs=2)
+    module = deep(start=Start(warm_up_epochs=2))
     trainer(max_epochs=4).fit(module, datamodule=images(batch_size=10))
     assert drawn == [10, 10]
     assert module.store.visited(torch.arange(20)).all()
@@ -148,7 +148,7 @@ def test_a_warm_guide_rests_unless_particles_start_from_it_again(
 ) -> None:
     states = []
     for epochs in (1, 3):
-        module = deep(warm_up_epochs=warm_up_epochs, restart=restart)
+        module = deep(start=Start(warm_up_epochs, restart))
         torch.manual_seed(11)
         trainer(max_epochs=epochs).fit(module, datamodule=images(batch_size=10))
         states.append((module.model.state_dict(), module.guide.state_dict()))
@@ -160,7 +160,7 @@ def test_a_warm_guide_rests_unless_particles_start_from_it_again(
 
 
 def test_a_warm_guide_that_particles_start_from_ascends_its_bound_alone() -> None:
-    module, x = deep(warm_up_epochs=1, restart=True), torch.rand(6, 1, 2, 2)
+    module, x = deep(start=Start(warm_up_epochs=1, restart=True)), torch.rand(6, 1, 2, 2)
     state = module.inference.init(x)
     torch.manual_seed(3)
     losses = module._losses(module.inference.bind(x), state, x)
@@ -182,8 +182,8 @@ def test_a_warm_guide_that_particles_start_from_ascends_its_bound_alone() -> Non
 
 
 def test_particles_without_an_encoder_cannot_restart() -> None:
-    with pytest.raises(OptionError, match=r"model\.restart=True needs a guide"):
-        ParticleModule(DeepLatentGaussian(SIZES, SHAPE), restart=True)
+    with pytest.raises(OptionError, match=r"model\.start\.restart=True needs a guide"):
+        ParticleModule(DeepLatentGaussian(SIZES, SHAPE), start=Start(restart=True))
 
 
 @pytest.mark.parametrize("warm_up_epochs", [0, 1, 3])
@@ -195,7 +195,7 @@ def test_a_resumed_run_with_an_encoder_continues_bit_for_bit(
             algorithm="lpc",
             step_size=0.1,
             learning_rate_schedule="cosine",
-            warm_up_epochs=warm_up_epochs,
+            start=Start(warm_up_epochs),
         )
         torch.manual_seed(seed)
         run = trainer(max_epochs=4, callbacks=[StopAfter(epochs)])
