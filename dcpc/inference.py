@@ -137,8 +137,8 @@ class DCPC:
             resampling=resampling,
             resample_threshold=resample_threshold,
             step_size=step_size,
-            one_block=len(blocks) == 1,
         )
+        self.algorithm.check(one_block=len(blocks) == 1)
         if self.algorithm.preset.single_particle and num_particles != 1:
             raise OptionError(
                 f"algorithm {algorithm!r} has one particle per datum, got num_particles="

@@ -106,6 +106,41 @@ class Algorithm:
     schedule: Schedule
     parts: Parts
 
+    def check(self, one_block: bool) -> None:
+        """Checks that the parts go together, by what they say of themselves.
+
+        Args:
+            one_block: Whether the latents are declared to be a single block.
+
+        Raises:
+            OptionError: They do not.
+        """
+        parts, correction = self.parts, _name(self.parts.correction, CORRECTIONS)
+        if not self.schedule.separates and parts.correction.compares and not one_block:
+            raise OptionError(
+                f"schedule {_name(self.schedule, SCHEDULES)} moves units that touch at once, which "
+                f"correction {correction} does not allow: its ratio is that of one unit. Use "
+                "schedule='coloured', or correction='none', or declare all latents one block with "
+                "blocks=[(...all latents...)]"
+            )
+        if parts.correction.compares and not parts.move.is_reversible:
+            raise OptionError(
+                f"move {_name(parts.move, MOVES)} draws no noise and has no way back, so "
+                f"correction {correction} cannot weigh it; use move='langevin' or correction='none'"
+            )
+        if parts.correction.needs_density and not parts.move.has_density:
+            raise OptionError(
+                f"correction {correction} weighs by the density of the proposal, which move "
+                f"{parts.move} does not have; use move='langevin' (of one leapfrog step), or "
+                "correction='metropolis' or 'weight'"
+            )
+        if parts.correction.is_exact and parts.preconditioner.uses_current_scores:
+            raise OptionError(
+                f"preconditioner {_name(parts.preconditioner, PRECONDITIONERS)} depends on the "
+                f"particles that it moves, which makes correction {correction} wrong; use "
+                "preconditioner='adapted'"
+            )
+
 
 def build_algorithm(
     name: str,
@@ -117,15 +152,11 @@ def build_algorithm(
     resampling: str = "systematic",
     resample_threshold: float = 0.5,
     step_size: float | None = None,
-    one_block: bool = False,
 ) -> Algorithm:
     """A preset, any part of which may be overridden by name or by object.
 
-    Args:
-        one_block: Whether the latents are declared to be a single block.
-
     Raises:
-        OptionError: An unknown name, a number out of range, or parts that do not go together.
+        OptionError: An unknown name, or a number out of range.
     """
     preset = lookup("algorithm", name, PRESETS)
     parts = Parts(
@@ -153,37 +184,7 @@ def build_algorithm(
             f"schedule must be one of {', '.join(SCHEDULES)} or an instance of Schedule, "
             f"got {chosen!r}"
         )
-    if not resolved.separates and parts.correction.compares and not one_block:
-        raise OptionError(
-            f"schedule {_name(resolved, SCHEDULES)} moves units that touch at once, which "
-            f"correction {_name(parts.correction, CORRECTIONS)} does not allow: its ratio is that "
-            "of one unit. Use schedule='coloured', or correction='none', or declare all latents "
-            "one block with blocks=[(...all latents...)]"
-        )
-    _check_parts(parts)
     return Algorithm(name, preset, resolved, parts)
-
-
-def _check_parts(parts: Parts) -> None:
-    """Refuses parts that do not go together, by what they say of themselves."""
-    correction = _name(parts.correction, CORRECTIONS)
-    if parts.correction.compares and not parts.move.is_reversible:
-        raise OptionError(
-            f"move {_name(parts.move, MOVES)} draws no noise and has no way back, so correction "
-            f"{correction} cannot weigh it; use move='langevin' or correction='none'"
-        )
-    if parts.correction.needs_density and not parts.move.has_density:
-        raise OptionError(
-            f"correction {correction} weighs by the density of the proposal, which move "
-            f"{parts.move} does not have; use move='langevin' (of one leapfrog step), or "
-            "correction='metropolis' or 'weight'"
-        )
-    if parts.correction.is_exact and parts.preconditioner.uses_current_scores:
-        raise OptionError(
-            f"preconditioner {_name(parts.preconditioner, PRECONDITIONERS)} depends on the "
-            f"particles that it moves, which makes correction {correction} wrong; use "
-            "preconditioner='adapted'"
-        )
 
 
 def lookup(option: str, name: Any, registry: Mapping[str, Part]) -> Part:

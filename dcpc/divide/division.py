@@ -214,15 +214,7 @@ def divide(
     particles = prior_particles(model, sites, arguments, NUM_EXAMPLES)
     rows = torch.arange(num_particles) % NUM_EXAMPLES
     example = {name: u[rows] for name, u in particles.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = build_program(model, sites, arguments, example, backend)
-    if backend == "auto" and isinstance(program, LoopProgram):
-        warnings.warn(
-            "the model cannot be vectorised over particles, so it runs once per particle: right, "
-            f"but slow. What stopped it: {program.reason}. backend='loop' silences this.",
-            stacklevel=2,
-        )
+    program = _build_program(model, sites, arguments, example, backend)
     if isinstance(program, GraphProgram):
         depends = program.dependencies()
     else:
@@ -235,33 +227,61 @@ def divide(
     graph = SiteGraph(sites, depends)
     steps = schedule(graph, group_blocks(graph, blocks))
     members = [unit for step in steps for unit in step]
-
     plates = _independent_plates(program, graph, members, particles, tensors)
-    population = tuple(
+    population = _population(sites, plates)
+    units = {names: _unit(graph, names, _first(population, plates[names])) for names in members}
+    by_step = [
+        [UnitGroup(alike, program, graph, len(population)) for alike in _alike(units, step)]
+        for step in steps
+    ]
+    groups = [group for step in by_step for group in step]
+    if certify:
+        certify_moves(program, graph, groups, particles, arguments)
+    scale = sites[graph.latents[0]].scale if population else 1.0
+    # Units that are scaled otherwise than a cell have log-densities that do not add up to its own.
+    num_leading = len(by_step[0]) if all(g.scales == {scale} for g in by_step[0]) else 0
+    ordered = sorted(units.values(), key=lambda unit: graph.latents.index(unit.sites[0]))
+    return Division(program, graph, ordered, groups, population, num_leading)
+
+
+def _build_program(
+    model: Model, sites: Sites, arguments: Arguments, example: Latents, backend: str
+) -> Program:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = build_program(model, sites, arguments, example, backend)
+    if backend == "auto" and isinstance(program, LoopProgram):
+        warnings.warn(
+            "the model cannot be vectorised over particles, so it runs once per particle: right, "
+            f"but slow. What stopped it: {program.reason}. backend='loop' silences this.",
+            stacklevel=3,
+        )
+    return program
+
+
+def _population(sites: Sites, plates: Mapping[Members, tuple[Plate, ...]]) -> tuple[Plate, ...]:
+    """The plates that hold every site and within which every unit moves by element."""
+    first = next(iter(plates.values()))
+    return tuple(
         plate
-        for plate in plates[members[0]]
+        for plate in first
         if all(plate in site.plates for site in sites.values())
         and all(plate in own for own in plates.values())
     )
-    for names, own in plates.items():
-        plates[names] = population + tuple(plate for plate in own if plate not in population)
-    units = {names: _unit(graph, names, plates[names]) for names in members}
-    groups: list[UnitGroup] = []
-    num_leading = 0
-    for step in steps:
-        alike: dict[tuple, list[Unit]] = {}
-        for unit_members in step:
-            unit = units[unit_members]
-            alike.setdefault((unit.plates, unit.size), []).append(unit)
-        groups += [UnitGroup(group, program, graph, len(population)) for group in alike.values()]
-        num_leading = num_leading or len(groups)
-    scale = sites[graph.latents[0]].scale if population else 1.0
-    if any(group.scales != {scale} for group in groups[:num_leading]):
-        num_leading = 0  # their log-densities are scaled otherwise than a cell's
-    if certify:
-        certify_moves(program, graph, groups, particles, arguments)
-    ordered = sorted(units.values(), key=lambda unit: graph.latents.index(unit.sites[0]))
-    return Division(program, graph, ordered, groups, population, num_leading)
+
+
+def _first(population: tuple[Plate, ...], plates: tuple[Plate, ...]) -> tuple[Plate, ...]:
+    """A unit's plates, those of the population first."""
+    return population + tuple(plate for plate in plates if plate not in population)
+
+
+def _alike(units: Mapping[Members, Unit], step: Iterable[Members]) -> list[list[Unit]]:
+    """The units of a step by plates and size: those that are alike move as one batch."""
+    alike: dict[tuple, list[Unit]] = {}
+    for members in step:
+        unit = units[members]
+        alike.setdefault((unit.plates, unit.size), []).append(unit)
+    return list(alike.values())
 
 
 def _independent_plates(

@@ -69,12 +69,7 @@ def run_layers(
     inputs: Tensor,
     state: Any,
     flat_weights: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     """A recurrent network, with the arguments and results of torch's fused operators.
 
@@ -84,10 +79,12 @@ def run_layers(
         state: `(layers * directions, batch, hidden)`; a pair of these for an LSTM.
         flat_weights: For each layer and direction: input matrix, recurrent matrix, two biases if
             `has_biases`, and an LSTM's projection.
+        options: `has_biases, num_layers, dropout, train, bidirectional, batch_first`.
 
     Returns:
         The outputs, of the layout of `inputs`, and the final state or states.
     """
+    has_biases, num_layers, dropout, train, bidirectional, batch_first = options
     states: State = (state,) if isinstance(state, Tensor) else tuple(state)
     num_directions = 2 if bidirectional else 1
     per_cell = len(flat_weights) // (num_layers * num_directions)
