@@ -30,7 +30,7 @@ class OptionError(DCPCError):
 
 
 def require_at_least(name: str, value: int, minimum: int) -> None:
-    """Checks an integer argument.
+    """Checks an integer argument; unlike pydantic's, the error is one line in the user's own words.
 
     Raises:
         OptionError: It is below the minimum.

@@ -28,7 +28,7 @@ from dcpc.recombine.correction import Correction
 from dcpc.recorder import Recorder
 from dcpc.seeding import seeded
 from dcpc.sweep import SweepInfo, SweepState, restart_adaptation
-from dcpc.tables import html_table
+from dcpc.tables import table
 
 
 class Units(list[Unit]):
@@ -37,17 +37,12 @@ class Units(list[Unit]):
     HEADER = ("unit", "parents", "children", "blanket", "plates", "size", "support")
 
     def __str__(self) -> str:
-        rows = [self.HEADER, *self._rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(self.HEADER))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
+        return table(self.HEADER, self._rows(), "plain")
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html_table(self.HEADER, self._rows())
+        return table(self.HEADER, self._rows(), "html")
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [
@@ -303,7 +298,7 @@ class DCPC:
 
     def _repr_html_(self) -> str:
         parts = [(f.name, str(getattr(self.parts, f.name))) for f in fields(self.parts)]
-        return f"<code>{html.escape(repr(self))}</code>{html_table(['part', ''], parts)}"
+        return f"<code>{html.escape(repr(self))}</code>{table(['part', ''], parts, 'html')}"
 
     # -- the functional level, for training --------------------------------------------------
 

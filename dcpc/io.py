@@ -1,4 +1,8 @@
-"""Files of tensors, read without running pickled code and compared with a module's parameters."""
+"""Files of tensors, read without running pickled code and compared with a module's parameters.
+
+They are `torch.save`'s, as Lightning's checkpoints are: safetensors would be a second format, and
+holds no nested dictionaries.
+"""
 
 from __future__ import annotations
 

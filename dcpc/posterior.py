@@ -148,7 +148,10 @@ class Posterior:
         }
 
     def quantile(self, probabilities: Sequence[float]) -> Samples:
-        """Posterior quantiles of every site, `(len(probabilities), *batch, *event)`."""
+        """Posterior quantiles of every site, `(len(probabilities), *batch, *event)`.
+
+        Weights differ from cell to cell, and Pyro's `weighed_quantile` takes one vector of them.
+        """
         if self.describes_history:
             return {
                 name: quantiles(self.draws(name), probabilities).reshape(-1, *z.shape[1:])

@@ -1,13 +1,14 @@
-"""Posteriors as text and as HTML: the table of `summary`, and what notebooks show."""
+"""Tables, and posteriors as text and as HTML: what `summary` prints and notebooks show."""
 
 from __future__ import annotations
 
 import html
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from tabulate import tabulate
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -24,24 +25,16 @@ INEXACT = "this algorithm does not leave the posterior invariant: its samples ar
 
 def format_posterior(posterior: Posterior, prob: float) -> str:
     """The table of `posterior.statistics(prob)`, and the footnotes."""
-    columns, rows = _rows(posterior, prob)
-    width = max(len(label) for label, _ in rows)
-    lines = [" " * width + "".join(f"{column:>10}" for column in columns)]
-    lines += [
-        f"{label:<{width}}" + "".join(f"{cell:>10}" for cell in _cells(columns, numbers))
-        for label, numbers in rows
-    ]
-    return "\n".join([*lines, *_more(posterior), "", *_footnotes(posterior)])
+    header, cells = _rows(posterior, prob)
+    rows = table(header, cells, "plain", right=range(1, len(header)))
+    return "\n".join([rows, *_more(posterior), "", *_footnotes(posterior)])
 
 
 def html_posterior(posterior: Posterior, prob: float = 0.9) -> str:
     """The same for a notebook."""
-    columns, rows = _rows(posterior, prob)
-    table = html_table(
-        ["", *columns], [[label, *_cells(columns, numbers)] for label, numbers in rows]
-    )
+    rows = table(*_rows(posterior, prob), "html")
     notes = "<br>".join(map(html.escape, [*_more(posterior), *_footnotes(posterior)]))
-    return f"{table}<p>{notes}</p>"
+    return f"{rows}<p>{notes}</p>"
 
 
 def summarise_posterior(posterior: Posterior) -> str:
@@ -62,28 +55,29 @@ def summarise_posterior(posterior: Posterior) -> str:
     return "\n".join(lines)
 
 
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table of text, escaped."""
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    style: Literal["plain", "github", "html"],
+    right: Sequence[int] = (),
+) -> str:
+    """A table of text by `tabulate`, without a header where that is empty; `right`: flush right."""
+    sides = ["right" if column in right else "left" for column in range(len(rows[0]))]
+    return tabulate(rows, header, tablefmt=style, colalign=sides, disable_numparse=True)
 
-    def line(cells: Sequence[str], tag: str) -> str:
-        inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-        return f"<tr>{inner}</tr>"
 
-    body = "".join(line(row, "td") for row in rows)
-    return f"<table><thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table>"
-
-
-def _rows(posterior: Posterior, prob: float) -> tuple[list[str], list[tuple[str, list[float]]]]:
-    """Names of the columns, and label and numbers of the values that are listed."""
+def _rows(posterior: Posterior, prob: float) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of `posterior.statistics(prob)`."""
     statistics = posterior.statistics(prob)
     columns = list(next(iter(statistics.values())))
-    rows: list[tuple[str, list[float]]] = []
+    rows: list[list[str]] = []
     for name, about in statistics.items():
         room = MAX_ROWS - len(rows)
-        table = torch.stack([about[column].double().flatten()[:room] for column in columns], -1)
+        values = torch.stack([about[column].double().flatten()[:room] for column in columns], -1)
         labels = itertools.islice(_labels(name, about["mean"].shape), room)
-        rows += list(zip(labels, table.tolist(), strict=True))
-    return columns, rows
+        for label, numbers in zip(labels, values.tolist(), strict=True):
+            rows.append([label, *_cells(columns, numbers)])
+    return ["", *columns], rows
 
 
 def _labels(name: str, shape: torch.Size) -> Iterator[str]:

@@ -42,13 +42,13 @@ from dcpc.evaluation.batches import BATCH_SIZE
 from dcpc.evaluation.intensities import to_unit
 from dcpc.presets import PRESETS
 from dcpc.seeding import seeded
+from dcpc.tables import table
 from dcpc.training import AmortisedModule, GenerativeModule, ImageData
 from dcpc.training.callbacks import image_grid, save_png
 from dcpc.training.checkpoint import read_checkpoint
 from dcpc.training.command import ConfiguredCLI, one_line_errors
 from dcpc.training.command import main as dcpc_command
 from experiments.layers import layers
-from experiments.tables import markdown
 
 ALGORITHMS = (*PRESETS, "dcpc-warm", "pgd-warm", "vae")
 RESULTS = Path(__file__).parent / "results"
@@ -169,7 +169,7 @@ def format_table(
         frechet = distances(result.pseudo) + distances(result.prior)
         rows.append([f"`{algorithm}`", *figures, *frechet])
     rows.append(["training images", "", "", *distances(training), *[""] * len(networks)])
-    return markdown(["", "evidence NLL", "reconstruction MSE", *names], rows)
+    return table(["", "evidence NLL", "reconstruction MSE", *names], rows, "github") + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

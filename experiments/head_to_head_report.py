@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from matplotlib.figure import Figure
 
-from experiments.tables import markdown
+from dcpc.tables import table
 
 ALGORITHMS = (
     "dcpc",
@@ -98,7 +98,7 @@ def format_table(runs: Mapping[str, Sequence[Run]], budget: Budget) -> str:
             f"{mean(figures['gradients']) / 1e6:.1f} million",
         )
         rows.append((mean(figures["evidence_nll"]), cells))
-    return markdown(header, [cells for _, cells in sorted(rows)])
+    return table(header, [cells for _, cells in sorted(rows)], "github") + "\n"
 
 
 def format_paper(runs: Mapping[str, Sequence[Run]]) -> str:
@@ -109,7 +109,7 @@ def format_paper(runs: Mapping[str, Sequence[Run]]) -> str:
     for label, name, reported, digits in PAPER_FIGURES:
         columns = ([run["spent"]["seconds"][name] for run in runs[a]] for a in algorithms)
         rows.append((label, reported, *(_with_error(column, digits) for column in columns)))
-    return markdown(header, rows)
+    return table(header, rows, "github") + "\n"
 
 
 def draw_curves(runs: Mapping[str, Sequence[Run]], budget: Budget) -> Figure:

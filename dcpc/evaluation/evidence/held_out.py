@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from dcpc.evaluation.batches import gradients_allowed
 from dcpc.evaluation.generation.samples import matching_site
 from dcpc.evaluation.intensities import IntensityRange, cross_entropy, to_unit
 from dcpc.inference import DCPC
+from dcpc.tables import table
 
 __all__ = ["Evaluation", "evaluate", "format_table", "held_out_inference", "summarise"]
 
@@ -169,4 +171,5 @@ def format_table(summary: Mapping[str, float], num_particles: int, num_temperatu
         f"{summary['num_data']:.0f} held-out data, {num_particles} particles annealed over "
         f"{num_temperatures} temperatures"
     )
-    return "\n".join([heading, *(f"  {labels[n]:<30}{v:>16}   {what}" for n, v, what in rows)])
+    lines = table((), [(labels[name], value, what) for name, value, what in rows], "plain", [1])
+    return f"{heading}\n{textwrap.indent(lines, '  ')}"

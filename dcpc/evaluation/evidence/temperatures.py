@@ -20,6 +20,7 @@ from dcpc.evaluation.batches import (
 from dcpc.evaluation.evidence.held_out import held_out_inference
 from dcpc.inference import DCPC
 from dcpc.seeding import derived_seed
+from dcpc.tables import table
 
 __all__ = ["Estimate", "Setting", "TemperatureStudy", "temperature_study"]
 
@@ -76,21 +77,14 @@ class TemperatureStudy:
 
     def format(self) -> str:
         """A Markdown table, in nats per datum."""
-        lines = [
-            "| temperatures | particles | evidence NLL | change on doubling temperatures "
-            "| change on doubling particles |",
-            "|---:|---:|---:|---:|---:|",
-        ]
+        sizes = ("temperatures", "particles")
+        header = (*sizes, "evidence NLL", *(f"change on doubling {size}" for size in sizes))
+        rows = []
         for setting in self.evidence_nll:
             changes = (self.on_more_temperatures(setting), self.on_more_particles(setting))
-            cells = (
-                f"{setting.num_temperatures}",
-                f"{setting.num_particles}",
-                f"{self.nll(setting)}",
-                *("" if change is None else f"{change}" for change in changes),
-            )
-            lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join(lines)
+            cells = ("" if change is None else f"{change}" for change in changes)
+            rows.append([*map(str, setting), f"{self.nll(setting)}", *cells])
+        return table(header, rows, "github", right=range(5))
 
     def _on(self, old: Setting, new: Setting) -> Estimate | None:
         return self.change(old, new) if new in self.evidence_nll else None

@@ -36,9 +36,10 @@ def test_the_table_shows_every_setting_and_the_changes_that_were_measured(
     study: TemperatureStudy,
 ) -> None:
     lines = study.format().splitlines()
-    assert lines[2] == "| 100 | 8 | 15.00 ± 5.00 | -1.50 ± 0.50 | 0.00 ± 0.00 |"
-    assert lines[3] == "| 200 | 8 | 13.50 ± 4.50 |  |  |"
-    assert len(lines) == 5
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert rows[2] == ["100", "8", "15.00 ± 5.00", "-1.50 ± 0.50", "0.00 ± 0.00"]
+    assert rows[3] == ["200", "8", "13.50 ± 4.50", "", ""]
+    assert len(rows) == 5
 
 
 def test_longer_ladders_come_closer_to_the_evidence_from_above(shifted_gaussian: type) -> None:
