@@ -84,7 +84,6 @@ class UnitGroup:
         self.size = units[0].size
         self.population = population
         self._sites = graph.sites
-        self._members = [name for unit in units for name in unit.sites]
         self._touched = [graph.factors(unit.sites) for unit in units]
         selected = {name for names in self._touched for name in names}
         self.touched = [name for name in graph.sites if name in selected]

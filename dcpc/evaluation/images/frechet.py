@@ -34,8 +34,9 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 
     By eigenvalues of symmetric matrices in double precision, so that singular covariances (fewer
     images than features) do no harm and nothing complex appears. Dowson & Landau, 1982; as a
-    score of images, Heusel et al., NeurIPS 2017. scipy's matrix root is complex for singular
-    covariances, hence four lines of our own.
+    score of images, Heusel et al., NeurIPS 2017. Four lines of our own: scipy's matrix root is
+    complex for singular covariances, and torchmetrics, which hands a feature module bytes, loses
+    half the digits there.
 
     Args:
         mean1: `(d,)`.
