@@ -1,4 +1,4 @@
-"""Signals that end a training run: the first one asks it to save and stop, a second one kills it."""
+"""Signals that end a training run: the first asks it to save and stop, a second kills it."""
 
 from __future__ import annotations
 

@@ -110,8 +110,9 @@ def stops_within_epoch(trainer: Trainer) -> bool:
     """Whether training stops now although the epoch has more batches."""
     if trainer.is_last_batch:
         return False
-    has_all_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
-    return has_all_steps or (trainer.should_stop and trainer.fit_loop._can_stop_early)
+    epochs, steps = trainer.current_epoch, trainer.global_step
+    may_stop = epochs >= (trainer.min_epochs or 0) and steps >= (trainer.min_steps or 0)
+    return 0 < trainer.max_steps <= steps or (trainer.should_stop and may_stop)
 
 
 def _link(link: Path, target: Path) -> None:
