@@ -11,7 +11,7 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dcpc.errors import require_at_least
+from dcpc.errors import DataError, require_at_least
 
 __all__ = [
     "Batch",
@@ -20,9 +20,25 @@ __all__ = [
     "LabelledSet",
     "ResumableLoader",
     "TensorSet",
+    "check_finite",
 ]
 
 Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def check_finite(batch: Batch) -> None:
+    """Checks that a batch's data are finite.
+
+    Raises:
+        DataError: Naming the first datum that is not.
+    """
+    data, _, index = batch
+    if bool(data.isfinite().all()):
+        return
+    row = int((~data.isfinite()).flatten(1).any(1).nonzero()[0])
+    raise DataError(
+        f"datum {int(index[row])} of the training set holds NaN or an infinity; drop or repair it"
+    )
 
 
 class EpochShuffle(Sampler[int]):

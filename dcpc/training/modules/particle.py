@@ -140,15 +140,13 @@ class ParticleModule(GenerativeModule):
         if self.store is not None:
             self.store.close()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def learn(self, batch: Batch) -> Tensor:
         """Sweeps a batch's particles, stores them, and returns the loss per datum, in nats.
 
         With a guide, the sum of the model's loss and the guide's, which are logged apart.
         """
         x, _, index = batch
-        with self.stream(self._num_steps):
-            losses = self._warm_up(x) if self.is_warming_up else self._visit(x, index)
-        self._num_steps += 1
+        losses = self._warm_up(x) if self.is_warming_up else self._visit(x, index)
         for name, loss in losses.items():
             self.log(f"train/{name}", loss, prog_bar=True, batch_size=len(x))
         return _total(losses)
@@ -202,7 +200,9 @@ class ParticleModule(GenerativeModule):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         optimizer.zero_grad()
-        self.manual_backward(_total(losses))
+        total = _total(losses)
+        self._loss = total.detach()
+        self.manual_backward(total)
         optimizer.step()
 
     def _draw(self, problem: Problem) -> SweepState:
@@ -219,14 +219,6 @@ class ParticleModule(GenerativeModule):
                 "datum have no weights of their own. Normalise otherwise (norm='group'), or train "
                 "with an algorithm that does not weigh: pgd, lpc, mcpc, pc or ipc"
             )
-
-    def on_train_epoch_end(self) -> None:
-        """Steps the learning rate's schedule where Lightning leaves it to the module."""
-        schedulers = self.lr_schedulers()
-        if self.automatic_optimization or schedulers is None:
-            return
-        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            scheduler.step()  # type: ignore[call-arg]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the particles and what the proposals have learned."""
