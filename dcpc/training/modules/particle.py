@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from dcpc.conquer import Move, Preconditioner
@@ -135,10 +136,9 @@ class ParticleModule(GenerativeModule):
             self.store.load_state_dict(self._saved_particles)
             self._saved_particles = None
 
-    def on_fit_end(self) -> None:
-        """Removes the store's files: the checkpoint has the particles."""
-        if self.store is not None:
-            self.store.close()
+    def configure_callbacks(self) -> list[Callback]:
+        """Removes the store's files when training ends, however it does."""
+        return [_Closing()]
 
     def learn(self, batch: Batch) -> Tensor:
         """Sweeps a batch's particles, stores them, and returns the loss per datum, in nats.
@@ -236,6 +236,19 @@ class ParticleModule(GenerativeModule):
             name: Adaptation(**fields) for name, fields in saved["adaptation"].items()
         }
         self._saved_particles = saved["particles"]
+
+
+class _Closing(Callback):
+    """Closes the store: the checkpoint has the particles."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, ParticleModule) and pl_module.store is not None:
+            pl_module.store.close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self.on_fit_end(trainer, pl_module)
 
 
 def _total(losses: Mapping[str, Tensor]) -> Tensor:
