@@ -10,6 +10,7 @@ from typing import Any
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
+from dcpc.io import remove_stale
 from dcpc.training.signals import Signals
 
 __all__ = ["RunCheckpoint"]
@@ -36,6 +37,12 @@ class RunCheckpoint(Checkpoint):
         self.path: Path | None = None
         self._fit_loop: dict[str, Any] | None = None
         self._is_interrupting = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Removes what killed runs have left of files that they were writing."""
+        if trainer.is_global_zero:
+            for folder in Path(trainer.default_root_dir).glob("*/checkpoints"):
+                remove_stale(folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.signals.are_awaited = True

@@ -128,7 +128,7 @@ class ParticleModule(GenerativeModule):
     def on_train_start(self) -> None:
         """Opens the particle store, with the checkpoint's particles if there are any."""
         super().on_train_start()
-        folder = self.store_folder or self.trainer.log_dir or self.trainer.default_root_dir
+        folder = self.store_folder or self.trainer.default_root_dir
         loader = self.trainer.train_dataloader
         assert loader is not None
         self.store = ParticleStore(Path(folder), len(loader.dataset))
