@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,13 @@ from torch import Tensor, nn
 
 from dcpc.errors import DCPCError, FileError
 from dcpc.io import check_entries, describe_misfit, read_tensors, remove_stale, write_tensors
+from dcpc.training.contents import describe_change, entries, manifest
 
 __all__ = ["CheckpointError", "DurableFiles", "read_checkpoint"]
+
+
+MANIFEST = "dcpc_manifest"
+"""Entry that says what all others are."""
 
 
 class CheckpointError(DCPCError):
@@ -46,7 +51,7 @@ class DurableFiles(TorchCheckpointIO):
                 "model.step_size"
             )
         remove_stale(Path(path).parent)
-        write_tensors(checkpoint, path)
+        write_tensors({**checkpoint, MANIFEST: manifest(checkpoint)}, path)
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Reads a checkpoint, as `read_checkpoint` does."""
@@ -81,6 +86,12 @@ def read_checkpoint(path: str | Path, module: nn.Module | None = None) -> dict[s
         check_entries(path)
     except FileError as error:
         raise CheckpointError(f"--ckpt_path: {error}") from error
+    written = checkpoint.pop(MANIFEST, {})  # early checkpoints have none
+    changed = describe_change(checkpoint, written) if written != {} else None
+    if changed is not None:
+        raise CheckpointError(
+            f"--ckpt_path: '{path}' was changed: {changed}; take another copy, or train again"
+        )
     entry = _not_finite(checkpoint)
     if entry is not None:
         raise CheckpointError(
@@ -102,8 +113,8 @@ def _is_remote(path: str | Path) -> bool:
 
 def _not_finite(content: Any) -> str | None:
     """The first tensor in nested dictionaries and lists that holds a NaN or an infinity."""
-    for name, tensor in _tensors(content, ""):
-        if tensor.is_floating_point() and not _is_finite(tensor):
+    for name, value in entries(content):
+        if isinstance(value, Tensor) and value.is_floating_point() and not _is_finite(value):
             return name
     return None
 
@@ -114,14 +125,3 @@ def _is_finite(tensor: Tensor) -> bool:
         return True
     low, high = tensor.aminmax()
     return bool(low.isfinite() & high.isfinite())
-
-
-def _tensors(content: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(content, Tensor):
-        yield name, content
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from _tensors(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(content, list | tuple):
-        for position, value in enumerate(content):
-            yield from _tensors(value, f"{name}[{position}]")

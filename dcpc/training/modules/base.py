@@ -213,6 +213,11 @@ class MeasuredModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores it.
+
+        Raises:
+            CheckpointError: `dcpc fit` has not written it, or has for another run.
+        """
         if STATE_KEY not in checkpoint:
             raise CheckpointError(
                 f"the checkpoint has no entry {STATE_KEY!r}, so it was not written by dcpc fit"

@@ -20,6 +20,8 @@ from dcpc.presets import PRESETS, lookup
 from dcpc.problem import Problem
 from dcpc.recombine.correction import Correction
 from dcpc.sweep import SweepInfo, SweepState
+from dcpc.training.checkpoint import CheckpointError
+from dcpc.training.contents import describe_difference
 from dcpc.training.data import Batch
 from dcpc.training.modules.base import STATE_KEY, LearningRateSchedule
 from dcpc.training.modules.generative import GenerativeModule, Guide, HeldOut
@@ -122,6 +124,7 @@ class ParticleModule(GenerativeModule):
         self.store: ParticleStore | None = None
         self.adaptation: Mapping[str, Adaptation] = {}
         self.last_sweep: SweepInfo | None = None
+        self._is_resuming = False
         self._guide_losses = guide_objective(start, self.guide is not None, self.restarts)
         self._saved_particles: Mapping[str, Any] | None = None
 
@@ -170,6 +173,8 @@ class ParticleModule(GenerativeModule):
             self._check_tied(len(x))
         num_sweeps = self.sweeps_per_step + (self.start.first_sweeps if here.is_first else 0)
         draw = partial(self._draw, problem)
+        if self._is_resuming:
+            self._check_adaptation(problem)
         state = draw() if self.restarts else here.recall(draw)
         state = replace(state, adaptation=self.adaptation)
         for remaining in reversed(range(num_sweeps)):
@@ -224,18 +229,50 @@ class ParticleModule(GenerativeModule):
         """Adds the particles and what the proposals have learned."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[STATE_KEY] |= {
+            "algorithm": self.inference.algorithm.name,
+            "num_particles": self.inference.num_particles,
             "adaptation": {name: asdict(learned) for name, learned in self.adaptation.items()},
             "particles": self.store.state_dict() if self.store is not None else None,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores them; the particles follow when training starts."""
+        """Restores them; the particles follow when training starts.
+
+        Raises:
+            CheckpointError: `dcpc fit` has not written it, or has for another run.
+        """
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint[STATE_KEY]
-        self.adaptation = {
-            name: Adaptation(**fields) for name, fields in saved["adaptation"].items()
-        }
+        if self.trainer.state.fn == "fit":
+            self._check_same("algorithm", saved, self.inference.algorithm.name)
+            self._check_same("num_particles", saved, self.inference.num_particles)
+        self.adaptation = {name: Adaptation(**kept) for name, kept in saved["adaptation"].items()}
+        self._is_resuming = bool(self.adaptation)
         self._saved_particles = saved["particles"]
+
+    def _check_adaptation(self, problem: Problem) -> None:
+        """Compares what the proposals had learned with what they learn here."""
+        self._is_resuming = False
+        with self.stream(self._num_steps, 2):
+            state, _ = problem.sweep(problem.init())
+        found = describe_difference(
+            {name: asdict(kept) for name, kept in self.adaptation.items()},
+            {name: asdict(learned) for name, learned in state.adaptation.items()},
+            f"{STATE_KEY}.adaptation",
+        )
+        if found is not None:
+            raise CheckpointError(
+                f"the checkpoint cannot be used here: {found}; resume with the settings of the "
+                "first run, or start afresh without --ckpt_path"
+            )
+
+    def _check_same(self, key: str, saved: Mapping[str, Any], here: object) -> None:
+        there = saved.get(key, here)  # early checkpoints lack it
+        if there != here:
+            raise CheckpointError(
+                f"the checkpoint has model.{key}={there!r}, and this run {here!r}; resume with "
+                "the settings of the first run, or start afresh without --ckpt_path"
+            )
 
 
 class _Closing(Callback):
