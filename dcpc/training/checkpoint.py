@@ -54,10 +54,14 @@ class DurableFiles(TorchCheckpointIO):
         write_tensors({**checkpoint, MANIFEST: manifest(checkpoint)}, path)
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Reads a checkpoint, as `read_checkpoint` does."""
+        """Reads a checkpoint, or another file that Lightning has written by this class.
+
+        Raises:
+            CheckpointError: As `read_checkpoint`.
+        """
         if _is_remote(path):
             return super().load_checkpoint(path, *arguments, **options)
-        return read_checkpoint(path)
+        return _read(path)
 
 
 def read_checkpoint(path: str | Path, module: nn.Module | None = None) -> dict[str, Any]:
@@ -71,17 +75,28 @@ def read_checkpoint(path: str | Path, module: nn.Module | None = None) -> dict[s
         CheckpointError: There is no such file, it is truncated, damaged or no checkpoint, a number
             in it is not finite, or a parameter is missing or has another shape than in the module.
     """
+    checkpoint = _read(path)
+    if not isinstance(checkpoint.get("state_dict"), Mapping):
+        raise _not_ours(path)
+    misfit = None if module is None else describe_misfit(checkpoint["state_dict"], module)
+    if misfit is not None:
+        raise CheckpointError(
+            f"--ckpt_path: '{path}' is a checkpoint of another model: {misfit}; give the --config "
+            "and the options that it was trained with"
+        )
+    return checkpoint
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """The content of a file that is whole, unchanged and finite."""
     try:
         checkpoint = read_tensors(path)
     except FileNotFoundError:
         raise CheckpointError(
             f"--ckpt_path: there is no checkpoint '{path}'; train first, with dcpc fit"
         ) from None
-    if checkpoint is None or not isinstance(checkpoint.get("state_dict"), Mapping):
-        raise CheckpointError(
-            f"--ckpt_path: '{path}' ({Path(path).stat().st_size:,} bytes) is truncated or is not a "
-            "checkpoint of dcpc fit; use another one, or train again"
-        )
+    if not checkpoint:
+        raise _not_ours(path)
     try:
         check_entries(path)
     except FileError as error:
@@ -98,13 +113,14 @@ def read_checkpoint(path: str | Path, module: nn.Module | None = None) -> dict[s
             f"--ckpt_path: '{path}': its entry '{entry}' holds numbers that are not finite; use an "
             "earlier checkpoint"
         )
-    misfit = None if module is None else describe_misfit(checkpoint["state_dict"], module)
-    if misfit is not None:
-        raise CheckpointError(
-            f"--ckpt_path: '{path}' is a checkpoint of another model: {misfit}; give the --config "
-            "and the options that it was trained with"
-        )
     return checkpoint
+
+
+def _not_ours(path: str | Path) -> CheckpointError:
+    return CheckpointError(
+        f"--ckpt_path: '{path}' ({Path(path).stat().st_size:,} bytes) is truncated or is not a "
+        "checkpoint of dcpc fit; use another one, or train again"
+    )
 
 
 def _is_remote(path: str | Path) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as distributed
 from jsonargparse import DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -75,6 +76,9 @@ CONFIGURED: dict[str, tuple[type, ...]] = {
 
 GROUPS: dict[str, tuple[type, ...]] = {"model.start": (Start,), "model.held_out": (HeldOut,)}
 """Groups of keys within those classes."""
+
+LOST_PROCESS = re.compile("Connection (closed|reset) by peer|NCCL|gloo", re.IGNORECASE)
+"""Errors of torch where another process of a training does not answer any more."""
 
 CONFIG_OPTIONS = ("--config", "-c")
 
@@ -149,6 +153,7 @@ class TrainingCLI(LightningCLI):
             save_config_kwargs={"config_filename": "config.json"},
             trainer_defaults={
                 "default_root_dir": None,
+                "use_distributed_sampler": False,
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
                 "enable_progress_bar": None,
@@ -236,7 +241,7 @@ class TrainingCLI(LightningCLI):
         report = next(c for c in self.trainer.callbacks if isinstance(c, RunReport))  # type: ignore[attr-defined]
         if report.is_outdated and self.trainer.limit_val_batches:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-        report.compare()
+        report.compare(self.trainer)
 
 
 class ConfiguredCLI(TrainingCLI):
@@ -258,9 +263,16 @@ def main(args: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Makes bad input one line on standard error and exit status 2, for a command's whole run."""
+    """Makes bad input one line on standard error and exit status 2, for a command's whole run.
+
+    The death of another process is one line too, and exit status 1.
+    """
     try:
         yield
+    except RuntimeError as error:
+        if not (distributed.is_initialized() and LOST_PROCESS.search(str(error))):
+            raise
+        _fail("another process of this training has died; go on from last.ckpt", status=1)
     except (DCPCError, OSError, MisconfigurationException) as error:
         _fail(str(error))
 
@@ -368,6 +380,6 @@ def _check_writable(folder: Path) -> None:
         ) from error
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = 2) -> NoReturn:
     print(f"dcpc: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)

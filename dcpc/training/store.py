@@ -157,8 +157,12 @@ class ParticleStore:
             "visited": self._visited.clone(),
         }
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any], *, is_filled: bool = False) -> None:
         """Fills the store from a checkpoint's `state_dict()`.
+
+        Args:
+            saved: The `state_dict()`.
+            is_filled: Whether the process that made the files has done so already.
 
         Raises:
             StoreError: The checkpoint's training set has another size, or the disk is too small.
@@ -169,7 +173,8 @@ class ParticleStore:
                 f"the checkpoint has particles of {len(visited)} data, but the training "
                 f"set has {self.num_data}; resume with the data settings of the first run"
             )
-        self._visited.copy_(visited)
+        if not is_filled:
+            self._visited.copy_(visited)
         self._fits_model = False
         if saved["log_weight"].numel() == 0:
             return
@@ -181,6 +186,8 @@ class ParticleStore:
         )
         values = _values(particles)
         self._allocate({entry: value[0] for entry, value in values.items()}, particles.log_joint[0])
+        if is_filled:
+            return
         for entry, value in values.items():
             self._fill(self._values[entry], value)
         self._fill(self._log_weight, saved["log_weight"])

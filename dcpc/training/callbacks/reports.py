@@ -25,11 +25,11 @@ class EvaluationTable(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, MeasuredModule)
-        print("\n" + pl_module.table(is_test=True))
+        trainer.print("\n" + pl_module.table(is_test=True))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, MeasuredModule)
-        print("\n" + pl_module.table(is_test=False))
+        trainer.print("\n" + pl_module.table(is_test=False))
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -103,9 +103,9 @@ class RunReport(Callback):
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, RunCheckpoint) and checkpoint.path is not None:
             link = checkpoint.link(trainer)
-            print(f"checkpoint: {link} (now {os.readlink(link)})")
+            trainer.print(f"checkpoint: {link} (now {os.readlink(link)})")
 
-    def compare(self) -> None:
+    def compare(self, trainer: Trainer) -> None:
         """Prints the measurements before and after training, if there are both."""
         if self.before is not None and self.after is not None and self.after is not self.before:
-            print(f"held-out {self.before} before training, {self.after} after")
+            trainer.print(f"held-out {self.before} before training, {self.after} after")

@@ -18,11 +18,15 @@ from dcpc.seeding import derived_seed, seeded
 from dcpc.training.checkpoint import CheckpointError
 from dcpc.training.data import Batch, check_finite
 from dcpc.training.divergence import Watch
+from dcpc.training.processes import check_strategy
 
 __all__ = ["LearningRateSchedule", "MeasuredModule"]
 
 LearningRateSchedule = Literal["cosine"]
 STATE_KEY = "dcpc"
+PROCESS = 1_000_003
+"""Keeps streams of other processes apart from those of other keys."""
+
 PRECISIONS = ("32-true", "64-true")
 
 
@@ -115,6 +119,7 @@ class MeasuredModule(LightningModule):
             )
 
     def on_train_start(self) -> None:
+        check_strategy(self.trainer, getattr(self, "guide", None) is not None)
         if self._seed is None:
             self._seed = torch.initial_seed()
 
@@ -200,7 +205,9 @@ class MeasuredModule(LightningModule):
     def _log_measurements(self) -> None:
         for name, value in self.measurements().items():
             if name != "num_data":
-                self.log(f"held_out/{name}", value, prog_bar=name == self.headline, batch_size=1)
+                shown = name == self.headline
+                # Every process measures all held-out data, so that all have the same value.
+                self.log(f"held_out/{name}", value, prog_bar=shown, batch_size=1, sync_dist=True)
 
     # -- checkpoints -------------------------------------------------------------------------
 
@@ -228,6 +235,10 @@ class MeasuredModule(LightningModule):
         self.watch.load_state_dict(saved.get("watch", {"first": []}))
 
     def stream(self, *key: int) -> AbstractContextManager[None]:
-        """Random numbers that depend on the seed and the key only; leaves the global ones be."""
+        """Random numbers that depend on the seed, the key and the process only.
+
+        Leaves the global ones be.
+        """
         assert self._seed is not None
-        return seeded(derived_seed(self._seed, *key))
+        rank = self.global_rank  # of the first process, as if there were no other
+        return seeded(derived_seed(self._seed, *key, *([PROCESS, rank] if rank else [])))

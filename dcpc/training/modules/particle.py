@@ -26,6 +26,7 @@ from dcpc.training.data import Batch
 from dcpc.training.modules.base import STATE_KEY, LearningRateSchedule
 from dcpc.training.modules.generative import GenerativeModule, Guide, HeldOut
 from dcpc.training.modules.warm_start import Start, guide_objective
+from dcpc.training.processes import average, share
 from dcpc.training.store import ParticleStore
 from dcpc.training.visits import TiedVisit, visit
 
@@ -131,13 +132,23 @@ class ParticleModule(GenerativeModule):
     def on_train_start(self) -> None:
         """Opens the particle store, with the checkpoint's particles if there are any."""
         super().on_train_start()
-        folder = self.store_folder or self.trainer.default_root_dir
+        self.store = self._open_store()
+        for is_turn in (self.trainer.is_global_zero, not self.trainer.is_global_zero):
+            if is_turn and self._saved_particles is not None:
+                is_filled = not self.trainer.is_global_zero
+                self.store.load_state_dict(self._saved_particles, is_filled=is_filled)
+            self.trainer.strategy.barrier("particles")
+        self._saved_particles = None
+
+    def _open_store(self) -> ParticleStore:
+        """The store, of which the first process makes the files."""
+        folder = Path(self.store_folder or self.trainer.default_root_dir)
         loader = self.trainer.train_dataloader
         assert loader is not None
-        self.store = ParticleStore(Path(folder), len(loader.dataset))
-        if self._saved_particles is not None:
-            self.store.load_state_dict(self._saved_particles)
-            self._saved_particles = None
+        num_data = len(loader.dataset)
+        own = ParticleStore(folder, num_data) if self.trainer.is_global_zero else None
+        shared = self.trainer.strategy.broadcast(None if own is None else str(own.folder))
+        return ParticleStore(folder, num_data, shared) if own is None else own
 
     def configure_callbacks(self) -> list[Callback]:
         """Removes the store's files when training ends, however it does."""
@@ -151,7 +162,7 @@ class ParticleModule(GenerativeModule):
         x, _, index = batch
         losses = self._warm_up(x) if self.is_warming_up else self._visit(x, index)
         for name, loss in losses.items():
-            self.log(f"train/{name}", loss, prog_bar=True, batch_size=len(x))
+            self.log(f"train/{name}", loss, prog_bar=True, batch_size=len(x), sync_dist=True)
         return _total(losses)
 
     @property
@@ -160,7 +171,7 @@ class ParticleModule(GenerativeModule):
         return self.current_epoch < self.start.warm_up_epochs
 
     def _warm_up(self, x: Tensor) -> dict[str, Tensor]:
-        losses = {"negative_elbo": self.negative_elbo(x)}
+        losses = {"negative_elbo": share(x) * self.negative_elbo(x)}
         self._step_parameters(losses)
         return losses
 
@@ -171,6 +182,7 @@ class ParticleModule(GenerativeModule):
         here = visit(problem, self.store, index)
         if isinstance(here, TiedVisit):
             self._check_tied(len(x))
+        weight = share(x)
         num_sweeps = self.sweeps_per_step + (self.start.first_sweeps if here.is_first else 0)
         draw = partial(self._draw, problem)
         if self._is_resuming:
@@ -180,13 +192,15 @@ class ParticleModule(GenerativeModule):
         for remaining in reversed(range(num_sweeps)):
             state, info = problem.sweep(state)
             if remaining == 0 or self._steps_after(remaining):
-                losses = self._losses(problem, state, x)
+                losses = {
+                    name: weight * loss for name, loss in self._losses(problem, state, x).items()
+                }
                 self._step_parameters(losses)
         here.keep(state)
-        self.adaptation = state.adaptation
+        self.adaptation = average(state.adaptation, weight)
         self.last_sweep = info
         ess = 100.0 * info.ess.mean() / state.num_particles
-        self.log("train/ess_percent", ess, prog_bar=True, batch_size=len(x))
+        self.log("train/ess_percent", ess, prog_bar=True, batch_size=len(x), sync_dist=True)
         return losses
 
     def _losses(self, problem: Problem, state: SweepState, x: Tensor) -> dict[str, Tensor]:
@@ -232,8 +246,14 @@ class ParticleModule(GenerativeModule):
             "algorithm": self.inference.algorithm.name,
             "num_particles": self.inference.num_particles,
             "adaptation": {name: asdict(learned) for name, learned in self.adaptation.items()},
-            "particles": self.store.state_dict() if self.store is not None else None,
+            "particles": self._particles(),
         }
+
+    def _particles(self) -> dict[str, Any] | None:
+        """The particles of all processes, for the one that writes checkpoints."""
+        self.trainer.strategy.barrier("particles")
+        is_writing = self.store is not None and self.trainer.is_global_zero
+        return self.store.state_dict() if self.store is not None and is_writing else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores them; the particles follow when training starts.
