@@ -32,6 +32,8 @@ __all__ = [
     "allocate",
     "check_entries",
     "describe_misfit",
+    "entries",
+    "not_finite",
     "num_bytes",
     "own_folder",
     "read_tensors",
@@ -175,9 +177,41 @@ def allocate(path: Path, size: int) -> None:
             file.truncate(size)
 
 
+def entries(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in nested dictionaries and lists that is neither, and the empty ones, by name."""
+    if isinstance(content, Mapping) and content:
+        for key, value in content.items():
+            yield from entries(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(content, list | tuple) and content:
+        for position, value in enumerate(content):
+            yield from entries(value, f"{name}[{position}]")
+    else:
+        yield name, content
+
+
+def not_finite(content: Any) -> str | None:
+    """The first tensor in nested dictionaries and lists that holds a NaN or an infinity."""
+    for name, value in entries(content):
+        if isinstance(value, Tensor) and value.is_floating_point() and not _is_finite(value):
+            return name
+    return None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite; takes no memory of the tensor's size."""
+    if not tensor.numel():
+        return True
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() & high.isfinite())
+
+
 def num_bytes(content: Any) -> int:
     """Memory of all tensors in nested dictionaries and lists; what they share counts once."""
-    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in _tensors(content))}
+    # Tensors of other layouts have no storage to look at.
+    tensors = [
+        t for _, t in entries(content) if isinstance(t, Tensor) and t.layout == torch.strided
+    ]
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
     return sum(storages.values())
 
 
@@ -192,18 +226,6 @@ def describe_misfit(parameters: Mapping[str, Tensor], module: nn.Module) -> str 
                 "this model"
             )
     return None
-
-
-def _tensors(content: Any) -> Iterator[Tensor]:
-    if isinstance(content, Tensor):
-        if content.layout == torch.strided:  # others have no storage to look at
-            yield content
-    elif isinstance(content, Mapping):
-        for value in content.values():
-            yield from _tensors(value)
-    elif isinstance(content, list | tuple):
-        for value in content:
-            yield from _tensors(value)
 
 
 @contextmanager

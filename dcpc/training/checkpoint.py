@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from torch import Tensor, nn
+from torch import nn
 
 from dcpc.errors import DCPCError, FileError
-from dcpc.io import check_entries, describe_misfit, read_tensors, remove_stale, write_tensors
-from dcpc.training.contents import describe_change, entries, manifest
+from dcpc.io import (
+    check_entries,
+    describe_misfit,
+    not_finite,
+    read_tensors,
+    remove_stale,
+    write_tensors,
+)
+from dcpc.training.contents import describe_change, manifest
 
 __all__ = ["CheckpointError", "DurableFiles", "read_checkpoint"]
 
@@ -43,7 +50,7 @@ class DurableFiles(TorchCheckpointIO):
         if _is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        entry = _not_finite(checkpoint)
+        entry = not_finite(checkpoint)
         if entry is not None:
             raise CheckpointError(
                 f"'{path}' was not written: its entry '{entry}' would hold numbers that are not "
@@ -107,7 +114,7 @@ def _read(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"--ckpt_path: '{path}' was changed: {changed}; take another copy, or train again"
         )
-    entry = _not_finite(checkpoint)
+    entry = not_finite(checkpoint)
     if entry is not None:
         raise CheckpointError(
             f"--ckpt_path: '{path}': its entry '{entry}' holds numbers that are not finite; use an "
@@ -125,19 +132,3 @@ def _not_ours(path: str | Path) -> CheckpointError:
 
 def _is_remote(path: str | Path) -> bool:
     return "://" in str(path)
-
-
-def _not_finite(content: Any) -> str | None:
-    """The first tensor in nested dictionaries and lists that holds a NaN or an infinity."""
-    for name, value in entries(content):
-        if isinstance(value, Tensor) and value.is_floating_point() and not _is_finite(value):
-            return name
-    return None
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite; takes no memory of the tensor's size."""
-    if not tensor.numel():
-        return True
-    low, high = tensor.aminmax()
-    return bool(low.isfinite() & high.isfinite())

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["describe_change", "describe_difference", "entries", "manifest"]
+from dcpc.io import entries
 
-
-def entries(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in nested dictionaries and lists that is neither, and the empty ones, by name."""
-    if isinstance(content, Mapping) and content:
-        for key, value in content.items():
-            yield from entries(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(content, list | tuple) and content:
-        for position, value in enumerate(content):
-            yield from entries(value, f"{name}[{position}]")
-    else:
-        yield name, content
+__all__ = ["describe_change", "describe_difference", "manifest"]
 
 
 def manifest(content: Mapping[str, Any]) -> dict[str, str]:
@@ -34,8 +24,8 @@ def describe_change(content: Mapping[str, Any], written: Any) -> str | None:
     here = manifest(content)
     for name in [*written, *here]:
         if written.get(name) != here.get(name):
-            was, now = (words.get(name, "missing") for words in (written, here))
-            return f"the entry '{name}' was {was:.60} when it was written, and is {now:.60}"
+            was, now = (str(words.get(name, "missing"))[:60] for words in (written, here))
+            return f"the entry '{name}' was {was} when it was written, and is {now}"
     return None
 
 

@@ -113,6 +113,8 @@ class ParticleStore:
     def write(self, index: Tensor, state: SweepState, axes: Mapping[str, int]) -> None:
         """Stores the particles of a batch, with weights of mean one, so that nothing drifts.
 
+        Of a datum with numbers that are not finite, the particles stay as they were.
+
         Args:
             index: Indices of the data in the training set, `(B,)`.
             state: Their particles.
@@ -125,12 +127,18 @@ class ParticleStore:
         if self._log_weight.numel() == 0:
             self._create(state, axes)
         self._check(state, axes)
+        usable = _usable(state, axes)
+        if not bool(usable.all()):
+            state, index = _select(state, usable, axes), index[usable]
         for entry, value in _values(state).items():
             stored = self._values[entry]
             stored[index] = value.detach().movedim(axes[entry[0]], 0).to(stored)
         log_weight = state.log_weight.log_weight.detach()
         normalised = torch.log_softmax(log_weight, 0) + math.log(len(log_weight))
-        self._log_weight[index] = normalised.T.to(self._log_weight)
+        # A weight of zero is the smallest number: what is not finite is refused by checkpoints.
+        self._log_weight[index] = normalised.T.to(self._log_weight).clamp(
+            min=torch.finfo(self._log_weight.dtype).min
+        )
         self._log_joint[index] = state.log_joint.detach().T.to(self._log_joint)
         self._visited[index] = True
 
@@ -218,6 +226,16 @@ class ParticleStore:
         shape = (self.num_data, *joint.shape)
         self._log_weight = self._map("log_weight", shape, joint.dtype)
         self._log_joint = self._map("log_joint", shape, joint.dtype)
+        needed, free = self._num_bytes(), shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise StoreError(
+                f"a checkpoint of the particles needs {needed / 1e6:,.0f} MB, but the disk of "
+                f"'{self.folder}' has {free / 1e6:,.0f} MB left; lower model.num_particles or "
+                "choose another trainer.default_root_dir"
+            )
+
+    def _num_bytes(self) -> int:
+        return sum(t.nbytes for t in (*self._values.values(), self._log_weight, self._log_joint))
 
     def _map(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor that lives in a file, of zeros if the file is new."""
@@ -295,6 +313,26 @@ def _rows(stored: Tensor, index: Tensor, axis: int) -> Tensor:
     """Rows `(B, ...)` of the store, with the data moved to `axis`."""
     # A captured program takes the layout that it was captured with.
     return stored[index].movedim(0, axis).contiguous()
+
+
+def _usable(state: SweepState, axes: Mapping[str, int]) -> Tensor:
+    """Data whose particles are finite, boolean `(B,)`; weights of zero are, but not of all."""
+    weights = state.log_weight.log_weight
+    usable = (~weights.isnan() & state.log_joint.isfinite()).all(0) & weights.isfinite().any(0)
+    for (name, _), value in _values(state).items():
+        usable &= value.movedim(axes[name], 0).flatten(1).isfinite().all(1)
+    return usable.cpu()
+
+
+def _select(state: SweepState, chosen: Tensor, axes: Mapping[str, int]) -> SweepState:
+    """The particles of some data, chosen by booleans `(B,)`."""
+    rows = chosen.nonzero().squeeze(1)
+    values = {
+        entry: value.index_select(axes[entry[0]], rows.to(value.device))
+        for entry, value in _values(state).items()
+    }
+    weights, joint = state.log_weight.log_weight, state.log_joint
+    return _state(values, weights[:, rows], joint[:, rows])
 
 
 def _merge(

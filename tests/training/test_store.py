@@ -243,3 +243,32 @@ def test_folders_of_killed_processes_are_removed_and_those_of_others_stay(tmp_pa
     assert Path(killed).exists()
     newest = ParticleStore(tmp_path, N)
     assert set(tmp_path.iterdir()) == {living.folder, newest.folder}
+
+
+def test_particles_that_are_not_finite_leave_the_stored_ones_as_they_are(
+    store: ParticleStore,
+) -> None:
+    index, before, bad = torch.arange(5), state(5), state(5)
+    store.write(index, before, AXES)
+    bad.latents["z"][1, 0, 2] = math.nan
+    bad.latents["w"][0, 1, 1] = math.inf
+    bad.log_weight.log_weight[:, 2] = -math.inf
+    bad.log_joint[2, 3] = -math.inf
+    bad.log_weight.log_weight[0, 4] = -math.inf  # a weight of zero, beside others
+    store.write(index, bad, AXES)
+    latents, log_weight = store.particles(index)
+    for row in range(5):
+        kept = before if row < 4 else bad
+        assert torch.equal(latents["z"][row], kept.latents["z"][:, row])
+        assert torch.equal(latents["w"][row], kept.latents["w"][:, :, row])
+    assert log_weight.isfinite().all()
+    torch.testing.assert_close(log_weight[4].softmax(0), bad.log_weight.log_weight[:, 4].softmax(0))
+
+
+def test_data_that_were_never_visited_with_finite_particles_stay_unvisited(
+    store: ParticleStore,
+) -> None:
+    bad = state(2)
+    bad.latents["z"][0, 0, 0] = math.nan
+    store.write(torch.tensor([3, 4]), bad, AXES)
+    assert store.visited(torch.tensor([3, 4])).tolist() == [False, True]

@@ -52,6 +52,8 @@ class PredictionWriter(BasePredictionWriter):
         predictions: Sequence[dict[str, Tensor]],
         batch_indices: Sequence[Any],
     ) -> None:
+        if not trainer.is_global_zero:  # all have the same
+            return
         folder = Path(self.folder or trainer.default_root_dir)
         names = predictions[0]
         merged = {name: torch.cat([batch[name] for batch in predictions]) for name in names}
