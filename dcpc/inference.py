@@ -29,6 +29,7 @@ from dcpc.recorder import Recorder
 from dcpc.seeding import seeded
 from dcpc.sweep import SweepInfo, SweepState, restart_adaptation
 from dcpc.tables import table
+from dcpc.threads import exclusive
 
 
 class Units(list[Unit]):
@@ -70,6 +71,11 @@ class DCPC:
     Example:
         >>> posterior = DCPC(model, num_particles=256).run(y, num_sweeps=500)
         >>> posterior.summary()
+
+    One thread of a process infers at a time; a second one is refused. Torch's default generator is
+    one for all threads as well: another thread that draws from it while a seeded run is under way
+    changes the run's draws, and is set back when the run ends; give it a `torch.Generator` of its
+    own. An engine can be pickled if its model can, and run in another process.
 
     Args:
         model: A Pyro program with continuous latents and a fixed set of sites.
@@ -188,7 +194,8 @@ class DCPC:
             evidence: Whether to spend the second annealing run on an evidence estimate.
             conditional_ess: Conditional ESS, over K, that each temperature step keeps; closer to
                 one means more temperatures.
-            seed: Seeds this run only; the global random state is left as it was.
+            seed: Seeds this run only; the global random state is left as it was. The result is
+                reproducible if no other thread draws from torch's default generator meanwhile.
             progress: Whether to show a progress bar.
             **kwargs: Keyword arguments of the model.
 
@@ -196,6 +203,7 @@ class DCPC:
             ModelError, DataError, CertificationError: The model or data cannot be handled.
             DegenerateWeightsError: No particle has positive density.
             OptionError: An option out of range.
+            ThreadError: Another thread is in an inference.
 
         Warns:
             ConvergenceWarning: The posterior may be off; `posterior.warnings` says why, and what to
@@ -211,7 +219,7 @@ class DCPC:
             raise OptionError(f"keep_every must be at least 0, got {keep_every}")
         check_annealing(None, conditional_ess)
         check_model_arguments(self.model, kwargs, "DCPC.run")
-        with seeded(seed), ProgressBar(progress) as bar:
+        with exclusive("DCPC.run"), seeded(seed), ProgressBar(progress) as bar:
             problem = self._problem(args, kwargs, thorough=True)
             arrival = approach(
                 problem,
@@ -265,9 +273,10 @@ class DCPC:
         Raises:
             EvidenceError: The correction is not exact, or a prior is improper.
             OptionError: An option out of range.
+            ThreadError: Another thread is in an inference.
         """
         check_annealing(num_temperatures, conditional_ess)
-        with seeded(seed), ProgressBar(progress) as bar:
+        with exclusive("DCPC.anneal"), seeded(seed), ProgressBar(progress) as bar:
             problem = self._problem(args, kwargs, thorough=True)
             return problem.anneal(num_temperatures, conditional_ess=conditional_ess, bar=bar)
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from dcpc.threads import exclusive
+
 
 def derived_seed(seed: int, *key: int) -> int:
     """The seed of one part of a computation, independent of those of the others."""
@@ -16,15 +18,27 @@ def derived_seed(seed: int, *key: int) -> int:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """A block of code after which the random state, of every device in use, is what it was."""
+    """A block of code after which the random state, of every device in use, is what it was.
+
+    Torch's default generator is one for all threads. Where another thread draws from it meanwhile,
+    it takes numbers out of the block's own, and its draws are undone at the end: threads that run
+    beside such a block draw from a `torch.Generator` of their own.
+
+    Raises:
+        ThreadError: Another thread is in such a block, or in an inference.
+    """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(list(devices)):
+    with exclusive("a seeded block"), torch.random.fork_rng(list(devices)):
         yield
 
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """A block of code with a seed of its own; None draws from the global random state."""
+    """A block of code with a seed of its own; None draws from the global random state.
+
+    Raises:
+        ThreadError: Another thread is in such a block, or in an inference.
+    """
     if seed is None:
         yield
         return

@@ -13,6 +13,7 @@ from dcpc.divide.program import Arguments
 from dcpc.divide.sites import read_sites
 from dcpc.divide.watch import Snapshot
 from dcpc.seeding import random_state_kept
+from dcpc.threads import exclusive
 
 MAX_DIVISIONS = 16
 """Divisions kept for different argument shapes; the least recently used one goes first."""
@@ -52,6 +53,7 @@ class Divisions:
         """Number of divisions that are kept."""
         return len(self._captured)
 
+    @exclusive("DCPC.bind")
     def find(self, arguments: Arguments, *, thorough: bool = False) -> Division:
         """The divided model for these arguments: as captured before, where that still holds.
 
