@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dcpc.divide.division import DataIdentity, Division, divide
 from dcpc.divide.graph import Schedule
@@ -48,6 +49,10 @@ class Divisions:
         self._backend = backend
         self._certify = certify
         self._captured: OrderedDict[tuple, _Captured] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was captured, for pickles and copies: it is captured again when needed."""
+        return {**vars(self), "_captured": OrderedDict()}
 
     def __len__(self) -> int:
         """Number of divisions that are kept."""
