@@ -26,8 +26,9 @@ from dcpc.problem import Problem, check_annealing
 from dcpc.progress import ProgressBar
 from dcpc.recombine.correction import Correction
 from dcpc.recorder import Recorder
-from dcpc.seeding import seeded
+from dcpc.seeding import continued, seeded
 from dcpc.sweep import SweepInfo, SweepState, restart_adaptation
+from dcpc.sweeping import check_continuation, continuation_of, sweep_to_end
 from dcpc.tables import table
 from dcpc.threads import exclusive
 
@@ -184,6 +185,10 @@ class DCPC:
         particles to go on with. `num_sweeps` sweeps at the posterior
         follow, the first `num_warmup` of which still adapt.
 
+        Ctrl-C during these finishes the sweep and returns what there is: a posterior that
+        `is_partial`, with a warning, and from which `resume` goes on. A second Ctrl-C raises, and
+        so does one before: annealing leaves nothing of use, and the engine as it was.
+
         Args:
             *args: Arguments of the model.
             num_sweeps: Sweeps at the posterior.
@@ -230,24 +235,43 @@ class DCPC:
             )
             recorder = Recorder(problem, arrival, num_sweeps, num_warmup, keep_every)
             state = restart_adaptation(arrival.state, self.parts)
-            bar.stage("sweeps", num_sweeps)
-            for index in range(num_sweeps):
-                before = state
-                state, info = problem.sweep(
-                    before,
-                    adapt=index < num_warmup,
-                    # Step sizes need a while with the preconditioner they will be used with.
-                    adapt_preconditioner=index < num_warmup // 2,
-                    retargets=False,
-                )
-                recorder.add(before, state, info)
-                bar.advance(info)
-            posterior = recorder.posterior(state)
-        self._posterior = posterior
-        if posterior.warnings:
-            message = format_problems(posterior.warnings)
-            warnings.warn(message, ConvergenceWarning, stacklevel=2)
-        return posterior
+            posterior = sweep_to_end(problem, state, recorder, bar, is_seeded=seed is not None)
+        return self._keep(posterior)
+
+    def resume(
+        self, posterior: Posterior, /, *args: Any, progress: bool = True, **kwargs: Any
+    ) -> Posterior:
+        """Makes the sweeps that are left of an interrupted run.
+
+        The result is that of a run without the interruption, bit for bit; of one without a seed, if
+        nothing else has drawn from torch's generator since. The posterior may come from a file, the
+        engine from another process: it has to be made alike.
+
+        Args:
+            posterior: What `run` returned when it was interrupted.
+            *args: Arguments of the model, those of the interrupted run.
+            progress: Whether to show a progress bar.
+            **kwargs: Keyword arguments of the model.
+
+        Raises:
+            OptionError: The posterior is not partial, or that of another engine.
+            DataError: It is that of other arguments or parameters of the model.
+            ThreadError: Another thread is in an inference.
+
+        Warns:
+            ConvergenceWarning: As `run` does.
+        """
+        continuation = continuation_of(posterior)
+        check_model_arguments(self.model, kwargs, "DCPC.resume")
+        random_state = continuation.random_state
+        with exclusive("DCPC.resume"), continued(random_state), ProgressBar(progress) as bar:
+            problem = self._problem(args, kwargs, thorough=True)
+            check_continuation(problem, posterior.state, continuation)
+            recorder = Recorder.resume(problem, posterior)
+            posterior = sweep_to_end(
+                problem, posterior.state, recorder, bar, is_seeded=bool(random_state)
+            )
+        return self._keep(posterior)
 
     def anneal(
         self,
@@ -345,6 +369,14 @@ class DCPC:
     def _problem(self, args: tuple, kwargs: dict, *, thorough: bool = False) -> Problem:
         arguments = Arguments(args, kwargs)
         return Problem(self._divisions, arguments, self.algorithm, self.guide, thorough=thorough)
+
+    def _keep(self, posterior: Posterior) -> Posterior:
+        """Makes it the last one, and warns the caller's caller of what is wrong with it."""
+        self._posterior = posterior
+        if posterior.warnings:
+            message = format_problems(posterior.warnings)
+            warnings.warn(message, ConvergenceWarning, stacklevel=3)
+        return posterior
 
     def _last(self) -> Posterior:
         if self._posterior is None:

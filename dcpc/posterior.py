@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dcpc.continuation import Continuation
 from dcpc.draws import MIN_DRAWS, describe, design_effect, quantiles
 from dcpc.errors import DCPCError, EvidenceError
 from dcpc.recombine import LogWeights, systematic, take_particles
@@ -71,6 +72,7 @@ class Posterior:
         warnings: Warnings that `DCPC.run` issued.
         num_masked: By latent, number of values that are masked out: they are no part of the
             posterior, and keep their draws of the prior.
+        continuation: Where the run was interrupted, what it needs to go on; else None.
     """
 
     samples: Samples
@@ -87,6 +89,12 @@ class Posterior:
     is_exact: bool = True
     warnings: tuple[str, ...] = ()
     num_masked: Mapping[str, int] = field(default_factory=dict)
+    continuation: Continuation | None = None
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the run was interrupted; `DCPC.resume` makes the sweeps that are left."""
+        return self.continuation is not None
 
     @property
     def log_weight(self) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from dcpc.annealing import Annealed, Rung, anneal, spaced_ladder
@@ -124,6 +125,13 @@ class Problem:
             adapt_preconditioner=adapt_preconditioner,
             retargets=retargets and self.parts.correction.is_exact,
         )
+
+    @exclusive("Problem.log_joint")
+    def log_joint(self, state: SweepState) -> Tensor:
+        """Log-density `log p(x, z_k)` of the particles as they are, `(K, *population)`."""
+        self._check_state(state)
+        with torch.no_grad():
+            return self.density.log_joint(state.latents)
 
     @exclusive("Problem.loss")
     def loss(self, state: SweepState) -> Tensor:

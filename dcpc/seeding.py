@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dcpc.threads import exclusive
 
@@ -44,6 +45,31 @@ def seeded(seed: int | None) -> Iterator[None]:
         return
     with random_state_kept():
         _seed(seed)
+        yield
+
+
+def random_state() -> dict[str, Tensor]:
+    """State of torch's default generators by device, of those in use."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    by_device = {f"cuda:{index}": torch.cuda.get_rng_state(index) for index in devices}
+    return {"cpu": torch.get_rng_state(), **by_device}
+
+
+@contextmanager
+def continued(state: Mapping[str, Tensor]) -> Iterator[None]:
+    """A block of code that goes on from a random state; an empty one draws from the global ones.
+
+    Raises:
+        ThreadError: Another thread is in such a block, or in an inference.
+    """
+    if not state:
+        yield
+        return
+    with random_state_kept():
+        torch.set_rng_state(state["cpu"])
+        for device, generator in state.items():
+            if device != "cpu":
+                torch.cuda.set_rng_state(generator, device)
         yield
 
 
