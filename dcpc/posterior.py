@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from dcpc import posterior_files
 from dcpc.continuation import Continuation
 from dcpc.draws import MIN_DRAWS, describe, design_effect, quantiles
 from dcpc.errors import DCPCError, EvidenceError
@@ -95,6 +97,35 @@ class Posterior:
     def is_partial(self) -> bool:
         """Whether the run was interrupted; `DCPC.resume` makes the sweeps that are left."""
         return self.continuation is not None
+
+    def save(self, path: str | Path) -> None:
+        """Writes the posterior into a file of plain tensors, for `load`.
+
+        All that it tells is in the file, and nothing of the model. The file is there as a whole or
+        as it was, whatever happens meanwhile.
+
+        Args:
+            path: The file; its folder is made.
+
+        Raises:
+            FileError: The disk is full, or the folder cannot be written to.
+        """
+        posterior_files.write(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Posterior:
+        """Reads a posterior from a file of `save`, bit for bit, onto the CPU.
+
+        No pickled code is run. The model is not needed but to sweep on: by an engine that is made
+        as the one was, with `resume` or `sweep`.
+
+        Args:
+            path: The file.
+
+        Raises:
+            FileError: There is no such file, it is damaged, or it is the file of something else.
+        """
+        return posterior_files.read(cls, path)
 
     @property
     def log_weight(self) -> Tensor:

@@ -212,7 +212,8 @@ class Recorder:
 
     def _constrain(self, latents: Mapping[str, Tensor]) -> Samples:
         values = self._problem.constrain(latents)
-        return {name: values[name] for name in self._problem.division.value_axes()}
+        # Compact, so that sums run over the same memory layout before a file and after.
+        return {name: values[name].contiguous() for name in self._problem.division.value_axes()}
 
     def _constrain_history(self) -> Samples:
         """Values `(K, num_kept, *batch, *event)` of the clouds that were kept."""
