@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dcpc.errors import DCPCError, OptionError
-from dcpc.io import describe_misfit, read_tensors
+from dcpc.io import describe_misfit, read_tensors, write_tensors
 
 __all__ = ["FrozenParticlesError", "SavedParticles", "load_parameters", "read", "write"]
 
@@ -91,7 +91,7 @@ def read(path: str | Path) -> SavedParticles:
 
 
 def write(saved: SavedParticles, path: str | Path, half_precision: bool) -> None:
-    """Writes a small file of plain tensors; its folder is made.
+    """Writes a small file of plain tensors, whole or not at all; its folder is made.
 
     Args:
         half_precision: Whether latents are rounded to half precision, eleven binary digits: half
@@ -99,6 +99,7 @@ def write(saved: SavedParticles, path: str | Path, half_precision: bool) -> None
 
     Raises:
         OptionError: A latent is too large for half precision.
+        FileError: The disk is full, or the folder cannot be written to. What was there stays.
     """
     latents = {name: u.half() if half_precision else u for name, u in saved.latents.items()}
     large = [name for name, u in latents.items() if not bool(u.isfinite().all())]
@@ -107,7 +108,6 @@ def write(saved: SavedParticles, path: str | Path, half_precision: bool) -> None
             f"site(s) {large} hold values that are not finite or, in half precision, beyond 65504; "
             "save with half_precision=False"
         )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     content = {
         "format": FORMAT,
         "parameters": _copies(saved.parameters),
@@ -118,7 +118,7 @@ def write(saved: SavedParticles, path: str | Path, half_precision: bool) -> None
     for key, value in (("originals", saved.originals), ("labels", saved.labels)):
         if value is not None:
             content[key] = _copy(value)
-    torch.save(content, path)
+    write_tensors(content, path)
 
 
 def load_parameters(model: nn.Module, parameters: Mapping[str, Tensor], path: str | Path) -> None:
