@@ -38,13 +38,14 @@ def plain(value: Any) -> Any:
     return value
 
 
-def build(kind: Any, value: Any, entry: str) -> Any:
+def build(kind: Any, value: Any, entry: str, device: torch.device | str = "cpu") -> Any:
     """A value of some type from a plain one; tensors are copied.
 
     Args:
         kind: A dataclass, or the type of one of its fields.
         value: The plain value.
         entry: Its name, for errors.
+        device: Where its tensors are to be.
 
     Raises:
         Misfit: It does not fit.
@@ -53,18 +54,18 @@ def build(kind: Any, value: Any, entry: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         options = [option for option in inner if option is not types.NoneType]
         assert len(options) == 1, f"{kind} has several alternatives"
-        return None if value is None else build(options[0], value, entry)
+        return None if value is None else build(options[0], value, entry, device)
     if is_dataclass(kind):
-        return _build_dataclass(kind, value, entry)
+        return _build_dataclass(kind, value, entry, device)
     if origin is tuple:
         _check(isinstance(value, list), entry, "a list", value)
-        return tuple(build(inner[0], v, f"{entry}[{i}]") for i, v in enumerate(value))
+        return tuple(build(inner[0], v, f"{entry}[{i}]", device) for i, v in enumerate(value))
     if origin is not None:  # a mapping from names
         _check(isinstance(value, dict), entry, "a dictionary", value)
         _check(all(type(key) is str for key in value), entry, "a dictionary of names", value)
-        return {key: build(inner[1], v, f"{entry}.{key}") for key, v in value.items()}
+        return {key: build(inner[1], v, f"{entry}.{key}", device) for key, v in value.items()}
     _check(type(value) is kind, entry, f"a {kind.__name__}", value)
-    return value.clone() if kind is Tensor else value
+    return value.to(device, copy=True) if kind is Tensor else value
 
 
 def count_not_finite(value: Any, entry: str) -> dict[str, int]:
@@ -73,7 +74,7 @@ def count_not_finite(value: Any, entry: str) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _build_dataclass(kind: Any, value: Any, entry: str) -> Any:
+def _build_dataclass(kind: Any, value: Any, entry: str, device: torch.device | str) -> Any:
     _check(isinstance(value, dict), entry, "a dictionary", value)
     hints = typing.get_type_hints(kind)
     names = [f.name for f in fields(kind)]
@@ -82,7 +83,7 @@ def _build_dataclass(kind: Any, value: Any, entry: str) -> Any:
     for name in value:
         _check(name in names, entry, f"one of {', '.join(names)} in every name", name)
     try:
-        return kind(**{name: build(hints[name], value[name], f"{entry}.{name}") for name in names})
+        return kind(**{n: build(hints[n], value[n], f"{entry}.{n}", device) for n in names})
     except ValueError as error:
         raise Misfit(f"entry '{entry}': {error}") from error
 

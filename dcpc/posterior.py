@@ -113,19 +113,20 @@ class Posterior:
         posterior_files.write(self, path)
 
     @classmethod
-    def load(cls, path: str | Path) -> Posterior:
-        """Reads a posterior from a file of `save`, bit for bit, onto the CPU.
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Posterior:
+        """Reads a posterior from a file of `save`, bit for bit.
 
         No pickled code is run. The model is not needed but to sweep on: by an engine that is made
         as the one was, with `resume` or `sweep`.
 
         Args:
             path: The file.
+            device: Where its tensors are to be: the model's device, to sweep on.
 
         Raises:
             FileError: There is no such file, it is damaged, or it is the file of something else.
         """
-        return posterior_files.read(cls, path)
+        return posterior_files.read(cls, path, device)
 
     @property
     def log_weight(self) -> Tensor:

@@ -34,11 +34,11 @@ def write(posterior: Posterior, path: str | Path) -> None:
     write_tensors({"format": FORMAT, "not_finite": counts, ROOT: content}, path)
 
 
-def read(kind: type[Posterior], path: str | Path) -> Posterior:
+def read(kind: type[Posterior], path: str | Path, device: torch.device | str = "cpu") -> Posterior:
     """Reads what `write` wrote, bit for bit, without running pickled code.
 
     Checksums, names, types, shapes and the numbers that are not finite have to be those of a
-    posterior. Tensors are on the CPU.
+    posterior.
 
     Raises:
         FileError: There is no such file, it is damaged, or it is the file of something else.
@@ -52,7 +52,7 @@ def read(kind: type[Posterior], path: str | Path) -> Posterior:
             f"{got}"
         )
     try:
-        posterior: Posterior = build(kind, content.get(ROOT), ROOT)
+        posterior: Posterior = build(kind, content.get(ROOT), ROOT, device)
         misfit = next(_misfits(posterior), None)  # what comes after the first one builds on it
         if misfit is not None:
             entry, expected, got = misfit

@@ -66,10 +66,10 @@ def continued(state: Mapping[str, Tensor]) -> Iterator[None]:
         yield
         return
     with random_state_kept():
-        torch.set_rng_state(state["cpu"])
+        torch.set_rng_state(state["cpu"].cpu())
         for device, generator in state.items():
             if device != "cpu":
-                torch.cuda.set_rng_state(generator, device)
+                torch.cuda.set_rng_state(generator.cpu(), device)
         yield
 
 

@@ -568,7 +568,7 @@ FAULTS = [
           "if self.is_requested: signal.default_int_handler(number, frame)", "pass"),
     Fault("the handler of interrupts stays",
           "signal.signal(signal.SIGINT, self._previous)", "pass"),
-    Fault("a resumed run draws other numbers", 'torch.set_rng_state(state["cpu"])', "pass"),
+    Fault("a resumed run draws other numbers", 'torch.set_rng_state(state["cpu"].cpu())', "pass"),
     Fault("a resumed run counts its moves anew",
           "recorder._sums = told.sums.copy()", "recorder._sums = SweepSums()"),
     Fault("sums of a partial posterior go on growing",

@@ -7,7 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,9 +150,8 @@ engine.resume(partial, *regression_data(), progress=False).save(sys.argv[2])
 """
 
 
-@pytest.fixture
-def partial(monkeypatch) -> Posterior:
-    """Interrupted in the forty-first of sixty sweeps."""
+def interrupted(run: Callable[[], Posterior]) -> Posterior:
+    """Interrupts a run in the forty-first of its sixty sweeps."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     calls = []
 
@@ -161,11 +160,16 @@ def partial(monkeypatch) -> Posterior:
         if len(calls) == 41:
             signal.raise_signal(signal.SIGINT)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ProgressBar, "advance", advance)
-        posterior = KINDS["chains"]()
+        posterior = run()
     signal.signal(signal.SIGINT, before)
     return posterior
+
+
+@pytest.fixture(scope="module")
+def partial() -> Posterior:
+    return interrupted(KINDS["chains"])
 
 
 def test_another_process_resumes_a_saved_run_bit_for_bit(partial, tmp_path):
@@ -181,6 +185,23 @@ def test_another_process_resumes_a_saved_run_bit_for_bit(partial, tmp_path):
     assert got.format_summary() == expected.format_summary()
     for name, z in expected.history.items():
         assert torch.equal(got.history[name], z)
+
+
+@pytest.mark.gpu
+def test_a_run_on_the_gpu_goes_on_from_a_file_bit_for_bit(tmp_path):
+    def model(x, y):
+        slope = pyro.sample("slope", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(x @ slope, 0.3), obs=y)
+
+    data = [tensor.cuda() for tensor in DATA]
+    engine = DCPC(model, num_particles=10)
+    expected = engine.run(*data, **OPTIONS)
+    interrupted(lambda: engine.run(*data, **OPTIONS)).save(tmp_path / "partial.pt")
+    loaded = Posterior.load(tmp_path / "partial.pt", device="cuda")
+    got = engine.resume(loaded, *data, progress=False)
+    assert got.samples["slope"].device.type == "cuda"
+    assert torch.equal(got.history["slope"], expected.history["slope"])
 
 
 # -- what is wrong with a file ---------------------------------------------------------------
@@ -228,11 +249,11 @@ def test_truncated_and_absent_files_are_one_line(path):
         refused(path, "is truncated, or is no file of tensors")
 
 
-def test_every_flipped_bit_of_a_tensor_is_noticed(path):
+def test_flipped_bits_of_a_tensor_are_noticed(path):
     content = path.read_bytes()
     values = read_tensors(path)["posterior"]["samples"]["scale"].clone().numpy().tobytes()
     place = content.find(values)
-    for bit in range(8 * len(values)):
+    for bit in range(0, 8 * len(values), 7):
         damaged = bytearray(content)
         damaged[place + bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
@@ -260,13 +281,15 @@ def name_of(keys: tuple) -> str:
     return ".".join(keys)
 
 
-def changed(content: dict, keys: tuple, change: Any) -> dict:
+def odd(path: Path, content: dict, keys: tuple, change: Callable[[dict, str], object]) -> Path:
+    """Another file, in which one entry is changed."""
     content = copy.deepcopy(content)
     inner = content
     for key in keys[:-1]:
         inner = inner[key]
     change(inner, keys[-1])
-    return content
+    torch.save(content, path.with_name("odd.pt"))
+    return path.with_name("odd.pt")
 
 
 def test_entries_that_are_absent_unknown_or_of_another_type_are_named(path):
@@ -280,8 +303,7 @@ def test_entries_that_are_absent_unknown_or_of_another_type_are_named(path):
 
     for keys in entries:
         if keys[1] not in ("acceptance", "step_size"):  # which are numbers like 3.5
-            write_tensors(changed(content, keys, put_other_type), path)
-            refused(path, f"'{name_of(keys)}")
+            refused(odd(path, content, keys, put_other_type), f"'{name_of(keys)}")
 
     for keys in entries:
         if keys[1] in ("acceptance", "step_size", "unit_of", "num_masked"):
@@ -290,15 +312,14 @@ def test_entries_that_are_absent_unknown_or_of_another_type_are_named(path):
             continue  # which only the engine knows
         if keys[-2] in ("kept", "squared_moves", "random_state"):
             continue  # one name each, which may be empty altogether
-        write_tensors(changed(content, keys, lambda inner, key: inner.pop(key)), path)
-        refused(path, "entry 'posterior")
+        without = odd(path, content, keys, lambda inner, key: inner.pop(key))
+        refused(without, "entry 'posterior")
 
     def add(inner: dict, key: str) -> None:
         inner["surprise"] = 1
 
     for keys in (("posterior", "num_bad"), ("posterior", "state", "log_joint")):
-        write_tensors(changed(content, keys, add), path)
-        refused(path, r"must be one of .* in every name, got 'surprise'")
+        refused(odd(path, content, keys, add), r"must be one of .* in every name, got 'surprise'")
 
 
 def test_tensors_of_another_shape_are_named(path):
@@ -315,8 +336,8 @@ def test_tensors_of_another_shape_are_named(path):
             continue
         for value in (tensor for tensor in strange if tensor.shape != inner.shape):
             count += 1
-            write_tensors(changed(content, keys, lambda d, key, v=value: d.update({key: v})), path)
-            refused(path, r"entry 'posterior\.")
+            other = odd(path, content, keys, lambda d, key, v=value: d.update({key: v}))
+            refused(other, r"entry 'posterior\.")
     assert count > 20
 
 
@@ -344,8 +365,7 @@ def test_values_that_no_posterior_has_are_named(keys, value, message, path):
         inner[key] = value
 
     keys = ("posterior", *keys.split("."))
-    write_tensors(changed(read_tensors(path), keys, put), path)
-    refused(path, message)
+    refused(odd(path, read_tensors(path), keys, put), message)
 
 
 def test_a_full_disk_keeps_the_posterior_that_was_there(path, monkeypatch):
