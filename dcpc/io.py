@@ -12,6 +12,7 @@ import pickle
 import re
 import secrets
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,9 +30,11 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "allocate",
     "check_entries",
     "describe_misfit",
     "num_bytes",
+    "own_folder",
     "read_tensors",
     "remove_stale",
     "write_tensors",
@@ -41,6 +44,9 @@ NAME = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.incomplete", re.DOTALL)
 """Names of files that are being written: the target's, the process and a random number."""
 
 BUFFER_BYTES = 1 << 20
+
+LOCK = "lock"
+"""File that says by its lock that a folder has an owner."""
 
 
 def write_tensors(content: Mapping[str, Any], path: str | Path) -> None:
@@ -137,6 +143,39 @@ def remove_stale(folder: str | Path) -> list[Path]:
                 path.unlink()
                 removed.append(path)
     return removed
+
+
+def own_folder(parent: str | Path, prefix: str) -> tuple[Path, BinaryIO]:
+    """Makes a folder for temporary files, and removes those of the same prefix without an owner.
+
+    Returns:
+        The folder, and the lock that says that it has an owner: a file that stays open for as long.
+
+    Raises:
+        OSError: `parent` cannot be written to.
+    """
+    Path(parent).mkdir(parents=True, exist_ok=True)
+    for path in sorted(Path(parent).glob(f"{prefix}*/{LOCK}")):
+        with suppress(OSError), path.open("rb") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    path, lock = _locked_file(folder / LOCK)
+    path.rename(folder / LOCK)  # never there without being locked
+    return folder, lock
+
+
+def allocate(path: Path, size: int) -> None:
+    """Makes a file of so many bytes, zeros where it is new, that take their space at once.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written to.
+    """
+    with path.open("ab") as file:
+        _allocate(file, size)
+        if os.fstat(file.fileno()).st_size < size:
+            file.truncate(size)
 
 
 def num_bytes(content: Any) -> int:

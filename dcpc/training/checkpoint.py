@@ -1,20 +1,63 @@
-"""Checkpoints, checked before they are used: readable, and of this model."""
+"""Checkpoints: written whole or not at all, and checked before they are used."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor, nn
 
-from dcpc.errors import DCPCError
-from dcpc.io import describe_misfit, read_tensors
+from dcpc.errors import DCPCError, FileError
+from dcpc.io import check_entries, describe_misfit, read_tensors, remove_stale, write_tensors
+from dcpc.training.contents import describe_change, entries, manifest
 
-__all__ = ["CheckpointError", "read_checkpoint"]
+__all__ = ["CheckpointError", "DurableFiles", "read_checkpoint"]
+
+
+MANIFEST = "dcpc_manifest"
+"""Entry that says what all others are."""
 
 
 class CheckpointError(DCPCError):
-    """A checkpoint cannot be read, or belongs to another model."""
+    """A checkpoint cannot be read, is damaged, or belongs to another model or run."""
+
+
+class DurableFiles(TorchCheckpointIO):
+    """Checkpoints as files that are replaced in one step, after they have reached the disk.
+
+    What was there stays until the new one is whole; a full disk is an error before anything is
+    lost. Where a file is on another machine (`s3://...`), it is left to Lightning.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            CheckpointError: A number in it is not finite; the file that was there stays.
+            FileError: The disk is full, or the folder cannot be written to; likewise.
+        """
+        if _is_remote(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        entry = _not_finite(checkpoint)
+        if entry is not None:
+            raise CheckpointError(
+                f"'{path}' was not written: its entry '{entry}' would hold numbers that are not "
+                "finite; resume from the checkpoint before with a lower model.learning_rate or "
+                "model.step_size"
+            )
+        remove_stale(Path(path).parent)
+        write_tensors({**checkpoint, MANIFEST: manifest(checkpoint)}, path)
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Reads a checkpoint, as `read_checkpoint` does."""
+        if _is_remote(path):
+            return super().load_checkpoint(path, *arguments, **options)
+        return read_checkpoint(path)
 
 
 def read_checkpoint(path: str | Path, module: nn.Module | None = None) -> dict[str, Any]:
@@ -25,8 +68,8 @@ def read_checkpoint(path: str | Path, module: nn.Module | None = None) -> dict[s
         module: The parameters in the checkpoint must fit it, if it is given.
 
     Raises:
-        CheckpointError: There is no such file, it is truncated or no checkpoint, or a parameter is
-            missing or has another shape than in the module.
+        CheckpointError: There is no such file, it is truncated, damaged or no checkpoint, a number
+            in it is not finite, or a parameter is missing or has another shape than in the module.
     """
     try:
         checkpoint = read_tensors(path)
@@ -34,10 +77,26 @@ def read_checkpoint(path: str | Path, module: nn.Module | None = None) -> dict[s
         raise CheckpointError(
             f"--ckpt_path: there is no checkpoint '{path}'; train first, with dcpc fit"
         ) from None
-    if checkpoint is None or "state_dict" not in checkpoint:
+    if checkpoint is None or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise CheckpointError(
             f"--ckpt_path: '{path}' ({Path(path).stat().st_size:,} bytes) is truncated or is not a "
             "checkpoint of dcpc fit; use another one, or train again"
+        )
+    try:
+        check_entries(path)
+    except FileError as error:
+        raise CheckpointError(f"--ckpt_path: {error}") from error
+    written = checkpoint.pop(MANIFEST, {})  # early checkpoints have none
+    changed = describe_change(checkpoint, written) if written != {} else None
+    if changed is not None:
+        raise CheckpointError(
+            f"--ckpt_path: '{path}' was changed: {changed}; take another copy, or train again"
+        )
+    entry = _not_finite(checkpoint)
+    if entry is not None:
+        raise CheckpointError(
+            f"--ckpt_path: '{path}': its entry '{entry}' holds numbers that are not finite; use an "
+            "earlier checkpoint"
         )
     misfit = None if module is None else describe_misfit(checkpoint["state_dict"], module)
     if misfit is not None:
@@ -46,3 +105,23 @@ def read_checkpoint(path: str | Path, module: nn.Module | None = None) -> dict[s
             "and the options that it was trained with"
         )
     return checkpoint
+
+
+def _is_remote(path: str | Path) -> bool:
+    return "://" in str(path)
+
+
+def _not_finite(content: Any) -> str | None:
+    """The first tensor in nested dictionaries and lists that holds a NaN or an infinity."""
+    for name, value in entries(content):
+        if isinstance(value, Tensor) and value.is_floating_point() and not _is_finite(value):
+            return name
+    return None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite; takes no memory of the tensor's size."""
+    if not tensor.numel():
+        return True
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() & high.isfinite())

@@ -20,9 +20,9 @@ import torch
 from jsonargparse import DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from dcpc.errors import DCPCError, OptionError
@@ -30,10 +30,11 @@ from dcpc.training.callbacks import (
     EvaluationTable,
     ImageGrids,
     PredictionWriter,
+    RunCheckpoint,
     RunReport,
     SweepMonitor,
 )
-from dcpc.training.checkpoint import read_checkpoint
+from dcpc.training.checkpoint import DurableFiles, read_checkpoint
 from dcpc.training.data import ArrayData, DigitsData, HubImages, LabelledData, MoonsData
 from dcpc.training.modules import (
     AmortisedModule,
@@ -43,6 +44,7 @@ from dcpc.training.modules import (
     ParticleModule,
     Start,
 )
+from dcpc.training.signals import Signals
 
 __all__ = ["ConfiguredCLI", "TrainingCLI", "main"]
 
@@ -129,12 +131,14 @@ class TrainingCLI(LightningCLI):
 
     Args:
         args: Arguments of the command line; None for the process's own.
+        signals: Signals that stop training; None to leave them to others.
 
     Raises:
         DCPCError: An option, the data, a checkpoint or a folder is unusable.
     """
 
-    def __init__(self, args: Sequence[str] | None = None) -> None:
+    def __init__(self, args: Sequence[str] | None = None, signals: Signals | None = None) -> None:
+        self.signals = signals
         _quieten_lightning()
         super().__init__(
             MeasuredModule,
@@ -198,9 +202,10 @@ class TrainingCLI(LightningCLI):
         options = self.config[self.subcommand].trainer
         callbacks: list[Callback]
         if self.subcommand == "fit":
-            checkpoint = ModelCheckpoint(filename="last", save_on_train_epoch_end=True)
             monitor = SweepMonitor(options.log_every_n_steps or 50)
-            callbacks = [monitor, ImageGrids(), RunReport(), checkpoint]
+            callbacks = [monitor, ImageGrids(), RunReport()]
+            if options.enable_checkpointing is not False:
+                callbacks.append(RunCheckpoint(self.signals))
             if options.logger in (None, True):
                 kwargs["logger"] = _Logger(options.default_root_dir, name="")
         else:
@@ -209,8 +214,12 @@ class TrainingCLI(LightningCLI):
             kwargs["enable_checkpointing"] = False
         if options.enable_progress_bar is None:
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
-        configured = self._get(self.config_init, "trainer").callbacks or []
-        return super().instantiate_trainer(callbacks=[*callbacks, *configured], **kwargs)
+        configured = self._get(self.config_init, "trainer")
+        plugins = _as_list(configured.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(DurableFiles())
+        callbacks += _as_list(configured.callbacks)
+        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
     def after_instantiate_classes(self) -> None:
         checkpoint = self.config[self.subcommand].ckpt_path
@@ -243,8 +252,8 @@ def main(args: Sequence[str] | None = None) -> None:
     # As `python -m` does, so that a config may name classes in files of the working directory.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    with one_line_errors():
-        TrainingCLI(_find_configs(arguments))
+    with one_line_errors(), Signals() as signals:
+        TrainingCLI(_find_configs(arguments), signals)
 
 
 @contextmanager
@@ -279,6 +288,10 @@ def _find_config(path: str) -> str:
     if path.startswith("configs/") and (home / path).is_file():
         return str(home / path)
     raise OptionError(f"--config: there is no file '{path}'")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
 def _run_folder(layers: Sequence[Any]) -> Path:

@@ -148,7 +148,9 @@ def _of_checkpoint(content: Mapping[str, Any], path: str | Path) -> SavedParticl
             f"'{path}' holds no particles yet: the run had not swept any when it was saved; train "
             "for longer, or lower model.start.warm_up_epochs"
         )
-    whole = SavedParticles(
+    visited = particles["visited"]
+    has_all_rows = len(particles["log_weight"]) == len(visited)  # or those of visited data only
+    saved = SavedParticles(
         parameters={
             name.removeprefix(PREFIX): value
             for name, value in content["state_dict"].items()
@@ -156,10 +158,9 @@ def _of_checkpoint(content: Mapping[str, Any], path: str | Path) -> SavedParticl
         },
         latents=particles["latents"],
         log_weight=particles["log_weight"],
-        index=torch.arange(len(particles["visited"])),
+        index=torch.arange(len(visited)) if has_all_rows else visited.nonzero().squeeze(1),
     )
-    visited = particles["visited"]
-    return whole if bool(visited.all()) else whole.take(visited.nonzero().squeeze(1), path)
+    return saved.take(visited.nonzero().squeeze(1), path) if has_all_rows else saved
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

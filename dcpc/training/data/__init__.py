@@ -18,6 +18,7 @@ from dcpc.training.data.labelled import (
     LabelledData,
     LabelledSet,
     TensorSet,
+    check_finite,
 )
 from dcpc.training.data.moons import MoonsData
 from dcpc.training.data.pixels import PixelSet
@@ -34,5 +35,6 @@ __all__ = [
     "MoonsData",
     "PixelSet",
     "TensorSet",
+    "check_finite",
     "check_images",
 ]

@@ -50,11 +50,9 @@ class AmortisedModule(GenerativeModule):
         require_at_least("model.num_samples", num_samples, 1)
         self.num_samples = num_samples
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def learn(self, batch: Batch) -> Tensor:
         """Returns minus the evidence lower bound per datum, in nats."""
         x = batch[0]
-        with self.stream(self._num_steps):
-            loss = self.negative_elbo(x, num_samples=self.num_samples)
-        self._num_steps += 1
+        loss = self.negative_elbo(x, num_samples=self.num_samples)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
         return loss
