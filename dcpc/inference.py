@@ -76,7 +76,8 @@ class DCPC:
     One thread of a process infers at a time; a second one is refused. Torch's default generator is
     one for all threads as well: another thread that draws from it while a seeded run is under way
     changes the run's draws, and is set back when the run ends; give it a `torch.Generator` of its
-    own. An engine can be pickled if its model can, and run in another process.
+    own. An engine can be pickled if its model can, and run in another process; what `pyro.param`
+    keeps in its store stays behind, unless it is saved by `pyro.get_param_store().save`.
 
     Args:
         model: A Pyro program with continuous latents and a fixed set of sites.

@@ -128,13 +128,14 @@ def remove_stale(folder: str | Path) -> list[Path]:
     keeps locks for, and stays; so does every file where there are no locks.
 
     Args:
-        folder: Where `write_tensors` has written; other folders inside are not looked into.
+        folder: Where `write_tensors` has written, if it is there at all; other folders inside are
+            not looked into.
 
     Returns:
         The files that were removed.
     """
     removed = []
-    for path in sorted(Path(folder).iterdir()):
+    for path in sorted(Path(folder).glob(".*.incomplete")):
         if not NAME.fullmatch(path.name):
             continue
         with suppress(OSError), path.open("r+b") as file:  # some locks are for writers only

@@ -175,6 +175,7 @@ def test_files_of_killed_processes_are_removed_and_those_of_live_ones_never(path
         assert f".{dead.pid}-" in removed.name
         assert {p.name for p in path.parent.iterdir()} == before - {removed.name}
         assert torch.equal(read_tensors(path)["value"], OLD["value"])
+        assert remove_stale(path.with_name("absent")) == []
         alive.communicate("\n" * 2)
         assert alive.returncode == 0
     assert torch.equal(read_tensors(path)["value"], torch.ones(3))
