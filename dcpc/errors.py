@@ -29,6 +29,10 @@ class OptionError(DCPCError):
     """An argument of an inference class that is unknown, out of range, or does not fit another."""
 
 
+class ThreadError(DCPCError):
+    """Two threads at once in what the process has only once: torch's generator, Pyro's handlers."""
+
+
 class FileError(DCPCError):
     """A file that cannot be written or read, or whose content is not what it should be."""
 

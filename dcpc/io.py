@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import secrets
 import shutil
 import tempfile
@@ -41,8 +42,8 @@ __all__ = [
     "write_tensors",
 ]
 
-INCOMPLETE = ".incomplete"
-"""Ending of the names of files that are being written."""
+NAME = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.incomplete", re.DOTALL)
+"""Names of files that are being written: the target's, the process and a random number."""
 
 BUFFER_BYTES = 1 << 20
 
@@ -129,14 +130,17 @@ def remove_stale(folder: str | Path) -> list[Path]:
     keeps locks for, and stays; so does every file where there are no locks.
 
     Args:
-        folder: Where `write_tensors` has written; other folders inside are not looked into.
+        folder: Where `write_tensors` has written, if it is there at all; other folders inside are
+            not looked into.
 
     Returns:
         The files that were removed.
     """
     removed = []
-    for path in sorted(Path(folder).glob(f".*{INCOMPLETE}")):
-        with suppress(OSError), path.open("rb") as file:
+    for path in sorted(Path(folder).glob(".*.incomplete")):
+        if not NAME.fullmatch(path.name):
+            continue
+        with suppress(OSError), path.open("r+b") as file:  # some locks are for writers only
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
@@ -248,7 +252,7 @@ def _replacing(target: Path) -> Iterator[BinaryIO]:
 
 def _locked_file(target: Path) -> tuple[Path, BinaryIO]:
     while True:
-        name = f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{INCOMPLETE}"
+        name = f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.incomplete"
         path = target.with_name(name)
         file = path.open("xb", buffering=BUFFER_BYTES)
         if fcntl is None:

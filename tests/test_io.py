@@ -164,19 +164,22 @@ def writer(path: Path) -> subprocess.Popen:
 
 
 def test_files_of_killed_processes_are_removed_and_those_of_live_ones_never(path):
+    other = path.with_name(".download.incomplete")  # of another program
+    other.touch()
     with writer(path) as dead, writer(path) as alive:
         dead.kill()
         dead.wait()
         before = {p.name for p in path.parent.iterdir()}
-        assert len(before) == 3
+        assert len(before) == 4
         (removed,) = remove_stale(path.parent)
         assert f".{dead.pid}-" in removed.name
         assert {p.name for p in path.parent.iterdir()} == before - {removed.name}
         assert torch.equal(read_tensors(path)["value"], OLD["value"])
+        assert remove_stale(path.with_name("absent")) == []
         alive.communicate("\n" * 2)
         assert alive.returncode == 0
     assert torch.equal(read_tensors(path)["value"], torch.ones(3))
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert {p.name for p in path.parent.iterdir()} == {path.name, other.name}
 
 
 def test_a_file_that_was_removed_before_it_was_locked_is_made_again(path, monkeypatch):
