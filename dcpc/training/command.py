@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import logging
 import os
 import re
 import sys
 import tempfile
 import warnings
-from argparse import RawDescriptionHelpFormatter
+from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import DefaultHelpFormatter, Namespace
 from jsonargparse.typing import PositiveInt
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -35,6 +36,7 @@ from dcpc.training.callbacks import (
 )
 from dcpc.training.checkpoint import read_checkpoint
 from dcpc.training.data import ArrayData, DigitsData, HubImages, LabelledData, MoonsData
+from dcpc.training.messages import explain, finish
 from dcpc.training.modules import (
     AmortisedModule,
     ClassifierModule,
@@ -43,6 +45,7 @@ from dcpc.training.modules import (
     ParticleModule,
     Start,
 )
+from dcpc.training.type_words import show
 
 __all__ = ["ConfiguredCLI", "TrainingCLI", "main"]
 
@@ -74,6 +77,8 @@ CONFIGURED: dict[str, tuple[type, ...]] = {
 GROUPS: dict[str, tuple[type, ...]] = {"model.start": (Start,), "model.held_out": (HeldOut,)}
 """Groups of keys within those classes."""
 
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
 CONFIG_OPTIONS = ("--config", "-c")
 
 LIGHTNING_REMARKS = (
@@ -103,8 +108,37 @@ class _Parser(LightningArgumentParser):
         """A config as text that can be read, also by `--print_config`."""
         return super().dump(*args, **{"format": "json_indented", **kwargs})
 
+    def parse_string(
+        self, content: str, path: str | os.PathLike = "", *args: Any, **kwargs: Any
+    ) -> Namespace:
+        """Reads a layer, which must be a JSON object whose groups of keys are objects too."""
+        try:
+            layer = json.loads(content)
+        except ValueError as error:
+            self.error(f"--config: the file '{path}' is no JSON ({error})")
+        if not isinstance(layer, dict):
+            self.error(f"--config: the file '{path}' must hold a JSON object, got {show(layer)}")
+        self._check_groups(layer)
+        return super().parse_string(content, path, *args, **kwargs)
+
+    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
+        """Checks what jsonargparse takes for granted too: that groups of keys are none's value."""
+        self._check_groups(namespace)
+        super().validate(namespace, *args, **kwargs)
+
+    def _check_groups(self, config: Mapping[str, Any] | Namespace) -> None:
+        for name in set(self.groups) - {action.dest for action in self._actions}:
+            value = config.get(name, {})
+            if not isinstance(value, dict | Namespace):
+                self.error(f'Parser key "{name}":\n  Expected an object. Got value: {value}')
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        _fail(message + _suggest_key(message))
+        """Fails with one line that names the whole key; within a class, hands it to the level above."""
+        level = getattr(ex, "subcommand_parser", None) or self
+        line = explain(level, message, _suggest_key)
+        if not self.exit_on_error:
+            raise ArgumentError(None, line) from ex
+        _fail(finish(line, SUBCOMMANDS))
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -286,32 +320,21 @@ def _run_folder(layers: Sequence[Any]) -> Path:
     return Path("runs", *(Path(str(layer)).stem for layer in layers))
 
 
-def _suggest_key(message: str) -> str:
-    """The likely fix of a key that no class accepts, which jsonargparse names without its path."""
-    if message.endswith("are required: model"):
-        return (
-            "; an algorithm is a layer on top of data and model: --config configs/mnist.json first"
-        )
-    refused = re.fullmatch(
-        r"Option '(?:.*\.)?(\w+)' is not accepted|unrecognized arguments: --(?:\S*\.)?(\w+)=?.*",
-        message,
-    )
-    if refused is None:
-        return ""
+def _suggest_key(key: str) -> str:
+    """The likely fix of a key that its class does not accept, but another one does."""
     owners = {
-        key: (f"{part}.{key}", configured)
+        name: (f"{part}.{name}", configured)
         for part, classes in (GROUPS | CONFIGURED).items()
         for configured in reversed(classes)
-        for key in inspect.signature(configured).parameters
+        for name in inspect.signature(configured).parameters
     }
-    key = refused[1] or refused[2]
     close = difflib.get_close_matches(key, owners, n=1, cutoff=0.8)
-    question = "."
-    if close:
-        path, owner = owners[close[0]]
-        known = f"; '{path}' is a key of {owner.__name__} (a layer of another class comes last)."
-        question = known if close[0] == key else f"; did you mean '{path}'?"
-    return f"{question} dcpc fit --help, --model.help CLASS and --data.help CLASS list the keys"
+    if not close:
+        return ""
+    path, owner = owners[close[0]]
+    if close[0] == key:
+        return f"; '{path}' is a key of {owner.__name__} (a layer of another class comes last)."
+    return f"; did you mean '{path}'?"
 
 
 def _own_error(error: BaseException) -> DCPCError:

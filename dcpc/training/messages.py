@@ -1,0 +1,118 @@
+"""Errors of configs in one line: the whole path of the key, what was expected, what was got.
+
+jsonargparse reports an error by a block of text per level of nesting, in which a key stands without
+those above it, and a `Union` as a dump of the errors of its members. Every level has a parser of
+its own, whose `error` hook passes here: `explain` makes a line of the innermost message, and the
+levels above put their keys in front of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from dcpc.training.type_words import describe_type, find_misfit, show
+
+__all__ = ["explain", "finish"]
+
+START, PREFIX = "\x01", "\x02"
+"""Begin of a line that an inner level has made; place of the keys above it."""
+
+LAYERS = "; an algorithm is a layer on top of data and model: --config configs/mnist.json first"
+HELP = "dcpc fit --help, --model.help CLASS and --data.help CLASS list the keys"
+
+KEYED = re.compile(r'(?:Parser key|Key) "(?P<key>[^"]+)"(?: element (?P<element>\d+))?:\s*')
+REFUSED = re.compile(
+    r"(?:(?:Group '(?P<group>[^']+)'|Subcommand '\w+') does not accept option '(?P<subkey>[^']+)'"
+    r"|Option '(?P<key>[^']+)' is not accepted.*"
+    r"|unrecognized arguments: --(?P<argument>[^\s=]+).*)\s*",
+    re.DOTALL,
+)
+REQUIRED = re.compile(r"the following arguments are required: (?P<keys>.+)")
+IMPORT = re.compile(r"Problem with given class_path '(?P<path>[^']*)':\s+(?P<reason>[^\n]+)")
+OTHER_CLASS = re.compile(r"Import path (?P<path>\S+) does not (?:correspond|implement)")
+ABSTRACT = re.compile(r"Expected an instantiatable class, but (?P<path>\S+) is")
+CLASS_PATH = re.compile(r"'?class_path'?[=:] ?(?P<path>'[^']*'|[^,)}]+)")
+
+
+def explain(parser: argparse.ArgumentParser, message: str, suggest: Callable[[str], str]) -> str:
+    """A parser's message as a line to which the levels above add their keys; see `finish`.
+
+    Args:
+        parser: The parser of this level.
+        message: Its message.
+        suggest: A hint for a key that no key of this level resembles.
+    """
+    line = _line(parser, message, suggest)
+    return line if line.startswith(START) else START + line
+
+
+def finish(line: str, subcommands: Iterable[str] = ()) -> str:
+    """The line of the outermost level, without the marks and without the subcommand's name."""
+    line = line.replace(START, "").replace(PREFIX, "")
+    return re.sub(rf"^(?:{'|'.join(subcommands)})\.", "", line) if subcommands else line
+
+
+def _line(parser: argparse.ArgumentParser, message: str, suggest: Callable[[str], str]) -> str:
+    keyed = KEYED.match(message)
+    inner = re.search(f"{START}[^\n]*", message)
+    if inner:
+        return inner[0].replace(PREFIX, f"{PREFIX}{keyed['key']}.") if keyed else inner[0]
+    if keyed:
+        key = keyed["key"] + (f"[{int(keyed['element']) - 1}]" if keyed["element"] else "")
+        return f"{PREFIX}{key}{_complaint(_type_of(parser, keyed['key']), message)}"
+    if refused := REFUSED.fullmatch(message):
+        groups = refused.groupdict()
+        key = groups["key"] or groups["subkey"] or groups["argument"]
+        key = f"{groups['group']}.{key}" if groups["group"] else key
+        return f"{PREFIX}{key}: {_refusal(parser, key, suggest)}"
+    if required := REQUIRED.fullmatch(message):
+        key = required["keys"].split(", ")[0]
+        expected = describe_type(_type_of(parser, key)) if _type_of(parser, key) else "a class_path"
+        hint = LAYERS if key.rpartition(".")[2] in ("model", "data") else ""
+        return f"{PREFIX}{key}: missing or null, expected {expected}{hint}"
+    return " ".join(message.split())
+
+
+def _type_of(parser: argparse.ArgumentParser, key: str) -> Any:
+    return next((getattr(a, "_typehint", None) for a in parser._actions if a.dest == key), None)
+
+
+def _complaint(expected_type: Any, message: str) -> str:
+    """The end of a line: below which element of the value, what was expected, what was got."""
+    for pattern in (IMPORT, OTHER_CLASS, ABSTRACT):
+        if found := pattern.search(message):
+            reason = found["reason"] if pattern is IMPORT else "a class of another kind"
+            reason = "an abstract class" if pattern is ABSTRACT else reason
+            return f": expected {describe_type(expected_type)}, got '{found['path']}' ({reason})"
+    given = re.findall(r"^ *Given value: (.*)", message, re.MULTILINE | re.DOTALL)
+    given = given or re.findall(r"Got value: (.*)", message)
+    if not given:
+        reason = " ".join(message.split("\n", 1)[-1].split()) if "\n" in message else message
+        return f": expected {describe_type(expected_type)} ({reason})"
+    text = given[-1].strip()
+    if text.startswith("Namespace(") and (path := CLASS_PATH.search(text)):
+        return f": expected {describe_type(expected_type)}, got a class_path {path['path']}"
+    value = _value(text)
+    place, part_type, part = find_misfit(value, expected_type)
+    return f"{place}: expected {describe_type(part_type)}, got {show(part)}"
+
+
+def _value(text: str) -> Any:
+    """The value that a message shows by `str`."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _refusal(parser: argparse.ArgumentParser, key: str, suggest: Callable[[str], str]) -> str:
+    leaf = key.rpartition(".")[2]
+    by_leaf = {action.dest.rpartition(".")[2]: action.dest for action in parser._actions}
+    close = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)
+    hint = f"; did you mean '{PREFIX}{by_leaf[close[0]]}'?" if close else suggest(leaf)
+    return f"the key '{leaf}' is not accepted{hint or '.'} {HELP}"
