@@ -7,7 +7,6 @@ import inspect
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
 import warnings
@@ -19,7 +18,12 @@ from typing import Any, NoReturn
 
 import torch
 from jsonargparse import DefaultHelpFormatter, Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    restricted_number_type,
+)
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -45,6 +49,7 @@ from dcpc.training.modules import (
     ParticleModule,
     Start,
 )
+from dcpc.training.refusals import refusal
 from dcpc.training.type_words import show
 
 __all__ = ["ConfiguredCLI", "TrainingCLI", "main"]
@@ -78,6 +83,40 @@ GROUPS: dict[str, tuple[type, ...]] = {"model.start": (Start,), "model.held_out"
 """Groups of keys within those classes."""
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+COUNTS_OR_FRACTIONS = (
+    *(f"trainer.limit_{part}_batches" for part in ("train", "val", "test", "predict")),
+    "trainer.overfit_batches",
+    "trainer.val_check_interval",
+)
+
+Seed = restricted_number_type(
+    "Seed", int, [(">=", 0), ("<=", 2**32 - 1)], docstring="int restricted to be 0 to 2^32 - 1"
+)
+
+IN_RANGE: dict[str, Any] = {
+    "seed_everything": bool | Seed,
+    "trainer.num_nodes": PositiveInt,
+    "trainer.check_val_every_n_epoch": PositiveInt | None,
+    "trainer.log_every_n_steps": NonNegativeInt | None,
+    "trainer.accumulate_grad_batches": PositiveInt,
+    "trainer.gradient_clip_val": NonNegativeFloat | None,
+    "trainer.min_epochs": NonNegativeInt | None,
+    "trainer.min_steps": NonNegativeInt | None,
+    "trainer.reload_dataloaders_every_n_epochs": NonNegativeInt,
+}
+"""Types of numbers of whose range Lightning makes sure too late, or not at all."""
+
+REFUSALS = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    ImportError,
+    MisconfigurationException,
+)
+"""Errors of constructors that got what they cannot use."""
 
 CONFIG_OPTIONS = ("--config", "-c")
 
@@ -127,13 +166,14 @@ class _Parser(LightningArgumentParser):
         super().validate(namespace, *args, **kwargs)
 
     def _check_groups(self, config: Mapping[str, Any] | Namespace) -> None:
-        for name in set(self.groups) - {action.dest for action in self._actions}:
+        typed = {action.dest for action in self._actions if hasattr(action, "_typehint")}
+        for name in {action.dest.rpartition(".")[0] for action in self._actions} - typed - {""}:
             value = config.get(name, {})
             if not isinstance(value, dict | Namespace):
                 self.error(f'Parser key "{name}":\n  Expected an object. Got value: {value}')
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Fails with one line that names the whole key; within a class, hands it to the level above."""
+        """Fails with one line that names the key; within a class, hands it to the level above."""
         level = getattr(ex, "subcommand_parser", None) or self
         line = explain(level, message, _suggest_key)
         if not self.exit_on_error:
@@ -192,6 +232,7 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the number of threads, which Lightning leaves to the environment."""
         _tell_counts_from_fractions(parser)
+        _narrow(parser, IN_RANGE)
         module = ParticleModule
         parser.set_defaults(model={"class_path": f"{module.__module__}.{module.__name__}"})
         parser.add_argument(
@@ -224,8 +265,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (TypeError, ValueError) as error:
-            raise _own_error(error) from error
+        except REFUSALS as error:
+            raise refusal(error, self.config[self.subcommand]) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer whose logs and checkpoints go below `trainer.default_root_dir`."""
@@ -337,27 +378,20 @@ def _suggest_key(key: str) -> str:
     return f"; did you mean '{path}'?"
 
 
-def _own_error(error: BaseException) -> DCPCError:
-    """The error of ours that jsonargparse wrapped into its own, or else one about the config."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, DCPCError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    return OptionError(f"a class of the config refused its arguments: {error}")
-
-
 def _tell_counts_from_fractions(parser: LightningArgumentParser) -> None:
     """Reads `limit_val_batches: 1` as one batch, and `1.0` as all of them.
 
     `typing` caches its unions regardless of order, so that a parser may meet `Union[float, int]`
     where Lightning wrote `Union[int, float]`, and makes a float of every number.
     """
-    counts = {f"trainer.limit_{part}_batches" for part in ("train", "val", "test", "predict")}
-    counts |= {"trainer.overfit_batches", "trainer.val_check_interval"}
+    _narrow(parser, dict.fromkeys(COUNTS_OR_FRACTIONS, int | float | None))
+
+
+def _narrow(parser: LightningArgumentParser, types: Mapping[str, Any]) -> None:
+    """Gives keys of Lightning's other types."""
     for action in parser._actions:
-        if action.dest in counts:
-            action._typehint = int | float | None  # type: ignore[attr-defined]
+        if action.dest in types:
+            action._typehint = types[action.dest]  # type: ignore[attr-defined]
 
 
 def _quieten_lightning() -> None:

@@ -19,8 +19,8 @@ from dcpc.training.type_words import describe_type, find_misfit, show
 
 __all__ = ["explain", "finish"]
 
-START, PREFIX = "\x01", "\x02"
-"""Begin of a line that an inner level has made; place of the keys above it."""
+START, PREFIX, END = "\x01", "\x02", "\x03"
+"""Begin of a line that an inner level has made; place of the keys above it; its end."""
 
 LAYERS = "; an algorithm is a layer on top of data and model: --config configs/mnist.json first"
 HELP = "dcpc fit --help, --model.help CLASS and --data.help CLASS list the keys"
@@ -36,6 +36,7 @@ REQUIRED = re.compile(r"the following arguments are required: (?P<keys>.+)")
 IMPORT = re.compile(r"Problem with given class_path '(?P<path>[^']*)':\s+(?P<reason>[^\n]+)")
 OTHER_CLASS = re.compile(r"Import path (?P<path>\S+) does not (?:correspond|implement)")
 ABSTRACT = re.compile(r"Expected an instantiatable class, but (?P<path>\S+) is")
+OUT_OF_RANGE = re.compile(r"Not of type \w+: (\S+) does not conform")
 CLASS_PATH = re.compile(r"'?class_path'?[=:] ?(?P<path>'[^']*'|[^,)}]+)")
 
 
@@ -48,18 +49,18 @@ def explain(parser: argparse.ArgumentParser, message: str, suggest: Callable[[st
         suggest: A hint for a key that no key of this level resembles.
     """
     line = _line(parser, message, suggest)
-    return line if line.startswith(START) else START + line
+    return line if line.startswith(START) else f"{START}{line}{END}"
 
 
 def finish(line: str, subcommands: Iterable[str] = ()) -> str:
     """The line of the outermost level, without the marks and without the subcommand's name."""
-    line = line.replace(START, "").replace(PREFIX, "")
+    line = re.sub(f"[{START}{PREFIX}{END}]", "", line)
     return re.sub(rf"^(?:{'|'.join(subcommands)})\.", "", line) if subcommands else line
 
 
 def _line(parser: argparse.ArgumentParser, message: str, suggest: Callable[[str], str]) -> str:
     keyed = KEYED.match(message)
-    inner = re.search(f"{START}[^\n]*", message)
+    inner = re.search(f"{START}[^{END}]*{END}", message)
     if inner:
         return inner[0].replace(PREFIX, f"{PREFIX}{keyed['key']}.") if keyed else inner[0]
     if keyed:
@@ -79,7 +80,10 @@ def _line(parser: argparse.ArgumentParser, message: str, suggest: Callable[[str]
 
 
 def _type_of(parser: argparse.ArgumentParser, key: str) -> Any:
-    return next((getattr(a, "_typehint", None) for a in parser._actions if a.dest == key), None)
+    """The type of a key; an object for one that groups others."""
+    found = next((getattr(a, "_typehint", None) for a in parser._actions if a.dest == key), None)
+    is_group = any(action.dest.startswith(f"{key}.") for action in parser._actions)
+    return dict if found is None and is_group else found
 
 
 def _complaint(expected_type: Any, message: str) -> str:
@@ -90,7 +94,7 @@ def _complaint(expected_type: Any, message: str) -> str:
             reason = "an abstract class" if pattern is ABSTRACT else reason
             return f": expected {describe_type(expected_type)}, got '{found['path']}' ({reason})"
     given = re.findall(r"^ *Given value: (.*)", message, re.MULTILINE | re.DOTALL)
-    given = given or re.findall(r"Got value: (.*)", message)
+    given = given or re.findall(r"Got value: (.*)", message) or OUT_OF_RANGE.findall(message)
     if not given:
         reason = " ".join(message.split("\n", 1)[-1].split()) if "\n" in message else message
         return f": expected {describe_type(expected_type)} ({reason})"
@@ -111,8 +115,14 @@ def _value(text: str) -> Any:
 
 
 def _refusal(parser: argparse.ArgumentParser, key: str, suggest: Callable[[str], str]) -> str:
-    leaf = key.rpartition(".")[2]
-    by_leaf = {action.dest.rpartition(".")[2]: action.dest for action in parser._actions}
-    close = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)
-    hint = f"; did you mean '{PREFIX}{by_leaf[close[0]]}'?" if close else suggest(leaf)
-    return f"the key '{leaf}' is not accepted{hint or '.'} {HELP}"
+    group, _, leaf = key.rpartition(".")
+    known = [action.dest.rpartition(".") for action in parser._actions]
+    siblings = {name: f"{above}.{name}".lstrip(".") for above, _, name in known if above == group}
+    cousins = {name: f"{above}.{name}".lstrip(".") for above, _, name in known}
+    for names in (siblings, cousins):
+        if close := difflib.get_close_matches(leaf, names, n=1, cutoff=0.8):
+            hint = f"; did you mean '{PREFIX}{names[close[0]]}'?"
+            break
+    else:
+        hint = suggest(leaf) or "."
+    return f"the key '{leaf}' is not accepted{hint} {HELP}"

@@ -17,9 +17,8 @@ SIMPLE: dict[Any, str] = {
     bool: "true or false",
     str: "a text",
     type(None): "null",
-    None: "null",
     timedelta: "a duration days:hours:minutes:seconds",
-    dict: "an object",
+    dict: "an object of keys",
     list: "a list",
 }
 
@@ -48,7 +47,7 @@ def describe_type(hint: Any) -> str:
         return "a class or a function, by its import path"
     if isinstance(hint, type):
         return _describe_class(hint)
-    return str(hint) if hint is not None else "another value"
+    return "another value" if hint is None else str(hint)
 
 
 def show(value: Any) -> str:
@@ -139,7 +138,7 @@ def _describe_class(hint: type) -> str:
     ):  # jsonargparse's restricted numbers say how in their docstring
         kind = SIMPLE[int] if issubclass(hint, int) else SIMPLE[float]
         return f"{kind} {(hint.__doc__ or '').partition('restricted to be ')[2]}".strip()
-    return f"a {hint.__name__}, by its class_path"
+    return f"a class_path of type {hint.__name__}"
 
 
 def _either(words: list[str]) -> str:
