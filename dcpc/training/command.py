@@ -49,8 +49,9 @@ from dcpc.training.modules import (
     ParticleModule,
     Start,
 )
+from dcpc.training.paths import local_path
 from dcpc.training.refusals import refusal
-from dcpc.training.type_words import show
+from dcpc.training.type_words import refuses_null, show
 
 __all__ = ["ConfiguredCLI", "TrainingCLI", "main"]
 
@@ -93,6 +94,8 @@ COUNTS_OR_FRACTIONS = (
 Seed = restricted_number_type(
     "Seed", int, [(">=", 0), ("<=", 2**32 - 1)], docstring="int restricted to be 0 to 2^32 - 1"
 )
+
+Threads = restricted_number_type("Threads", int, [(">", 0), ("<=", 1024)])
 
 IN_RANGE: dict[str, Any] = {
     "seed_everything": bool | Seed,
@@ -161,8 +164,21 @@ class _Parser(LightningArgumentParser):
         return super().parse_string(content, path, *args, **kwargs)
 
     def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
-        """Checks what jsonargparse takes for granted too: that groups of keys are none's value."""
+        """Checks also what jsonargparse does not: groups of keys, and nulls.
+
+        To jsonargparse null is no value, and therefore never one of the wrong type.
+        """
         self._check_groups(namespace)
+        for action in self._actions:
+            is_null = action.dest in namespace and namespace[action.dest] is None
+            hint = getattr(action, "_typehint", None)
+            if (
+                is_null
+                and not action.required
+                and action.default is not None
+                and refuses_null(hint)
+            ):
+                self.error(f'Parser key "{action.dest}":\n  Expected a value. Got value: None')
         super().validate(namespace, *args, **kwargs)
 
     def _check_groups(self, config: Mapping[str, Any] | Namespace) -> None:
@@ -216,7 +232,7 @@ class TrainingCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=_SaveConfig,
-            save_config_kwargs={"config_filename": "config.json"},
+            save_config_kwargs={"config_filename": "config.json", "overwrite": True},
             trainer_defaults={
                 "default_root_dir": None,
                 "num_sanity_val_steps": 0,
@@ -237,7 +253,7 @@ class TrainingCLI(LightningCLI):
         parser.set_defaults(model={"class_path": f"{module.__module__}.{module.__name__}"})
         parser.add_argument(
             "--num_threads",
-            type=PositiveInt | None,
+            type=Threads | None,
             default=None,
             help="Threads of torch on the CPU; 1 is fastest for small models. null: torch's choice",
         )
@@ -251,7 +267,8 @@ class TrainingCLI(LightningCLI):
         """Parses, and checks what can be checked before anything is built."""
         self.config = parser.parse_args(args)
         options = self.config[self.config.subcommand]
-        folder = Path(options.trainer.default_root_dir or _run_folder(options.config or []))
+        given = options.trainer.default_root_dir or _run_folder(options.config or [])
+        folder = local_path("trainer.default_root_dir", given)
         options.trainer.default_root_dir = str(folder)
         _check_writable(folder)
         if self.config.subcommand != "fit" and options.ckpt_path is None:
@@ -259,6 +276,7 @@ class TrainingCLI(LightningCLI):
         if self.config.subcommand in ("validate", "test"):
             options.verbose = False  # the table of EvaluationTable takes the place of Lightning's
         if options.ckpt_path is not None:
+            options.ckpt_path = str(local_path("--ckpt_path", options.ckpt_path))
             options.weights_only = True
             read_checkpoint(options.ckpt_path)
 
@@ -275,7 +293,9 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit":
             checkpoint = ModelCheckpoint(filename="last", save_on_train_epoch_end=True)
             monitor = SweepMonitor(options.log_every_n_steps or 50)
-            callbacks = [monitor, ImageGrids(), RunReport(), checkpoint]
+            callbacks = [monitor, ImageGrids(), RunReport()]
+            if options.enable_checkpointing is not False:
+                callbacks.append(checkpoint)
             if options.logger in (None, True):
                 kwargs["logger"] = _Logger(options.default_root_dir, name="")
         else:
@@ -338,7 +358,7 @@ def _find_configs(arguments: Sequence[str]) -> list[str]:
         name, _, path = argument.partition("=")
         if option in CONFIG_OPTIONS:
             found.append(_find_config(argument))
-        elif name in CONFIG_OPTIONS and path:
+        elif name in CONFIG_OPTIONS and argument != name:
             found.append(f"{name}={_find_config(path)}")
         else:
             found.append(argument)

@@ -36,6 +36,15 @@ REQUIRED = re.compile(r"the following arguments are required: (?P<keys>.+)")
 IMPORT = re.compile(r"Problem with given class_path '(?P<path>[^']*)':\s+(?P<reason>[^\n]+)")
 OTHER_CLASS = re.compile(r"Import path (?P<path>\S+) does not (?:correspond|implement)")
 ABSTRACT = re.compile(r"Expected an instantiatable class, but (?P<path>\S+) is")
+NO_KEYS = re.compile(r"'(\w+)' object has no attribute 'keys'")
+JSON_NAMES = {
+    "NoneType": "null",
+    "bool": "true or false",
+    "float": "a number",
+    "int": "a number",
+    "list": "a list",
+    "str": "a text",
+}
 OUT_OF_RANGE = re.compile(r"Not of type \w+: (\S+) does not conform")
 CLASS_PATH = re.compile(r"'?class_path'?[=:] ?(?P<path>'[^']*'|[^,)}]+)")
 
@@ -88,6 +97,9 @@ def _type_of(parser: argparse.ArgumentParser, key: str) -> Any:
 
 def _complaint(expected_type: Any, message: str) -> str:
     """The end of a line: below which element of the value, what was expected, what was got."""
+    if no_keys := NO_KEYS.search(message):
+        kind = JSON_NAMES.get(no_keys[1], no_keys[1])
+        return f".init_args: expected an object of keys, got {kind}"
     for pattern in (IMPORT, OTHER_CLASS, ABSTRACT):
         if found := pattern.search(message):
             reason = found["reason"] if pattern is IMPORT else "a class of another kind"

@@ -9,7 +9,7 @@ from datetime import timedelta
 from os import PathLike
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-__all__ = ["describe_type", "find_misfit", "show"]
+__all__ = ["describe_type", "find_misfit", "refuses_null", "show"]
 
 SIMPLE: dict[Any, str] = {
     int: "a whole number",
@@ -83,6 +83,13 @@ def find_misfit(value: Any, hint: Any) -> tuple[str, Any, Any]:
             below, inner_type, inner = find_misfit(part, part_type)
             return place + below, inner_type, inner
     return "", hint, value
+
+
+def refuses_null(hint: Any) -> bool:
+    """Whether null is not of a type; False where the type is unknown."""
+    if _is_union(hint):
+        return all(refuses_null(member) for member in get_args(hint))
+    return hint not in (None, type(None), Any, object)
 
 
 def _element_types(hint: Any, arguments: tuple[Any, ...], count: int) -> list[Any]:

@@ -23,6 +23,7 @@ from dcpc.training.data import Batch
 from dcpc.training.modules.base import STATE_KEY, LearningRateSchedule
 from dcpc.training.modules.generative import GenerativeModule, Guide, HeldOut
 from dcpc.training.modules.warm_start import Start, guide_objective
+from dcpc.training.paths import local_path
 from dcpc.training.store import ParticleStore
 from dcpc.training.visits import TiedVisit, visit
 
@@ -104,7 +105,7 @@ class ParticleModule(GenerativeModule):
         self.sweeps_per_step = sweeps_per_step
         self.start = start
         self.restarts = self.guide is not None and restart
-        self.store_folder = store_folder
+        self.store_folder = store_folder and str(local_path("model.store_folder", store_folder))
         self.inference = DCPC(
             model,
             self.guide,
