@@ -36,6 +36,9 @@ REQUIRED = re.compile(r"the following arguments are required: (?P<keys>.+)")
 IMPORT = re.compile(r"Problem with given class_path '(?P<path>[^']*)':\s+(?P<reason>[^\n]+)")
 OTHER_CLASS = re.compile(r"Import path (?P<path>\S+) does not (?:correspond|implement)")
 ABSTRACT = re.compile(r"Expected an instantiatable class, but (?P<path>\S+) is")
+SPEC = {"class_path", "init_args", "dict_kwargs"}
+BELOW = re.compile(r"NestedArg\(key='(?P<key>[^']*)', val=(?P<value>.*)\)", re.DOTALL)
+"""A value of a key below, on the command line."""
 NO_KEYS = re.compile(r"'(\w+)' object has no attribute 'keys'")
 JSON_NAMES = {
     "NoneType": "null",
@@ -114,15 +117,26 @@ def _complaint(expected_type: Any, message: str) -> str:
     if text.startswith("Namespace(") and (path := CLASS_PATH.search(text)):
         return f": expected {describe_type(expected_type)}, got a class_path {path['path']}"
     value = _value(text)
+    beside = [key for key in value if key not in SPEC] if _is_spec(value) else []
+    if beside:
+        return (
+            f".{beside[0]}: the key '{beside[0]}' is not accepted beside class_path and init_args"
+        )
     place, part_type, part = find_misfit(value, expected_type)
     return f"{place}: expected {describe_type(part_type)}, got {show(part)}"
 
 
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, dict) and not SPEC.isdisjoint(value)
+
+
 def _value(text: str) -> Any:
     """The value that a message shows by `str`."""
+    if below := BELOW.fullmatch(text):
+        return {below["key"]: _value(str(_value(below["value"])))}
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, TypeError, ValueError):
         return text
 
 

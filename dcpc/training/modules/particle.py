@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dcpc.conquer import Move, Preconditioner
-from dcpc.errors import ModelError, require_at_least
+from dcpc.errors import ModelError, OptionError, require_at_least
 from dcpc.inference import DCPC
 from dcpc.parts import Adaptation
 from dcpc.presets import PRESETS, lookup
@@ -254,6 +255,8 @@ def _total(losses: Mapping[str, Tensor]) -> Tensor:
 def _step_size(given: float | dict[str, float] | None, algorithm: str) -> float | None:
     if not isinstance(given, dict):
         return given
-    for name in given:
+    for name, step_size in given.items():
         lookup("algorithm of model.step_size", name, PRESETS)
+        if not 0.0 < step_size < math.inf:
+            raise OptionError(f"model.step_size.{name} must be a positive number, got {step_size}")
     return given.get(algorithm)
