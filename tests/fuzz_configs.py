@@ -78,7 +78,7 @@ TRANSPARENT = ("init_args", "class_path")
 MAX_LENGTH = 500
 """Characters of a line that a person reads."""
 
-Path_ = tuple[Any, ...]
+Place = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Mistake:
     is_certain: bool = True
 
 
-def places(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
+def places(value: Any, path: Place = ()) -> Iterator[tuple[Place, Any]]:
     """All keys and elements of a config, with their values."""
     children = value.items() if isinstance(value, dict) else enumerate(value)
     for name, child in children:
@@ -113,7 +113,7 @@ def places(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
             yield from places(child, (*path, name))
 
 
-def dotted(path: Path_) -> str:
+def dotted(path: Place) -> str:
     """The path as an error names it, up to the key that holds the list an element is in."""
     names: list[str] = []
     for name in path:
@@ -124,13 +124,13 @@ def dotted(path: Path_) -> str:
     return ".".join(names)
 
 
-def parent_of(config: Any, path: Path_) -> Any:
+def parent_of(config: Any, path: Place) -> Any:
     for name in path[:-1]:
         config = config[name]
     return config
 
 
-def wrong_types(value: Any, path: Path_) -> list[Any]:
+def wrong_types(value: Any, path: Place) -> list[Any]:
     """Values that are of no type that a key could have whose value is this one."""
     if path[-1] == "class_path":
         return [17, [], "nowhere.Nothing", "dcpc.models.Nothing", "collections.OrderedDict"]
@@ -140,6 +140,8 @@ def wrong_types(value: Any, path: Path_) -> list[Any]:
         return [17, ["encoder"], "nowhere.Nothing", {"class_path": "nowhere.Nothing"}]
     if path[-1] == "init_args":
         return [17, "many", [3]]
+    if path[-1] == "seed_everything":
+        return ["many", [3], {"a": 1}, 2.5, 2**32]
     if path[-1] == "max_time":
         return [17, [3], "soon"]
     if isinstance(value, bool):
@@ -178,7 +180,7 @@ def mistakes(stack: list[str], layer: int, pick: random.Random) -> Iterator[Mist
             yield Mistake(stack, layer, config, option, key, description, is_certain)
 
 
-def _is_overridden(path: Path_, later: Any) -> bool:
+def _is_overridden(path: Place, later: Any) -> bool:
     """Whether a later layer has this key, one below it, or another class above it."""
     for name in path:
         if isinstance(later, dict) and "class_path" in later:
@@ -196,13 +198,13 @@ def _as_option(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _replaced(config: Any, path: Path_, value: Any) -> Any:
+def _replaced(config: Any, path: Place, value: Any) -> Any:
     config = copy.deepcopy(config)
     parent_of(config, path)[path[-1]] = value
     return config
 
 
-def _misspelt(config: Any, path: Path_, value: Any, pick: random.Random) -> Any:
+def _misspelt(config: Any, path: Place, value: Any, pick: random.Random) -> Any:
     name = path[-1]
     if not isinstance(name, str) or len(name) < 4 or name in TRANSPARENT:
         return None
@@ -217,25 +219,25 @@ def _misspelt(config: Any, path: Path_, value: Any, pick: random.Random) -> Any:
     return config, dotted((*path[:-1], wrong)), f"{dotted(path)} misspelt as {wrong}", True, None
 
 
-def _unknown(config: Any, path: Path_, value: Any, pick: random.Random) -> Any:
+def _unknown(config: Any, path: Place, value: Any, pick: random.Random) -> Any:
     if not isinstance(value, dict) or "class_path" in value or path[-1] == "step_size":
         return None
     wrong = (*path, "zeal")
     return _replaced(config, wrong, 3), dotted(wrong), f"unknown key {dotted(wrong)}", True, None
 
 
-def _wrong(config: Any, path: Path_, value: Any, pick: random.Random) -> Any:
+def _wrong(config: Any, path: Place, value: Any, pick: random.Random) -> Any:
     wrong = pick.choice(wrong_types(value, path))
     description = f"{dotted(path)} {json.dumps(wrong)}"
     return _replaced(config, path, wrong), dotted(path), description, True, [wrong]
 
 
-def _null(config: Any, path: Path_, value: Any, pick: random.Random) -> Any:
+def _null(config: Any, path: Place, value: Any, pick: random.Random) -> Any:
     is_certain = path[-1] not in MAY_BE_NULL
     return _replaced(config, path, None), dotted(path), f"{dotted(path)} null", is_certain, [None]
 
 
-def _negative(config: Any, path: Path_, value: Any, pick: random.Random) -> Any:
+def _negative(config: Any, path: Place, value: Any, pick: random.Random) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     wrong = -abs(value) - 7
@@ -243,7 +245,7 @@ def _negative(config: Any, path: Path_, value: Any, pick: random.Random) -> Any:
     return _replaced(config, path, wrong), dotted(path), description, True, [wrong]
 
 
-def _missing(config: Any, path: Path_, value: Any, pick: random.Random) -> Any:
+def _missing(config: Any, path: Place, value: Any, pick: random.Random) -> Any:
     if path[-1] not in REQUIRED or "trainer" not in config:
         return None  # the layer overrides one that has the key
     config = copy.deepcopy(config)
@@ -285,12 +287,13 @@ def _judge(mistake: Mistake, code: Any, text: str) -> tuple[str, str]:
 def sample(count: int, seed: int) -> list[Mistake]:
     """Mistakes spread evenly over the shipped layers."""
     pick = random.Random(seed)
-    layers = [(stack, layer) for stack in STACKS for layer in range(len(stack))]
-    pick.shuffle(layers)
+    names = sorted({name for stack in STACKS for name in stack})
+    pick.shuffle(names)
     made: list[Mistake] = []
     while len(made) < count:
-        stack, layer = layers[len(made) % len(layers)]
-        made.append(next(mistakes(stack, layer, pick)))
+        name = names[len(made) % len(names)]
+        stack = pick.choice([stack for stack in STACKS if name in stack])
+        made.append(next(mistakes(stack, stack.index(name), pick)))
     return made
 
 

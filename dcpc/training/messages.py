@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from dcpc.training.type_words import describe_type, find_misfit, show
+from dcpc.training.type_words import describe_type, find_misfit, is_container, show
 
 __all__ = ["explain", "finish"]
 
@@ -39,6 +39,7 @@ ABSTRACT = re.compile(r"Expected an instantiatable class, but (?P<path>\S+) is")
 SPEC = {"class_path", "init_args", "dict_kwargs"}
 BELOW = re.compile(r"NestedArg\(key='(?P<key>[^']*)', val=(?P<value>.*)\)", re.DOTALL)
 """A value of a key below, on the command line."""
+ELEMENT = re.compile(r"^\s*Expected a <class '(?:int|float|str|bool)'>", re.MULTILINE)
 NO_KEYS = re.compile(r"'(\w+)' object has no attribute 'keys'")
 JSON_NAMES = {
     "NoneType": "null",
@@ -123,7 +124,9 @@ def _complaint(expected_type: Any, message: str) -> str:
             f".{beside[0]}: the key '{beside[0]}' is not accepted beside class_path and init_args"
         )
     place, part_type, part = find_misfit(value, expected_type)
-    return f"{place}: expected {describe_type(part_type)}, got {show(part)}"
+    # Of a list, jsonargparse shows the element alone.
+    got = "an element " if ELEMENT.search(message) and is_container(part_type) else ""
+    return f"{place}: expected {describe_type(part_type)}, got {got}{show(part)}"
 
 
 def _is_spec(value: Any) -> bool:

@@ -9,7 +9,7 @@ from datetime import timedelta
 from os import PathLike
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-__all__ = ["describe_type", "find_misfit", "refuses_null", "show"]
+__all__ = ["describe_type", "find_misfit", "is_container", "refuses_null", "show"]
 
 SIMPLE: dict[Any, str] = {
     int: "a whole number",
@@ -85,6 +85,11 @@ def find_misfit(value: Any, hint: Any) -> tuple[str, Any, Any]:
     return "", hint, value
 
 
+def is_container(hint: Any) -> bool:
+    """Whether a type is that of lists or of objects."""
+    return _is_sequence(hint) or _is_tuple(hint) or _is_mapping(hint)
+
+
 def refuses_null(hint: Any) -> bool:
     """Whether null is not of a type; False where the type is unknown."""
     if _is_union(hint):
@@ -112,7 +117,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in get_args(hint)
     if _is_container(value, hint):
         return find_misfit(value, hint)[0] == ""
-    return not (_is_sequence(hint) or _is_tuple(hint) or _is_mapping(hint))
+    return not is_container(hint)
 
 
 def _is_container(value: Any, hint: Any) -> bool:
