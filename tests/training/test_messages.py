@@ -90,7 +90,8 @@ def test_the_mistakes_cover_every_shipped_config() -> None:
         (
             "model.model.init_args.latent_sizes",
             [3, "x"],
-            "model.model.latent_sizes: expected a list, each element a whole number, got an element 'x'",
+            "model.model.latent_sizes: expected a list, each element a whole number, got an "
+            "element 'x'",
         ),
         (
             "model.model.init_args",

@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from dcpc.errors import DataError, OptionError
-from dcpc.training.data.images import ImageData
+from dcpc.training.data.images import ImageData, check_labels
 from dcpc.training.data.labelled import LabelledSet
 from dcpc.training.data.pixels import PixelSet, decode_pictures, open_pixels
+from dcpc.training.paths import local_path
 
 __all__ = ["HubImages"]
 
@@ -60,6 +61,7 @@ class HubImages(ImageData):
         seed: Seed of the split, the shuffling and the binary draws.
         cache_folder: Where decoded images are kept; null for `dcpc` in `$XDG_CACHE_HOME` or
             `~/.cache`.
+        num_workers: Processes that prepare training batches; 0 for none beside the main one.
 
     Raises:
         OptionError: An argument is out of range or does not fit another one.
@@ -83,10 +85,13 @@ class HubImages(ImageData):
         num_held_out: int | None = None,
         seed: int = 0,
         cache_folder: str | None = None,
+        num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, evaluation_batch_size, num_held_out, seed)
+        super().__init__(batch_size, evaluation_batch_size, num_held_out, seed, num_workers)
         _check_options(size, channels, intensity_range, binarise, held_out_fraction, num_training)
-        self.path = path
+        if not path:
+            raise OptionError("data.path must be a name on the hub or a folder, got ''")
+        self.path = str(local_path("data.path", path)) if path.startswith("~") else path
         self.config_name = config_name
         self.split_name = split
         self.image_column = image_column
@@ -97,7 +102,11 @@ class HubImages(ImageData):
         self.binarise = binarise
         self.held_out_fraction = held_out_fraction
         self.num_training = num_training
-        self.cache_folder = Path(cache_folder) if cache_folder else _default_cache_folder()
+        self.cache_folder = (
+            local_path("data.cache_folder", cache_folder)
+            if cache_folder
+            else _default_cache_folder()
+        )
 
     def load(self) -> tuple[Tensor, Tensor]:
         """All images as bytes, mapped from the cache, and their labels.
@@ -105,7 +114,7 @@ class HubImages(ImageData):
         Raises:
             DataError: The data set or the package `datasets` is missing, or an image is unusable.
         """
-        folder = Path(self.path).expanduser()
+        folder = Path(self.path)
         source = None
         if folder.is_dir():
             identity = _folder_identity(folder)
@@ -143,7 +152,7 @@ class HubImages(ImageData):
 
     def _read(self) -> Table:
         """The data set's table, with its images not yet decoded."""
-        if not Path(self.path).expanduser().is_dir() and LOCAL.search(self.path):
+        if not Path(self.path).is_dir() and LOCAL.search(self.path):
             raise DataError(f"data.path: there is no folder '{self.path}' ({_how_to_get()})")
         try:
             datasets = importlib.import_module("datasets")
@@ -153,11 +162,9 @@ class HubImages(ImageData):
                 "-c constraints.txt '.[data]' in the folder of dcpc, or pip install datasets"
             ) from error
         try:
-            return datasets.load_dataset(
-                str(Path(self.path).expanduser()), self.config_name, split=self.split_name
-            )
+            return datasets.load_dataset(self.path, self.config_name, split=self.split_name)
         except (OSError, datasets.exceptions.DatasetsError) as error:
-            is_folder = Path(self.path).expanduser().is_dir()
+            is_folder = Path(self.path).is_dir()
             what = "no images are in" if is_folder else "there is no folder and no data set"
             raise DataError(
                 f"data.path: {what} '{self.path}', or it could not be reached: "
@@ -272,14 +279,8 @@ def _labels(source: Table, wanted: str | None) -> np.ndarray:
     if wanted is None and not found:
         return np.zeros(len(source), dtype=np.int64)
     column = _column(source, "label", wanted, found)
-    try:
-        values = np.asarray(source.with_format("arrow")[column][:])
-        return values.astype(np.int64, casting="same_kind")
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"data.label_column: the column '{column}' must hold classes or integers, none of them "
-            f"missing ({error}); choose another one"
-        ) from error
+    values = np.asarray(source.with_format("arrow")[column][:])
+    return check_labels(values, f"data.label_column: the column '{column}'")
 
 
 def _pictures(source: Table, column: str) -> Iterator[Image.Image]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,9 +11,9 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dcpc.errors import require_at_least
+from dcpc.errors import require_at_least, require_seed
 
-__all__ = ["Batch", "EpochShuffle", "LabelledData", "LabelledSet", "TensorSet"]
+__all__ = ["Batch", "EpochShuffle", "LabelledData", "LabelledSet", "SharedEpochSet", "TensorSet"]
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -50,7 +50,7 @@ class EpochShuffle(Sampler[int]):
         return iter(torch.randperm(self.size, generator=generator).tolist())
 
 
-class LabelledSet(Dataset[Batch]):
+class LabelledSet(Dataset[Batch], ABC):
     """Data with labels and indices, fetched a whole batch at a time."""
 
     @abstractmethod
@@ -73,6 +73,32 @@ class LabelledSet(Dataset[Batch]):
         """Follow a new epoch of training."""
 
 
+class SharedEpochSet(LabelledSet):
+    """A set whose copies in worker processes learn of a new epoch through shared memory.
+
+    The workers live as long as the loader, and copy the set once: without this, a set that changes
+    from epoch to epoch would stay at the first one.
+
+    Args:
+        data: The set.
+    """
+
+    def __init__(self, data: LabelledSet) -> None:
+        self.data = data
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, index: Sequence[int]) -> Batch:
+        self.data.set_epoch(int(self._epoch))
+        return self.data.__getitems__(index)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+        self.data.set_epoch(epoch)
+
+
 class TensorSet(LabelledSet):
     """Data that lie ready in memory.
 
@@ -93,7 +119,7 @@ class TensorSet(LabelledSet):
         return data, labels, indices
 
 
-class LabelledData(LightningDataModule):
+class LabelledData(LightningDataModule, ABC):
     """Base class: a subclass says what there is to train on, and what is held out.
 
     A batch is `(data, labels, index)`: data `(B, *shape)`, labels `(B,)`, and each datum's index in
@@ -103,15 +129,24 @@ class LabelledData(LightningDataModule):
         batch_size: Training data per batch.
         evaluation_batch_size: Held-out data per batch.
         seed: Seed of the shuffling.
+        num_workers: Processes that prepare training batches; 0 for none beside the main one.
+
+    Raises:
+        OptionError: A number out of range.
     """
 
-    def __init__(self, batch_size: int, evaluation_batch_size: int, seed: int) -> None:
+    def __init__(
+        self, batch_size: int, evaluation_batch_size: int, seed: int, num_workers: int = 0
+    ) -> None:
         super().__init__()
         require_at_least("data.batch_size", batch_size, 1)
         require_at_least("data.evaluation_batch_size", evaluation_batch_size, 1)
+        require_seed("data.seed", seed)
+        require_at_least("data.num_workers", num_workers, 0)
         self.batch_size = batch_size
         self.evaluation_batch_size = evaluation_batch_size
         self.seed = seed
+        self.num_workers = num_workers
         self.training_set: LabelledSet | None = None
         self.held_out_set: LabelledSet | None = None
 
@@ -121,8 +156,9 @@ class LabelledData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.training_set is not None
-        sampler = EpochShuffle(len(self.training_set), self.seed, self.training_set.set_epoch)
-        return _loader(self.training_set, self.batch_size, sampler)
+        data = SharedEpochSet(self.training_set) if self.num_workers else self.training_set
+        sampler = EpochShuffle(len(data), self.seed, data.set_epoch)
+        return _loader(data, self.batch_size, sampler, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         assert self.held_out_set is not None
@@ -135,9 +171,20 @@ class LabelledData(LightningDataModule):
         return self.val_dataloader()
 
 
-def _loader(data: LabelledSet, batch_size: int, sampler: EpochShuffle | None = None) -> DataLoader:
-    # The set collates: its `__getitems__` returns a batch.
-    return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=_unchanged)
+def _loader(
+    data: LabelledSet,
+    batch_size: int,
+    sampler: EpochShuffle | None = None,
+    num_workers: int = 0,
+) -> DataLoader:
+    return DataLoader(
+        data,
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=_unchanged,  # the set collates: its `__getitems__` returns a batch
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+    )
 
 
 def _unchanged(batch: Any) -> Any:

@@ -96,7 +96,7 @@ class PixelSet(LabelledSet):
         return drawn.to(torch.get_default_dtype())
 
 
-def prepare(picture: Image.Image, size: int | None, channels: int) -> np.ndarray:
+def prepare(picture: Image.Image | None, size: int | None, channels: int) -> np.ndarray:
     """A picture as bytes `(channels, height, width)`.
 
     Args:
@@ -106,8 +106,10 @@ def prepare(picture: Image.Image, size: int | None, channels: int) -> np.ndarray
         channels: 1 for grey, 3 for colour.
 
     Raises:
-        DataError: The picture has more than 8 bits per channel.
+        DataError: There is no picture, or it has more than 8 bits per channel.
     """
+    if picture is None:
+        raise DataError("it is missing (null)")
     if picture.mode.startswith(("I", "F")):
         raise DataError(
             f"it has pixels of mode {picture.mode!r}, expected 8 bits per channel; convert it"
@@ -188,7 +190,7 @@ def _numbered(
         for picture in pictures:
             yield prepare(picture, size, channels)
             row += 1
-    except (OSError, DataError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(f"image {row} cannot be used: {error}; repair or remove it") from error
 
 
