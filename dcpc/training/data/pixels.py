@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -191,7 +192,8 @@ def _numbered(
             yield prepare(picture, size, channels)
             row += 1
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"image {row} cannot be used: {error}; repair or remove it") from error
+        reason = re.sub(r" <[^>]*>", "", str(error))  # the stream that a picture was read from
+        raise DataError(f"image {row} cannot be used: {reason}; repair or remove it") from error
 
 
 def _labels_path(path: Path) -> Path:
