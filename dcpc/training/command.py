@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import json
 import logging
 import os
 import sys
 import tempfile
 import warnings
-from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from jsonargparse import DefaultHelpFormatter, Namespace
-from jsonargparse.typing import (
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    restricted_number_type,
-)
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -39,19 +28,14 @@ from dcpc.training.callbacks import (
     SweepMonitor,
 )
 from dcpc.training.checkpoint import read_checkpoint
-from dcpc.training.data import ArrayData, DigitsData, HubImages, LabelledData, MoonsData
-from dcpc.training.messages import explain, finish
+from dcpc.training.data import LabelledData
 from dcpc.training.modules import (
-    AmortisedModule,
-    ClassifierModule,
-    HeldOut,
     MeasuredModule,
     ParticleModule,
-    Start,
 )
+from dcpc.training.parser import ConfigParser, Threads, fail, narrow_types
 from dcpc.training.paths import local_path
 from dcpc.training.refusals import refusal
-from dcpc.training.type_words import refuses_null, show
 
 __all__ = ["ConfiguredCLI", "TrainingCLI", "main"]
 
@@ -74,51 +58,7 @@ ClassifierModule) and `--data.help HubImages` (or DigitsData, ArrayData, MoonsDa
 `tensorboard --logdir runs` shows the runs.
 """
 
-CONFIGURED: dict[str, tuple[type, ...]] = {
-    "model": (ParticleModule, AmortisedModule, ClassifierModule),
-    "data": (HubImages, DigitsData, ArrayData, MoonsData),
-}
-"""The classes below each key of a config that this package has."""
-
-GROUPS: dict[str, tuple[type, ...]] = {"model.start": (Start,), "model.held_out": (HeldOut,)}
-"""Groups of keys within those classes."""
-
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
-
-COUNTS_OR_FRACTIONS = (
-    *(f"trainer.limit_{part}_batches" for part in ("train", "val", "test", "predict")),
-    "trainer.overfit_batches",
-    "trainer.val_check_interval",
-)
-
-Seed = restricted_number_type(
-    "Seed", int, [(">=", 0), ("<=", 2**32 - 1)], docstring="int restricted to be 0 to 2^32 - 1"
-)
-
-Threads = restricted_number_type("Threads", int, [(">", 0), ("<=", 1024)])
-
-IN_RANGE: dict[str, Any] = {
-    "seed_everything": bool | Seed,
-    "trainer.num_nodes": PositiveInt,
-    "trainer.check_val_every_n_epoch": PositiveInt | None,
-    "trainer.log_every_n_steps": NonNegativeInt | None,
-    "trainer.accumulate_grad_batches": PositiveInt,
-    "trainer.gradient_clip_val": NonNegativeFloat | None,
-    "trainer.min_epochs": NonNegativeInt | None,
-    "trainer.min_steps": NonNegativeInt | None,
-    "trainer.reload_dataloaders_every_n_epochs": NonNegativeInt,
-}
-"""Types of numbers of whose range Lightning makes sure too late, or not at all."""
-
-REFUSALS = (
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    ImportError,
-    MisconfigurationException,
-)
+REFUSALS = (TypeError, ValueError, ImportError, MisconfigurationException)
 """Errors of constructors that got what they cannot use."""
 
 CONFIG_OPTIONS = ("--config", "-c")
@@ -134,67 +74,6 @@ LIGHTNING_REMARKS = (
     r"(?s).* was deprecated in v4\.\d+\.\d+ and will\s+be\s+removed\s+in\s+v5",
 )
 """Warnings that are about Lightning's own doings, or that do not apply to `dcpc`."""
-
-
-class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the line breaks of descriptions."""
-
-
-class _Parser(LightningArgumentParser):
-    """Reads JSON; says in one line what is wrong with a config, and exits with status 2."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"parser_mode": "json", "formatter_class": _HelpFormatter, **kwargs})
-
-    def dump(self, *args: Any, **kwargs: Any) -> str:
-        """A config as text that can be read, also by `--print_config`."""
-        return super().dump(*args, **{"format": "json_indented", **kwargs})
-
-    def parse_string(
-        self, content: str, path: str | os.PathLike = "", *args: Any, **kwargs: Any
-    ) -> Namespace:
-        """Reads a layer, which must be a JSON object whose groups of keys are objects too."""
-        try:
-            layer = json.loads(content)
-        except ValueError as error:
-            self.error(f"--config: the file '{path}' is no JSON ({error})")
-        if not isinstance(layer, dict):
-            self.error(f"--config: the file '{path}' must hold a JSON object, got {show(layer)}")
-        self._check_groups(layer)
-        return super().parse_string(content, path, *args, **kwargs)
-
-    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
-        """Checks also what jsonargparse does not: groups of keys, and nulls.
-
-        To jsonargparse null is no value, and therefore never one of the wrong type.
-        """
-        self._check_groups(namespace)
-        for action in self._actions:
-            is_null = action.dest in namespace and namespace[action.dest] is None
-            hint = getattr(action, "_typehint", None)
-            if (
-                is_null
-                and not action.required
-                and action.default is not None
-                and refuses_null(hint)
-            ):
-                self.error(f'Parser key "{action.dest}":\n  Expected a value. Got value: None')
-        super().validate(namespace, *args, **kwargs)
-
-    def _check_groups(self, config: Mapping[str, Any] | Namespace) -> None:
-        typed = {action.dest for action in self._actions if hasattr(action, "_typehint")}
-        for name in {action.dest.rpartition(".")[0] for action in self._actions} - typed - {""}:
-            value = config.get(name, {})
-            if not isinstance(value, dict | Namespace):
-                self.error(f'Parser key "{name}":\n  Expected an object. Got value: {value}')
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Fails with one line that names the key; within a class, hands it to the level above."""
-        level = getattr(ex, "subcommand_parser", None) or self
-        line = explain(level, message, _suggest_key)
-        if not self.exit_on_error:
-            raise ArgumentError(None, line) from ex
-        _fail(finish(line, SUBCOMMANDS))
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -240,15 +119,14 @@ class TrainingCLI(LightningCLI):
                 "enable_progress_bar": None,
             },
             seed_everything_default=0,
-            parser_class=_Parser,
+            parser_class=ConfigParser,
             parser_kwargs={"description": DESCRIPTION},
             args=None if args is None else list(args),
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the number of threads, which Lightning leaves to the environment."""
-        _tell_counts_from_fractions(parser)
-        _narrow(parser, IN_RANGE)
+        narrow_types(parser)
         module = ParticleModule
         parser.set_defaults(model={"class_path": f"{module.__module__}.{module.__name__}"})
         parser.add_argument(
@@ -348,7 +226,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (DCPCError, OSError, MisconfigurationException) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _find_configs(arguments: Sequence[str]) -> list[str]:
@@ -381,39 +259,6 @@ def _run_folder(layers: Sequence[Any]) -> Path:
     return Path("runs", *(Path(str(layer)).stem for layer in layers))
 
 
-def _suggest_key(key: str) -> str:
-    """The likely fix of a key that its class does not accept, but another one does."""
-    owners = {
-        name: (f"{part}.{name}", configured)
-        for part, classes in (GROUPS | CONFIGURED).items()
-        for configured in reversed(classes)
-        for name in inspect.signature(configured).parameters
-    }
-    close = difflib.get_close_matches(key, owners, n=1, cutoff=0.8)
-    if not close:
-        return ""
-    path, owner = owners[close[0]]
-    if close[0] == key:
-        return f"; '{path}' is a key of {owner.__name__} (a layer of another class comes last)."
-    return f"; did you mean '{path}'?"
-
-
-def _tell_counts_from_fractions(parser: LightningArgumentParser) -> None:
-    """Reads `limit_val_batches: 1` as one batch, and `1.0` as all of them.
-
-    `typing` caches its unions regardless of order, so that a parser may meet `Union[float, int]`
-    where Lightning wrote `Union[int, float]`, and makes a float of every number.
-    """
-    _narrow(parser, dict.fromkeys(COUNTS_OR_FRACTIONS, int | float | None))
-
-
-def _narrow(parser: LightningArgumentParser, types: Mapping[str, Any]) -> None:
-    """Gives keys of Lightning's other types."""
-    for action in parser._actions:
-        if action.dest in types:
-            action._typehint = types[action.dest]  # type: ignore[attr-defined]
-
-
 def _quieten_lightning() -> None:
     for library in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -430,8 +275,3 @@ def _check_writable(folder: Path) -> None:
             f"trainer.default_root_dir: cannot write to the folder '{folder}' ({error.strerror}); "
             "choose another one"
         ) from error
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"dcpc: error: {message}", file=sys.stderr)
-    raise SystemExit(2)

@@ -32,7 +32,8 @@ def error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         layers = [str(CONFIGS / f"{base}.json")]
         if layer is not None:
             layers.append(str(tmp_path / "layer.json"))
-            Path(layers[-1]).write_text(layer if isinstance(layer, str) else json.dumps(layer))
+            text = layer if isinstance(layer, str | bytes) else json.dumps(layer)
+            Path(layers[-1]).write_bytes(text if isinstance(text, bytes) else text.encode())
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_info:
             main([subcommand, *(f"--config={path}" for path in layers), *options])
@@ -103,7 +104,10 @@ def test_the_mistakes_cover_every_shipped_config() -> None:
             {"pgd": "x"},
             "model.step_size.pgd: expected a number, got 'x'",
         ),
-        ("model.step_size", {"pgd": -1}, "model.step_size.pgd must be a positive number, got -1.0"),
+        ("model.step_size", {"pgd": -1}, "model.step_size.pgd: .* positive number, got -1.0"),
+        ("model.class_path", "dcpc.training.ImageData", "model: .* of another kind.*"),
+        ("model.class_path", "dcpc.training.GenerativeModule", "model: .* abstract.*"),
+        ("data.class_path", "dcpc.training.LabelledData", "data: .* abstract.*"),
         ("model.model.class_path", "dcpc.nowhere.Model", "model.model: .*'dcpc.nowhere.Model'.*"),
         ("model.model.class_path", "torch.optim.Adam", "model.model: .* of another kind.*"),
         ("data", "nowhere.Data", "data: expected a class_path .*'nowhere.Data'.*"),
@@ -222,6 +226,7 @@ def test_the_other_commands_err_alike(
     [
         ('{"trainer": ', "--config: the file 'layer.json' is no JSON .*line 1 column 13.*"),
         ("", "--config: the file 'layer.json' is no JSON .*"),
+        (b"\xff{}", "--config: the file '.*layer.json' is no text in UTF-8 .*"),
         ("[1, 2]", "--config: the file 'layer.json' must hold a JSON object, got [1, 2]"),
     ],
 )

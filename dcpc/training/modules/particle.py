@@ -258,5 +258,7 @@ def _step_size(given: float | dict[str, float] | None, algorithm: str) -> float 
     for name, step_size in given.items():
         lookup("algorithm of model.step_size", name, PRESETS)
         if not 0.0 < step_size < math.inf:
-            raise OptionError(f"model.step_size.{name} must be a positive number, got {step_size}")
+            raise OptionError(
+                f"model.step_size.{name}: step_size must be a positive number, got {step_size}"
+            )
     return given.get(algorithm)
