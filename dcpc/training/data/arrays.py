@@ -92,26 +92,20 @@ class ArrayData(ImageData):
             return None
         try:
             # Mapped, so that a header which promises more than there is does not fill the memory.
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = np.lib.format.open_memmap(path, mode="r")
         except Exception as error:  # a damaged header raises whatever its bytes lead to
             reason = re.split(r"[.\n]", str(error))[0][:100] or type(error).__name__
             raise DataError(
                 f"data.folder: '{path}' is no NumPy array, or a damaged one of "
                 f"{path.stat().st_size:,} bytes ({reason}); save it anew, by np.save"
             ) from error
-        if not isinstance(array, np.ndarray):
-            array.close()
-            raise DataError(
-                f"data.folder: '{path}' is an archive of arrays, expected one array; save it by "
-                "np.save"
-            )
         _check_length(array, path)
         return np.array(array)
 
 
-def _check_length(array: np.ndarray, path: Path) -> None:
+def _check_length(array: np.memmap, path: Path) -> None:
     """Compares a file with its header; one that is too short cannot be mapped."""
-    if not isinstance(array, np.memmap) or not array.size:
+    if not array.size:
         return
     rest = path.stat().st_size - array.offset - array.nbytes
     if rest:
