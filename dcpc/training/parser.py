@@ -56,12 +56,15 @@ Seed = restricted_number_type(
 
 Threads = restricted_number_type("Threads", int, [(">", 0), ("<=", 1024)])
 
+SanitySteps = restricted_number_type("SanitySteps", int, (">=", -1))
+
 IN_RANGE: dict[str, Any] = {
     "seed_everything": bool | Seed,
     "trainer.num_nodes": PositiveInt,
     "trainer.check_val_every_n_epoch": PositiveInt | None,
     "trainer.log_every_n_steps": NonNegativeInt | None,
     "trainer.accumulate_grad_batches": PositiveInt,
+    "trainer.num_sanity_val_steps": SanitySteps | None,
     "trainer.gradient_clip_val": NonNegativeFloat | None,
     "trainer.min_epochs": NonNegativeInt | None,
     "trainer.min_steps": NonNegativeInt | None,

@@ -97,11 +97,18 @@ def _place(message: str, arguments: Mapping[str, Any]) -> str:
     }
     name = min(mentions, key=mentions.__getitem__) if mentions else ""
     if not name:
-        values = ((n, v) for n, v in arguments.items() if v is not None and not _arguments(v))
-        shown = ((n, str(v)) for n, v in values if not isinstance(v, bool))
-        return next((n for n, text in shown if text and _stands_in(text, message)), "")
+        return next((n for n, text in _shown(arguments) if _stands_in(text, message)), "")
     below = _place(message.replace(name, "", 1), _arguments(arguments[name]))
     return f"{name}.{below}" if below else name
+
+
+def _shown(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names and values, as a message would show them; of lists, their fractions too."""
+    for name, value in arguments.items():
+        parts = value if isinstance(value, list | tuple) else []
+        for part in [value, *(p for p in parts if isinstance(p, float))]:
+            if part not in (None, "") and not isinstance(part, bool | Mapping | Namespace):
+                yield name, str(part)
 
 
 def _stands_in(text: str, message: str) -> bool:
