@@ -26,20 +26,29 @@ LAYERS = "; an algorithm is a layer on top of data and model: --config configs/m
 HELP = "dcpc fit --help, --model.help CLASS and --data.help CLASS list the keys"
 
 KEYED = re.compile(r'(?:Parser key|Key) "(?P<key>[^"]+)"(?: element (?P<element>\d+))?:\s*')
+"""A value that is wrong; the rest of the message says how."""
 REFUSED = re.compile(
     r"(?:(?:Group '(?P<group>[^']+)'|Subcommand '\w+') does not accept option '(?P<subkey>[^']+)'"
     r"|Option '(?P<key>[^']+)' is not accepted.*"
     r"|unrecognized arguments: --(?P<argument>[^\s=]+).*)\s*",
     re.DOTALL,
 )
+"""A key that nothing has."""
 REQUIRED = re.compile(r"the following arguments are required: (?P<keys>.+)")
-IMPORT = re.compile(r"Problem with given class_path '(?P<path>[^']*)':\s+(?P<reason>[^\n]+)")
-OTHER_CLASS = re.compile(r"Import path (?P<path>\S+) does not (?:correspond|implement)")
-ABSTRACT = re.compile(r"Expected an instantiatable class, but (?P<path>\S+) is")
-SPEC = {"class_path", "init_args", "dict_kwargs"}
-BELOW = re.compile(r"NestedArg\(key='(?P<key>[^']*)', val=(?P<value>.*)\)", re.DOTALL)
-"""A value of a key below, on the command line."""
-ELEMENT = re.compile(r"^\s*Expected a <class '(?:int|float|str|bool)'>", re.MULTILINE)
+
+CLASSES = (
+    re.compile(r"Problem with given class_path '(?P<path>[^']*)':\s+(?P<reason>[^\n]+)"),
+    re.compile(r"Import path (?P<path>\S+) does not (?P<reason>correspond|implement)"),
+    re.compile(r"Expected an instantiatable class, but (?P<path>\S+) is (?:a )?(?P<reason>\w+)"),
+)
+"""Class paths that name nothing, a class of another kind, or one that cannot be built."""
+KINDS = {
+    "abstract": "an abstract class",
+    "correspond": "a class of another kind",
+    "implement": "a class of another kind",
+    "protocol": "a protocol",
+}
+
 NO_KEYS = re.compile(r"'(\w+)' object has no attribute 'keys'")
 JSON_NAMES = {
     "NoneType": "null",
@@ -49,8 +58,19 @@ JSON_NAMES = {
     "list": "a list",
     "str": "a text",
 }
-OUT_OF_RANGE = re.compile(r"Not of type \w+: (\S+) does not conform")
+SPEC = {"class_path", "init_args", "dict_kwargs"}
+"""Keys of a class of the config."""
+
+GIVEN = (
+    re.compile(r"^ *Given value: (.*)", re.MULTILINE | re.DOTALL),
+    re.compile(r"Got value: (.*)"),
+    re.compile(r"Not of type \w+: (\S+) does not conform"),
+)
+"""The value of a key, the outermost one last."""
+BELOW = re.compile(r"NestedArg\(key='(?P<key>[^']*)', val=(?P<value>.*)\)", re.DOTALL)
+"""A value of a key below, on the command line."""
 CLASS_PATH = re.compile(r"'?class_path'?[=:] ?(?P<path>'[^']*'|[^,)}]+)")
+ELEMENT = re.compile(r"^\s*Expected a <class '(?:int|float|str|bool)'>", re.MULTILINE)
 
 
 def explain(parser: argparse.ArgumentParser, message: str, suggest: Callable[[str], str]) -> str:
@@ -104,29 +124,32 @@ def _complaint(expected_type: Any, message: str) -> str:
     if no_keys := NO_KEYS.search(message):
         kind = JSON_NAMES.get(no_keys[1], no_keys[1])
         return f".init_args: expected an object of keys, got {kind}"
-    for pattern in (IMPORT, OTHER_CLASS, ABSTRACT):
-        if found := pattern.search(message):
-            reason = found["reason"] if pattern is IMPORT else "a class of another kind"
-            reason = "an abstract class" if pattern is ABSTRACT else reason
-            return f": expected {describe_type(expected_type)}, got '{found['path']}' ({reason})"
-    given = re.findall(r"^ *Given value: (.*)", message, re.MULTILINE | re.DOTALL)
-    given = given or re.findall(r"Got value: (.*)", message) or OUT_OF_RANGE.findall(message)
-    if not given:
-        reason = " ".join(message.split("\n", 1)[-1].split()) if "\n" in message else message
-        return f": expected {describe_type(expected_type)} ({reason})"
-    text = given[-1].strip()
+    expected = f": expected {describe_type(expected_type)}"
+    if found := next(filter(None, (pattern.search(message) for pattern in CLASSES)), None):
+        reason = KINDS.get(found["reason"], found["reason"])
+        return f"{expected}, got '{found['path']}' ({reason})"
+    text = _given(message)
+    if text is None:
+        return f"{expected} ({' '.join(KEYED.sub('', message).split())})"
     if text.startswith("Namespace(") and (path := CLASS_PATH.search(text)):
-        return f": expected {describe_type(expected_type)}, got a class_path {path['path']}"
-    value = _value(text)
-    beside = [key for key in value if key not in SPEC] if _is_spec(value) else []
+        return f"{expected}, got a class_path {path['path']}"
+    return _misfit(_value(text), expected_type, is_element=bool(ELEMENT.search(message)))
+
+
+def _misfit(value: Any, expected_type: Any, is_element: bool) -> str:
+    """What a value, or an element of a list, has instead of its type."""
+    beside = sorted(value.keys() - SPEC) if _is_spec(value) else []
     if beside:
-        return (
-            f".{beside[0]}: the key '{beside[0]}' is not accepted beside class_path and init_args"
-        )
+        key = beside[0]
+        return f".{key}: the key '{key}' is not accepted beside class_path and init_args"
     place, part_type, part = find_misfit(value, expected_type)
-    # Of a list, jsonargparse shows the element alone.
-    got = "an element " if ELEMENT.search(message) and is_container(part_type) else ""
+    got = "an element " if is_element and is_container(part_type) else ""
     return f"{place}: expected {describe_type(part_type)}, got {got}{show(part)}"
+
+
+def _given(message: str) -> str | None:
+    found = next(filter(None, (pattern.findall(message) for pattern in GIVEN)), None)
+    return found[-1].strip() if found else None
 
 
 def _is_spec(value: Any) -> bool:

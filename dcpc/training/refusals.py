@@ -20,6 +20,8 @@ __all__ = ["refusal"]
 CONSTRUCTORS = ("__init__", "__post_init__")
 NAMED = re.compile(r"-*(model|data|trainer|optimizer|lr_scheduler|ckpt_path)\b[.:]")
 """Begin of a message that names its key."""
+WRAPPED = re.compile(r"Does not validate against|Problem with given class_path|Parser key")
+"""Begin of a message of jsonargparse around an error of a constructor."""
 
 
 class Node(NamedTuple):
@@ -37,8 +39,8 @@ def refusal(error: BaseException, options: Namespace) -> DCPCError:
         error: Raised while the classes of a config were built.
         options: What was configured.
     """
-    causes = list(_causes(error))
-    cause = next((e for e in causes if isinstance(e, DCPCError)), causes[-1])
+    causes = [cause for cause in _causes(error) if not WRAPPED.match(str(cause))] or [error]
+    cause = next((e for e in causes if isinstance(e, DCPCError)), causes[0])
     message = " ".join(str(cause).split()) or type(cause).__name__
     node = None if NAMED.match(message) else _node(cause, options)
     if node is not None:
@@ -52,7 +54,8 @@ def refusal(error: BaseException, options: Namespace) -> DCPCError:
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        hidden = None if error.__suppress_context__ else error.__context__
+        error = error.__cause__ or hidden
 
 
 def _node(error: BaseException, options: Namespace) -> Node | None:

@@ -55,9 +55,9 @@ def show(value: Any) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
-        text = str(value)
+        text = " ".join(str(value).split())
     if isinstance(value, str):
-        text = f"'{value}'"
+        text = f"'{value if value.isprintable() else text[1:-1]}'"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 

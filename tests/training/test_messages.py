@@ -204,6 +204,35 @@ def test_a_wrong_value_of_a_classifier_is_one_line(
     assert written == line or re.fullmatch(line.replace("[", r"\["), written), written
 
 
+class Own(nn.Module):
+    """A model whose constructor says what is wrong, in two lines, because of another error."""
+
+    def __init__(self, image_shape: list[int], kind: str = "plain") -> None:
+        super().__init__()
+        try:
+            self.scale = {"plain": 1.0}[kind]
+        except KeyError as error:
+            raise ValueError(f"there is no such kind,\n{kind}") from error
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("fancy", "model.model.kind: there is no such kind, fancy"),
+        (3, "model.model.kind: expected a text, got 3"),
+        ([1, 2], "model.model.kind: expected a text, got [1, 2]"),
+    ],
+)
+def test_an_error_of_a_users_own_class_keeps_its_words(error: Build, kind: Any, line: str) -> None:
+    config = {"class_path": f"{__name__}.Own", "init_args": {"image_shape": [1], "kind": kind}}
+    assert error(below("model.model", config)) == line
+
+
+def test_a_value_of_several_lines_is_shown_in_one(error: Build) -> None:
+    written = error(below("model.learning_rate", "a\nb"))
+    assert re.fullmatch(r"model\.learning_rate: expected a number, got 'a\W+n?b'", written)
+
+
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
 @pytest.mark.parametrize(
     ("path", "value", "line"),
