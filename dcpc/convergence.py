@@ -118,13 +118,14 @@ def find_problems(posterior: Posterior, record: SweepRecord) -> tuple[str, ...]:
         record: Record of its sweeps.
     """
     if not record.is_random:
-        return (*_densities(record), *_evidence(posterior))
+        return (*_interruption(posterior), *_densities(record), *_evidence(posterior))
     found = {
         name: _mixing(posterior, name, record.active.get(name))
         for name in posterior.unit_of
         if name in posterior.samples
     }
     return (
+        *_interruption(posterior),
         *_draws(posterior, record, found),
         *_lineages(posterior, record),
         *_moves(posterior, record, found),
@@ -235,6 +236,16 @@ def _lineages(posterior: Posterior, record: SweepRecord) -> Iterator[str]:
             "particles are resampled, and since the warm-up a lineage has taken no more than "
             f"{_list(short)} independent values (less than {FORGOTTEN:.0f}), so that they may all "
             "be where few ancestors were: sweep longer, or move correlated latents in one block"
+        )
+
+
+def _interruption(posterior: Posterior) -> Iterator[str]:
+    told = posterior.continuation
+    if told is not None:
+        yield (
+            f"the run was interrupted after {told.num_done} of {told.num_sweeps} sweeps, of which "
+            f"{told.num_warmup} are warm-up; DCPC.resume(posterior, ...), with the arguments of "
+            f"the model, makes the other {told.num_left}"
         )
 
 

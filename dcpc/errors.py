@@ -29,6 +29,14 @@ class OptionError(DCPCError):
     """An argument of an inference class that is unknown, out of range, or does not fit another."""
 
 
+class ThreadError(DCPCError):
+    """Two threads at once in what the process has only once: torch's generator, Pyro's handlers."""
+
+
+class FileError(DCPCError):
+    """A file that cannot be written or read, or whose content is not what it should be."""
+
+
 def require_at_least(name: str, value: int, minimum: int) -> None:
     """Checks an integer argument; unlike pydantic's, the error is one line in the user's own words.
 

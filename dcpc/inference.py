@@ -26,9 +26,11 @@ from dcpc.problem import Problem, check_annealing
 from dcpc.progress import ProgressBar
 from dcpc.recombine.correction import Correction
 from dcpc.recorder import Recorder
-from dcpc.seeding import seeded
+from dcpc.seeding import continued, seeded
 from dcpc.sweep import SweepInfo, SweepState, restart_adaptation
+from dcpc.sweeping import check_continuation, continuation_of, sweep_to_end
 from dcpc.tables import table
+from dcpc.threads import exclusive
 
 
 class Units(list[Unit]):
@@ -70,6 +72,12 @@ class DCPC:
     Example:
         >>> posterior = DCPC(model, num_particles=256).run(y, num_sweeps=500)
         >>> posterior.summary()
+
+    One thread of a process infers at a time; a second one is refused. Torch's default generator is
+    one for all threads as well: another thread that draws from it while a seeded run is under way
+    changes the run's draws, and is set back when the run ends; give it a `torch.Generator` of its
+    own. An engine can be pickled if its model can, and run in another process; what `pyro.param`
+    keeps in its store stays behind, unless it is saved by `pyro.get_param_store().save`.
 
     Args:
         model: A Pyro program with continuous latents and a fixed set of sites.
@@ -178,6 +186,10 @@ class DCPC:
         particles to go on with. `num_sweeps` sweeps at the posterior
         follow, the first `num_warmup` of which still adapt.
 
+        Ctrl-C during these finishes the sweep and returns what there is: a posterior that
+        `is_partial`, with a warning, and from which `resume` goes on. A second Ctrl-C raises, and
+        so does one before: annealing leaves nothing of use, and the engine as it was.
+
         Args:
             *args: Arguments of the model.
             num_sweeps: Sweeps at the posterior.
@@ -188,7 +200,8 @@ class DCPC:
             evidence: Whether to spend the second annealing run on an evidence estimate.
             conditional_ess: Conditional ESS, over K, that each temperature step keeps; closer to
                 one means more temperatures.
-            seed: Seeds this run only; the global random state is left as it was.
+            seed: Seeds this run only; the global random state is left as it was. The result is
+                reproducible if no other thread draws from torch's default generator meanwhile.
             progress: Whether to show a progress bar.
             **kwargs: Keyword arguments of the model.
 
@@ -196,6 +209,7 @@ class DCPC:
             ModelError, DataError, CertificationError: The model or data cannot be handled.
             DegenerateWeightsError: No particle has positive density.
             OptionError: An option out of range.
+            ThreadError: Another thread is in an inference.
 
         Warns:
             ConvergenceWarning: The posterior may be off; `posterior.warnings` says why, and what to
@@ -211,7 +225,7 @@ class DCPC:
             raise OptionError(f"keep_every must be at least 0, got {keep_every}")
         check_annealing(None, conditional_ess)
         check_model_arguments(self.model, kwargs, "DCPC.run")
-        with seeded(seed), ProgressBar(progress) as bar:
+        with exclusive("DCPC.run"), seeded(seed), ProgressBar(progress) as bar:
             problem = self._problem(args, kwargs, thorough=True)
             arrival = approach(
                 problem,
@@ -222,24 +236,43 @@ class DCPC:
             )
             recorder = Recorder(problem, arrival, num_sweeps, num_warmup, keep_every)
             state = restart_adaptation(arrival.state, self.parts)
-            bar.stage("sweeps", num_sweeps)
-            for index in range(num_sweeps):
-                before = state
-                state, info = problem.sweep(
-                    before,
-                    adapt=index < num_warmup,
-                    # Step sizes need a while with the preconditioner they will be used with.
-                    adapt_preconditioner=index < num_warmup // 2,
-                    retargets=False,
-                )
-                recorder.add(before, state, info)
-                bar.advance(info)
-            posterior = recorder.posterior(state)
-        self._posterior = posterior
-        if posterior.warnings:
-            message = format_problems(posterior.warnings)
-            warnings.warn(message, ConvergenceWarning, stacklevel=2)
-        return posterior
+            posterior = sweep_to_end(problem, state, recorder, bar, is_seeded=seed is not None)
+        return self._keep(posterior)
+
+    def resume(
+        self, posterior: Posterior, /, *args: Any, progress: bool = True, **kwargs: Any
+    ) -> Posterior:
+        """Makes the sweeps that are left of an interrupted run.
+
+        The result is that of a run without the interruption, bit for bit; of one without a seed, if
+        nothing else has drawn from torch's generator since. The posterior may come from a file, the
+        engine from another process: it has to be made alike.
+
+        Args:
+            posterior: What `run` returned when it was interrupted.
+            *args: Arguments of the model, those of the interrupted run.
+            progress: Whether to show a progress bar.
+            **kwargs: Keyword arguments of the model.
+
+        Raises:
+            OptionError: The posterior is not partial, or that of another engine.
+            DataError: It is that of other arguments or parameters of the model.
+            ThreadError: Another thread is in an inference.
+
+        Warns:
+            ConvergenceWarning: As `run` does.
+        """
+        continuation = continuation_of(posterior)
+        check_model_arguments(self.model, kwargs, "DCPC.resume")
+        random_state = continuation.random_state
+        with exclusive("DCPC.resume"), continued(random_state), ProgressBar(progress) as bar:
+            problem = self._problem(args, kwargs, thorough=True)
+            check_continuation(problem, posterior.state, continuation)
+            recorder = Recorder.resume(problem, posterior)
+            posterior = sweep_to_end(
+                problem, posterior.state, recorder, bar, is_seeded=bool(random_state)
+            )
+        return self._keep(posterior)
 
     def anneal(
         self,
@@ -265,9 +298,10 @@ class DCPC:
         Raises:
             EvidenceError: The correction is not exact, or a prior is improper.
             OptionError: An option out of range.
+            ThreadError: Another thread is in an inference.
         """
         check_annealing(num_temperatures, conditional_ess)
-        with seeded(seed), ProgressBar(progress) as bar:
+        with exclusive("DCPC.anneal"), seeded(seed), ProgressBar(progress) as bar:
             problem = self._problem(args, kwargs, thorough=True)
             return problem.anneal(num_temperatures, conditional_ess=conditional_ess, bar=bar)
 
@@ -336,6 +370,14 @@ class DCPC:
     def _problem(self, args: tuple, kwargs: dict, *, thorough: bool = False) -> Problem:
         arguments = Arguments(args, kwargs)
         return Problem(self._divisions, arguments, self.algorithm, self.guide, thorough=thorough)
+
+    def _keep(self, posterior: Posterior) -> Posterior:
+        """Makes it the last one, and warns the caller's caller of what is wrong with it."""
+        self._posterior = posterior
+        if posterior.warnings:
+            message = format_problems(posterior.warnings)
+            warnings.warn(message, ConvergenceWarning, stacklevel=3)
+        return posterior
 
     def _last(self) -> Posterior:
         if self._posterior is None:

@@ -6,11 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from dcpc import posterior_files
+from dcpc.continuation import Continuation
 from dcpc.draws import MIN_DRAWS, describe, design_effect, quantiles
 from dcpc.errors import DCPCError, EvidenceError
 from dcpc.recombine import LogWeights, systematic, take_particles
@@ -71,6 +74,7 @@ class Posterior:
         warnings: Warnings that `DCPC.run` issued.
         num_masked: By latent, number of values that are masked out: they are no part of the
             posterior, and keep their draws of the prior.
+        continuation: Where the run was interrupted, what it needs to go on; else None.
     """
 
     samples: Samples
@@ -87,6 +91,42 @@ class Posterior:
     is_exact: bool = True
     warnings: tuple[str, ...] = ()
     num_masked: Mapping[str, int] = field(default_factory=dict)
+    continuation: Continuation | None = None
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the run was interrupted; `DCPC.resume` makes the sweeps that are left."""
+        return self.continuation is not None
+
+    def save(self, path: str | Path) -> None:
+        """Writes the posterior into a file of plain tensors, for `load`.
+
+        All that it tells is in the file, and nothing of the model. The file is there as a whole or
+        as it was, whatever happens meanwhile.
+
+        Args:
+            path: The file; its folder is made.
+
+        Raises:
+            FileError: The disk is full, or the folder cannot be written to.
+        """
+        posterior_files.write(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Posterior:
+        """Reads a posterior from a file of `save`, bit for bit.
+
+        No pickled code is run. The model is not needed but to sweep on: by an engine that is made
+        as the one was, with `resume` or `sweep`.
+
+        Args:
+            path: The file.
+            device: Where its tensors are to be: the model's device, to sweep on.
+
+        Raises:
+            FileError: There is no such file, it is damaged, or it is the file of something else.
+        """
+        return posterior_files.read(cls, path, device)
 
     @property
     def log_weight(self) -> Tensor:

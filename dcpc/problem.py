@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from dcpc.annealing import Annealed, Rung, anneal, spaced_ladder
@@ -24,6 +25,7 @@ from dcpc.start import (
     starting_references,
 )
 from dcpc.sweep import SweepInfo, SweepState, loss, sweep
+from dcpc.threads import exclusive
 
 
 class Problem:
@@ -83,6 +85,7 @@ class Problem:
         """K."""
         return self._divisions.num_particles
 
+    @exclusive("Problem.init")
     def init(self) -> SweepState:
         """Particles from the guide, or else the prior, whose weights refer to it."""
         self._check()
@@ -92,6 +95,7 @@ class Problem:
             draw_from_guide(self.guide, self.division, self.arguments, self.num_particles)
         )
 
+    @exclusive("Problem.sweep")
     def sweep(
         self,
         state: SweepState,
@@ -122,11 +126,20 @@ class Problem:
             retargets=retargets and self.parts.correction.is_exact,
         )
 
+    @exclusive("Problem.log_joint")
+    def log_joint(self, state: SweepState) -> Tensor:
+        """Log-density `log p(x, z_k)` of the particles as they are, `(K, *population)`."""
+        self._check_state(state)
+        with torch.no_grad():
+            return self.density.log_joint(state.latents)
+
+    @exclusive("Problem.loss")
     def loss(self, state: SweepState) -> Tensor:
         """`- sum_cells sum_k W_k log p(x, z_k)`: its gradient trains the model's parameters."""
         self._check_state(state)
         return loss(self.density, state)
 
+    @exclusive("Problem.guide_loss")
     def guide_loss(self, state: SweepState) -> Tensor:
         """`- sum_k W_k log q(z_k | x)`: its gradient trains the guide on the particles.
 
@@ -139,6 +152,7 @@ class Problem:
         values = self.constrain(state.latents)
         return guide_loss(self.guide, self.division, self.arguments, state, values)
 
+    @exclusive("Problem.anneal")
     def anneal(
         self,
         num_temperatures: int | None = None,
@@ -217,10 +231,12 @@ class Problem:
         """Independent particles from the prior, or from references where a latent has one."""
         return self._at_rest(draw_from_prior(density, self.arguments, self.num_particles))
 
+    @exclusive("Problem.constrain")
     def constrain(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Constrained values of unconstrained latents `(K, *batch, *event)`."""
         return constrained_particles(self._divisions.model, self.arguments, latents)
 
+    @exclusive("Problem.observation_means")
     def observation_means(self, state: SweepState) -> dict[str, Tensor]:
         """Posterior mean of every observed site's mean: the reconstruction of the data.
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dcpc.approach import Arrival, descended
+from dcpc.continuation import Continuation, SweepSums
 from dcpc.convergence import SweepRecord, find_problems
 from dcpc.draws import MIN_DRAWS
 from dcpc.posterior import Posterior, Samples, equal_weights
 from dcpc.problem import Problem
-from dcpc.recombine import take_particles
 from dcpc.sweep import SweepInfo, SweepState, resample
 
 MAX_KEPT = 100
@@ -40,6 +40,10 @@ class Recorder:
         num_warmup: Number of sweeps that adapt. The others are recorded; the last one, if all
             adapt.
         keep_every: Interval between sweeps that are kept; 0 for none, None to choose.
+
+    Attributes:
+        num_done: Number of sweeps that were recorded, the warm-up included.
+        num_warmup: Number of sweeps that adapt.
     """
 
     def __init__(
@@ -54,41 +58,67 @@ class Recorder:
         self._evidence = arrival.evidence
         self._families = arrival.families
         self._num_sweeps = num_sweeps
-        self._num_warmup = num_warmup
+        self.num_warmup = num_warmup
         if keep_every is None:
             keep_every = self._thinning(arrival.state)
         self._keep_every = keep_every
         self._kept: list[dict[str, Tensor]] = []
         self._is_chains = True
         self._num_bad = 0
-        self._count = 0
-        self._frozen = _Frozen()
+        self._sums = SweepSums()
+        self._last: SweepInfo | None = None
+        self.num_done = 0
+
+    @classmethod
+    def resume(cls, problem: Problem, posterior: Posterior) -> Recorder:
+        """The recorder of an interrupted run, as it was then."""
+        told = posterior.continuation
+        assert told is not None
+        arrival = Arrival(posterior.state, posterior.evidence, told.families)
+        recorder = cls(problem, arrival, told.num_sweeps, told.num_warmup, told.keep_every)
+        num_kept = len(next(iter(told.kept.values()), ()))
+        recorder._kept = [{name: u[i] for name, u in told.kept.items()} for i in range(num_kept)]
+        recorder._is_chains = told.is_chains
+        recorder._num_bad = posterior.num_bad
+        recorder._sums = told.sums.copy()
+        recorder.num_done = told.num_done
+        return recorder
+
+    @property
+    def num_left(self) -> int:
+        """Number of sweeps that are still to be recorded."""
+        return self._num_sweeps - self.num_done
 
     def add(self, before: SweepState, after: SweepState, info: SweepInfo) -> None:
         """Records a sweep from one state to the next."""
-        self._count += 1
+        self.num_done += 1
         self._num_bad += int(info.num_bad)
         self._families = descended(self._families, info.ancestors)
-        number = self._count - self._num_warmup
+        number = self.num_done - self.num_warmup
         if number > 0:
-            self._frozen.follow(before, after, info, self._problem)
+            self._sums.follow(before, after, info, self._problem.division)
+            self._sums.add(info)
             self._is_chains = self._is_chains and info.ancestors is None
             if self._keep_every and number % self._keep_every == 0:
                 self._is_chains = self._is_chains and equal_weights(after.log_weight)
                 self._kept.append(self._equally_weighted(after).latents)
-        if number > 0 or self._count == self._num_sweeps:
-            self._frozen.add(info)
+        self._last = info
 
-    def posterior(self, state: SweepState) -> Posterior:
-        """The posterior, given the state after the last sweep."""
-        division, frozen = self._problem.division, self._frozen
+    def posterior(self, state: SweepState, random_state: Mapping[str, Tensor]) -> Posterior:
+        """The posterior, given the state after the last sweep; partial where sweeps are left.
+
+        Args:
+            state: Particles and weights.
+            random_state: State of the run's own generators; empty if it has none.
+        """
+        division, sums = self._problem.division, self._described
         has_series = self._is_chains or len(self._kept) < MIN_DRAWS
         posterior = Posterior(
             samples=self._constrain(state.latents),
             state=state,
             population_axes=division.value_axes(),
-            acceptance=division.by_unit(frozen.mean(frozen.statistic)),
-            step_size=division.by_unit(frozen.mean(frozen.step_size)),
+            acceptance=division.by_unit(sums.mean(sums.statistic)),
+            step_size=division.by_unit(sums.mean(sums.step_size)),
             unit_of={name: unit.name for unit in division.units for name in unit.sites},
             num_bad=self._num_bad,
             history=self._constrain_history(),
@@ -101,12 +131,37 @@ class Recorder:
                 name: int((~active).sum())
                 for name, active in self._problem.density.active_latents().items()
             },
+            continuation=self._continuation(state, random_state) if self.num_left else None,
         )
         return replace(posterior, warnings=find_problems(posterior, self._record(state)))
 
+    @property
+    def _described(self) -> SweepSums:
+        """The sweeps whose moves are described: the last one, where all of them adapted."""
+        if self._sums.count or self._last is None:
+            return self._sums
+        last = SweepSums()
+        last.add(self._last)
+        return last
+
+    def _continuation(self, state: SweepState, random_state: Mapping[str, Tensor]) -> Continuation:
+        names = self._kept[0] if self._kept else ()
+        return Continuation(
+            num_done=self.num_done,
+            num_sweeps=self._num_sweeps,
+            num_warmup=self.num_warmup,
+            keep_every=self._keep_every,
+            kept={name: torch.stack([latents[name] for latents in self._kept]) for name in names},
+            sums=self._sums.copy(),
+            is_chains=self._is_chains,
+            families=self._families,
+            log_joint=self._problem.log_joint(state),
+            random_state=random_state,
+        )
+
     def _thinning(self, state: SweepState) -> int:
         """Thinning that makes the history long enough and small enough."""
-        num_recorded = self._num_sweeps - self._num_warmup
+        num_recorded = self._num_sweeps - self.num_warmup
         if num_recorded == 0:
             return 0
         size = sum(z.numel() * z.element_size() for z in self._constrain(state.latents).values())
@@ -117,20 +172,21 @@ class Recorder:
     def _record(self, state: SweepState) -> SweepRecord:
         """Record of the sweeps that the convergence checks need."""
         parts, division = self._problem.parts, self._problem.division
+        sums = self._described
         moved = sum(math.prod(plate.size for plate in unit.plates) for unit in division.units)
-        proposals = self._problem.num_particles * moved * max(self._frozen.count, 1)
+        proposals = self._problem.num_particles * moved * max(sums.count, 1)
         return SweepRecord(
-            num_sweeps=self._num_sweeps,
+            num_sweeps=self.num_done,
             target=parts.target,
             sizes={unit.name: unit.size for unit in division.units},
             adapts_step_size=parts.adapts_step_size,
             is_preconditioned=parts.preconditioner.is_scaled,
             is_random=parts.move.is_reversible,
-            bad_share=self._frozen.num_bad / proposals,
-            undefined=self._undefined(state) if self._frozen.num_bad else (),
+            bad_share=sums.num_bad / proposals,
+            undefined=self._undefined(state) if sums.num_bad else (),
             # Particles that are no chains share ancestors that their series may not show.
-            forgotten={} if self._is_chains else self._frozen.forgotten(state),
-            bad_scores=division.by_unit(self._frozen.bad_scores),
+            forgotten={} if self._is_chains else sums.forgotten(state),
+            bad_scores=division.by_unit(sums.bad_scores),
             active=self._problem.density.active_latents(),
         )
 
@@ -156,7 +212,8 @@ class Recorder:
 
     def _constrain(self, latents: Mapping[str, Tensor]) -> Samples:
         values = self._problem.constrain(latents)
-        return {name: values[name] for name in self._problem.division.value_axes()}
+        # Compact, so that sums run over the same memory layout before a file and after.
+        return {name: values[name].contiguous() for name in self._problem.division.value_axes()}
 
     def _constrain_history(self) -> Samples:
         """Values `(K, num_kept, *batch, *event)` of the clouds that were kept."""
@@ -176,63 +233,3 @@ class Recorder:
         shape = (self._problem.num_particles, len(clouds))
         values = self._constrain(stacked)
         return {name: value.unflatten(0, shape) for name, value in values.items()}
-
-
-@dataclass
-class _Frozen:
-    """Sums over the sweeps that do not adapt (the last sweep, if all do).
-
-    Attributes:
-        statistic: By group name, `(n,)`.
-        step_size: By group name, `(n,)`.
-        bad_scores: By group name, `(n,)`.
-        num_bad: Log-densities that were NaN or infinite.
-        squared_moves: By latent, mean squared move of a particle, summed over the sweeps,
-            `(*batch, *event)`.
-        count: Number of sweeps.
-    """
-
-    statistic: dict[str, Tensor] = field(default_factory=dict)
-    step_size: dict[str, Tensor] = field(default_factory=dict)
-    bad_scores: dict[str, Tensor] = field(default_factory=dict)
-    squared_moves: dict[str, Tensor] = field(default_factory=dict)
-    num_bad: int = 0
-    count: int = 0
-
-    def follow(
-        self, before: SweepState, after: SweepState, info: SweepInfo, problem: Problem
-    ) -> None:
-        """Adds up how far particles moved in a sweep, from where their ancestors were."""
-        for name, u in after.latents.items():
-            start = before.latents[name]
-            if info.ancestors is not None:
-                axes = problem.division.population_axes(name)
-                start = take_particles(start, info.ancestors, axes)
-            moved = (u - start).square().mean(0)
-            self.squared_moves[name] = self.squared_moves.get(name, 0.0) + moved
-
-    def forgotten(self, state: SweepState) -> dict[str, Tensor]:
-        """Independent values that a lineage has taken, `n E[move^2] / (2 Var)`, by latent.
-
-        That is how often a diffusion by such moves has forgotten where it was.
-        """
-        return {
-            name: moves / (2.0 * state.latents[name].var(0, correction=0))
-            for name, moves in self.squared_moves.items()
-        }
-
-    def add(self, info: SweepInfo) -> None:
-        """Counts one more sweep."""
-        for total, new in (
-            (self.statistic, info.statistic),
-            (self.step_size, info.step_size),
-            (self.bad_scores, info.num_bad_scores),
-        ):
-            for name, value in new.items():
-                total[name] = total[name] + value if name in total else value
-        self.num_bad += int(info.num_bad)
-        self.count += 1
-
-    def mean(self, total: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Averages over the sweeps."""
-        return {name: value / self.count for name, value in total.items()}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from dcpc.threads import exclusive
 
 
 def derived_seed(seed: int, *key: int) -> int:
@@ -16,20 +19,57 @@ def derived_seed(seed: int, *key: int) -> int:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """A block of code after which the random state, of every device in use, is what it was."""
+    """A block of code after which the random state, of every device in use, is what it was.
+
+    Torch's default generator is one for all threads. Where another thread draws from it meanwhile,
+    it takes numbers out of the block's own, and its draws are undone at the end: threads that run
+    beside such a block draw from a `torch.Generator` of their own.
+
+    Raises:
+        ThreadError: Another thread is in such a block, or in an inference.
+    """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(list(devices)):
+    with exclusive("a seeded block"), torch.random.fork_rng(list(devices)):
         yield
 
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """A block of code with a seed of its own; None draws from the global random state."""
+    """A block of code with a seed of its own; None draws from the global random state.
+
+    Raises:
+        ThreadError: Another thread is in such a block, or in an inference.
+    """
     if seed is None:
         yield
         return
     with random_state_kept():
         _seed(seed)
+        yield
+
+
+def random_state() -> dict[str, Tensor]:
+    """State of torch's default generators by device, of those in use."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    by_device = {f"cuda:{index}": torch.cuda.get_rng_state(index) for index in devices}
+    return {"cpu": torch.get_rng_state(), **by_device}
+
+
+@contextmanager
+def continued(state: Mapping[str, Tensor]) -> Iterator[None]:
+    """A block of code that goes on from a random state; an empty one draws from the global ones.
+
+    Raises:
+        ThreadError: Another thread is in such a block, or in an inference.
+    """
+    if not state:
+        yield
+        return
+    with random_state_kept():
+        torch.set_rng_state(state["cpu"].cpu())
+        for device, generator in state.items():
+            if device != "cpu":
+                torch.cuda.set_rng_state(generator.cpu(), device)
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dcpc.divide.division import DataIdentity, Division, divide
 from dcpc.divide.graph import Schedule
@@ -13,6 +14,7 @@ from dcpc.divide.program import Arguments
 from dcpc.divide.sites import read_sites
 from dcpc.divide.watch import Snapshot
 from dcpc.seeding import random_state_kept
+from dcpc.threads import exclusive
 
 MAX_DIVISIONS = 16
 """Divisions kept for different argument shapes; the least recently used one goes first."""
@@ -48,10 +50,15 @@ class Divisions:
         self._certify = certify
         self._captured: OrderedDict[tuple, _Captured] = OrderedDict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was captured, for pickles and copies: it is captured again when needed."""
+        return {**vars(self), "_captured": OrderedDict()}
+
     def __len__(self) -> int:
         """Number of divisions that are kept."""
         return len(self._captured)
 
+    @exclusive("DCPC.bind")
     def find(self, arguments: Arguments, *, thorough: bool = False) -> Division:
         """The divided model for these arguments: as captured before, where that still holds.
 

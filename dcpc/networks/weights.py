@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from dcpc.errors import DCPCError
-from dcpc.io import describe_misfit, read_tensors
+from dcpc.errors import DCPCError, FileError
+from dcpc.io import check_entries, describe_misfit, not_finite, read_tensors, write_tensors
 
 __all__ = ["WeightsError", "load_weights", "save_weights"]
 
@@ -19,11 +18,12 @@ class WeightsError(DCPCError):
 
 
 def save_weights(network: nn.Module, path: str | Path) -> None:
-    """Saves parameters and buffers, without the values of nodes, under their names."""
-    target = Path(path)
-    unfinished = target.with_name(f"{target.name}.tmp")
-    torch.save(network.state_dict(), unfinished)
-    unfinished.rename(target)
+    """Saves parameters and buffers, without the values of nodes, under their names.
+
+    Raises:
+        FileError: The disk is full, or the folder cannot be written to; what was there stays.
+    """
+    write_tensors(network.state_dict(), path)
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:
@@ -42,6 +42,13 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
         saved = _of_network(saved["state_dict"])
     if not saved or not all(isinstance(value, Tensor) for value in saved.values()):
         raise WeightsError(f"'{path}' holds no weights, or is truncated")
+    try:
+        check_entries(path)
+    except FileError as error:
+        raise WeightsError(str(error)) from error
+    entry = not_finite(saved)
+    if entry is not None:
+        raise WeightsError(f"'{path}': its weight '{entry}' holds numbers that are not finite")
     misfit = describe_misfit(saved, network)
     if misfit is not None:
         raise WeightsError(f"'{path}' holds the weights of another network: {misfit}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as distributed
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from dcpc.errors import DCPCError, OptionError
@@ -24,10 +26,11 @@ from dcpc.training.callbacks import (
     EvaluationTable,
     ImageGrids,
     PredictionWriter,
+    RunCheckpoint,
     RunReport,
     SweepMonitor,
 )
-from dcpc.training.checkpoint import read_checkpoint
+from dcpc.training.checkpoint import DurableFiles, read_checkpoint
 from dcpc.training.data import LabelledData
 from dcpc.training.modules import (
     MeasuredModule,
@@ -36,6 +39,7 @@ from dcpc.training.modules import (
 from dcpc.training.parser import ConfigParser, Threads, fail, narrow_types
 from dcpc.training.paths import local_path
 from dcpc.training.refusals import refusal
+from dcpc.training.signals import Signals
 
 __all__ = ["ConfiguredCLI", "TrainingCLI", "main"]
 
@@ -60,6 +64,9 @@ ClassifierModule) and `--data.help HubImages` (or DigitsData, ArrayData, MoonsDa
 
 REFUSALS = (TypeError, ValueError, ImportError, MisconfigurationException)
 """Errors of constructors that got what they cannot use."""
+
+LOST_PROCESS = re.compile("Connection (closed|reset) by peer|NCCL|gloo", re.IGNORECASE)
+"""Errors of torch where another process of a training does not answer any more."""
 
 CONFIG_OPTIONS = ("--config", "-c")
 
@@ -98,12 +105,14 @@ class TrainingCLI(LightningCLI):
 
     Args:
         args: Arguments of the command line; None for the process's own.
+        signals: Signals that stop training; None to leave them to others.
 
     Raises:
         DCPCError: An option, the data, a checkpoint or a folder is unusable.
     """
 
-    def __init__(self, args: Sequence[str] | None = None) -> None:
+    def __init__(self, args: Sequence[str] | None = None, signals: Signals | None = None) -> None:
+        self.signals = signals
         _quieten_lightning()
         super().__init__(
             MeasuredModule,
@@ -114,6 +123,7 @@ class TrainingCLI(LightningCLI):
             save_config_kwargs={"config_filename": "config.json", "overwrite": True},
             trainer_defaults={
                 "default_root_dir": None,
+                "use_distributed_sampler": False,
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
                 "enable_progress_bar": None,
@@ -169,11 +179,10 @@ class TrainingCLI(LightningCLI):
         options = self.config[self.subcommand].trainer
         callbacks: list[Callback]
         if self.subcommand == "fit":
-            checkpoint = ModelCheckpoint(filename="last", save_on_train_epoch_end=True)
             monitor = SweepMonitor(options.log_every_n_steps or 50)
             callbacks = [monitor, ImageGrids(), RunReport()]
             if options.enable_checkpointing is not False:
-                callbacks.append(checkpoint)
+                callbacks.append(RunCheckpoint(self.signals))
             if options.logger in (None, True):
                 kwargs["logger"] = _Logger(options.default_root_dir, name="")
         else:
@@ -182,8 +191,12 @@ class TrainingCLI(LightningCLI):
             kwargs["enable_checkpointing"] = False
         if options.enable_progress_bar is None:
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
-        configured = self._get(self.config_init, "trainer").callbacks or []
-        return super().instantiate_trainer(callbacks=[*callbacks, *configured], **kwargs)
+        configured = self._get(self.config_init, "trainer")
+        plugins = _as_list(configured.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(DurableFiles())
+        callbacks += _as_list(configured.callbacks)
+        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
     def after_instantiate_classes(self) -> None:
         checkpoint = self.config[self.subcommand].ckpt_path
@@ -200,7 +213,7 @@ class TrainingCLI(LightningCLI):
         report = next(c for c in self.trainer.callbacks if isinstance(c, RunReport))  # type: ignore[attr-defined]
         if report.is_outdated and self.trainer.limit_val_batches:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-        report.compare()
+        report.compare(self.trainer)
 
 
 class ConfiguredCLI(TrainingCLI):
@@ -216,15 +229,22 @@ def main(args: Sequence[str] | None = None) -> None:
     # As `python -m` does, so that a config may name classes in files of the working directory.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    with one_line_errors():
-        TrainingCLI(_find_configs(arguments))
+    with one_line_errors(), Signals() as signals:
+        TrainingCLI(_find_configs(arguments), signals)
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Makes bad input one line on standard error and exit status 2, for a command's whole run."""
+    """Makes bad input one line on standard error and exit status 2, for a command's whole run.
+
+    The death of another process is one line too, and exit status 1.
+    """
     try:
         yield
+    except RuntimeError as error:
+        if not (distributed.is_initialized() and LOST_PROCESS.search(str(error))):
+            raise
+        fail("another process of this training has died; go on from last.ckpt", status=1)
     except (DCPCError, OSError, MisconfigurationException) as error:
         fail(str(error))
 
@@ -252,6 +272,10 @@ def _find_config(path: str) -> str:
     if path.startswith("configs/") and (home / path).is_file():
         return str(home / path)
     raise OptionError(f"--config: there is no file '{path}'")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
 def _run_folder(layers: Sequence[Any]) -> Path:

@@ -172,7 +172,7 @@ def _suggest_key(key: str) -> str:
     return f"; did you mean '{path}'?"
 
 
-def fail(message: str) -> NoReturn:
-    """Prints an error and exits with status 2."""
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Prints an error and exits."""
     print(f"dcpc: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)

@@ -152,9 +152,10 @@ def test_histograms_skip_numbers_that_are_not_finite(
 
     class Spoil(SweepMonitor):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-            stored = pl_module.store.state_dict()
-            stored["log_weight"][batch[2], 0] = -np.inf
-            stored["latents"]["z1"][batch[2]] = np.nan
+            latents, log_weight = pl_module.store.particles(batch[2])
+            log_weight[:, 0] = -np.inf
+            spoiled = {**latents, "z1": torch.full_like(latents["z1"], np.nan)}, log_weight
+            pl_module.store.particles = lambda index: spoiled
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     trainer(logger=logger, callbacks=[Spoil(every_n_steps=1)], log_every_n_steps=1).fit(

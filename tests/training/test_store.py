@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,9 +84,11 @@ def test_stored_weights_have_mean_one_and_keep_their_ratios(store: ParticleStore
 def test_particles_live_in_memory_mapped_files_of_the_expected_size(store: ParticleStore) -> None:
     written = state(N)
     store.write(torch.arange(N), written, AXES)
-    sizes = sorted(path.stat().st_size for path in store.folder.iterdir())
-    assert sizes == sorted(4 * N * K * values for values in (5, 2, 1, 1))
-    (path,) = [p for p in store.folder.iterdir() if p.stat().st_size == 4 * N * K * 5]
+    files = list(store.folder.glob("*.bin"))
+    assert sorted(path.stat().st_size for path in files) == sorted(
+        [N, *(4 * N * K * values for values in (5, 2, 1, 1))]
+    )
+    (path,) = [path for path in files if path.stat().st_size == 4 * N * K * 5]
     on_disk = np.memmap(path, dtype=np.float32, mode="r", shape=(N, K, 5))
     assert np.array_equal(on_disk, written.latents["z"].transpose(0, 1).numpy())
 
@@ -159,6 +164,111 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small_is_noticed_before_it_is_full(
     store: ParticleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
-    with pytest.raises(StoreError, match=r"the disk of .* has 0 MB left"):
+    with pytest.raises(StoreError, match=r"the disk of .* has 0 MB left .No space left"):
         store.write(torch.arange(N), state(N), AXES)
+
+
+def test_files_take_their_space_at_once(store: ParticleStore) -> None:
+    store.write(torch.tensor([0]), state(1, size=5000), AXES)
+    for path in store.folder.glob("*.bin"):
+        assert 512 * path.stat().st_blocks >= path.stat().st_size, path
+
+
+def test_only_particles_of_visited_data_are_saved_and_come_back_where_they_were(
+    store: ParticleStore, tmp_path: Path
+) -> None:
+    index, written = torch.tensor([5, 1, 3]), state(3)
+    store.write(index, written, AXES)
+    saved = store.state_dict()
+    assert saved["visited"].tolist() == [False, True, False, True, False, True, False]
+    order = [1, 2, 0]  # of the indices 1, 3, 5
+    assert torch.equal(saved["latents"]["z"], written.latents["z"].transpose(0, 1)[order])
+    assert saved["log_weight"].shape == (3, K)
+    assert {path.stem for path in store.folder.glob("*.bin")} == {
+        "visited",
+        "value-0",
+        "value-1",
+        "log_weight",
+        "log_joint",
+    }
+    other = ParticleStore(tmp_path / "other", N)
+    other.load_state_dict(saved)
+    assert other.visited(torch.arange(N)).tolist() == saved["visited"].tolist()
+    back = other.read(index, lambda: state(3), AXES)
+    assert torch.equal(back.latents["w"], written.latents["w"])
+    assert torch.equal(back.log_joint, written.log_joint)
+
+
+def test_a_checkpoint_with_rows_of_all_data_is_read_too(
+    store: ParticleStore, tmp_path: Path
+) -> None:
+    written = state(N)
+    store.write(torch.arange(N), written, AXES)
+    saved = store.state_dict() | {"visited": torch.arange(N) < 4}  # as they were once written
+    other = ParticleStore(tmp_path / "other", N)
+    other.load_state_dict(saved)
+    fresh = state(N)
+    back = other.read(torch.arange(N), lambda: fresh, AXES)
+    assert torch.equal(back.latents["z"][:, :4], written.latents["z"][:, :4])
+    assert torch.equal(back.latents["z"][:, 4:], fresh.latents["z"][:, 4:])
+
+
+def test_two_processes_see_each_others_particles(store: ParticleStore) -> None:
+    other = ParticleStore("", N, shared=store.folder)
+    written = state(2)
+    store.write(torch.tensor([0, 1]), written, AXES)
+    other.write(torch.tensor([6]), state(1), AXES)
+    assert store.visited(torch.arange(N)).tolist() == [True, True, *[False] * 4, True]
+    assert torch.equal(other.particles(torch.tensor([1]))[0]["z"][0], written.latents["z"][:, 1])
+    del other
+    assert store.folder.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks on Windows")
+def test_folders_of_killed_processes_are_removed_and_those_of_others_stay(tmp_path: Path) -> None:
+    living = ParticleStore(tmp_path, N)
+    program = (
+        "import os, sys\nfrom dcpc.training import ParticleStore\n"
+        f"store = ParticleStore(sys.argv[1], {N})\nprint(store.folder)\n"
+        "sys.stdout.flush()\nos._exit(1)"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True
+    ).stdout.strip()
+    assert Path(killed).exists()
+    newest = ParticleStore(tmp_path, N)
+    assert set(tmp_path.iterdir()) == {living.folder, newest.folder}
+
+
+def test_particles_that_are_not_finite_leave_the_stored_ones_as_they_are(
+    store: ParticleStore,
+) -> None:
+    index, before, bad = torch.arange(5), state(5), state(5)
+    store.write(index, before, AXES)
+    bad.latents["z"][1, 0, 2] = math.nan
+    bad.latents["w"][0, 1, 1] = math.inf
+    bad.log_weight.log_weight[:, 2] = -math.inf
+    bad.log_joint[2, 3] = -math.inf
+    bad.log_weight.log_weight[0, 4] = -math.inf  # a weight of zero, beside others
+    store.write(index, bad, AXES)
+    latents, log_weight = store.particles(index)
+    for row in range(5):
+        kept = before if row < 4 else bad
+        assert torch.equal(latents["z"][row], kept.latents["z"][:, row])
+        assert torch.equal(latents["w"][row], kept.latents["w"][:, :, row])
+    assert log_weight.isfinite().all()
+    torch.testing.assert_close(log_weight[4].softmax(0), bad.log_weight.log_weight[:, 4].softmax(0))
+
+
+def test_data_that_were_never_visited_with_finite_particles_stay_unvisited(
+    store: ParticleStore,
+) -> None:
+    bad = state(2)
+    bad.latents["z"][0, 0, 0] = math.nan
+    store.write(torch.tensor([3, 4]), bad, AXES)
+    assert store.visited(torch.tensor([3, 4])).tolist() == [False, True]

@@ -48,7 +48,7 @@ def test_data_that_were_tied_keep_a_weight_each_and_meet_again_with_equal_ones(
     here, swept = TiedVisit(store, torch.tensor([5, 0, 3, 1]), {"z": 1}), state()
     here.keep(swept)
     weights = swept.log_weight.log_weight
-    kept = store.state_dict()["log_weight"][[5, 0, 3, 1]]
+    _, kept = store.particles(here.index)
     torch.testing.assert_close(kept, (torch.log_softmax(weights, 0) + math.log(K)).expand(B, K))
     # Other data of the batch say nothing of these particles' weights, and neither does its sum.
     assert not bool(here.recall(state).log_weight.log_weight.any())

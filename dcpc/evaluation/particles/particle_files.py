@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcpc.errors import DCPCError, OptionError
-from dcpc.io import describe_misfit, read_tensors
+from dcpc.errors import DCPCError, FileError, OptionError
+from dcpc.io import check_entries, describe_misfit, not_finite, read_tensors, write_tensors
 
 __all__ = ["FrozenParticlesError", "SavedParticles", "load_parameters", "read", "write"]
 
@@ -85,6 +85,15 @@ def read(path: str | Path) -> SavedParticles:
         raise FrozenParticlesError(
             f"'{path}' ({Path(path).stat().st_size:,} bytes) is truncated, or is no file of tensors"
         )
+    try:
+        check_entries(path)
+    except FileError as error:
+        raise FrozenParticlesError(str(error)) from error
+    entry = not_finite(content)
+    if entry is not None:
+        raise FrozenParticlesError(
+            f"'{path}': its entry '{entry}' holds numbers that are not finite; use another file"
+        )
     if content.get("format") == FORMAT:
         return SavedParticles(**{key: content[key] for key in content if key != "format"})
     return _of_checkpoint(content, path)
@@ -99,6 +108,7 @@ def write(saved: SavedParticles, path: str | Path, half_precision: bool) -> None
 
     Raises:
         OptionError: A latent is too large for half precision.
+        FileError: The disk is full, or the folder cannot be written to; what was there stays.
     """
     latents = {name: u.half() if half_precision else u for name, u in saved.latents.items()}
     large = [name for name, u in latents.items() if not bool(u.isfinite().all())]
@@ -107,7 +117,6 @@ def write(saved: SavedParticles, path: str | Path, half_precision: bool) -> None
             f"site(s) {large} hold values that are not finite or, in half precision, beyond 65504; "
             "save with half_precision=False"
         )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     content = {
         "format": FORMAT,
         "parameters": _copies(saved.parameters),
@@ -118,7 +127,7 @@ def write(saved: SavedParticles, path: str | Path, half_precision: bool) -> None
     for key, value in (("originals", saved.originals), ("labels", saved.labels)):
         if value is not None:
             content[key] = _copy(value)
-    torch.save(content, path)
+    write_tensors(content, path)
 
 
 def load_parameters(model: nn.Module, parameters: Mapping[str, Tensor], path: str | Path) -> None:
@@ -148,7 +157,9 @@ def _of_checkpoint(content: Mapping[str, Any], path: str | Path) -> SavedParticl
             f"'{path}' holds no particles yet: the run had not swept any when it was saved; train "
             "for longer, or lower model.start.warm_up_epochs"
         )
-    whole = SavedParticles(
+    visited = particles["visited"]
+    has_all_rows = len(particles["log_weight"]) == len(visited)  # or those of visited data only
+    saved = SavedParticles(
         parameters={
             name.removeprefix(PREFIX): value
             for name, value in content["state_dict"].items()
@@ -156,10 +167,9 @@ def _of_checkpoint(content: Mapping[str, Any], path: str | Path) -> SavedParticl
         },
         latents=particles["latents"],
         log_weight=particles["log_weight"],
-        index=torch.arange(len(particles["visited"])),
+        index=torch.arange(len(visited)) if has_all_rows else visited.nonzero().squeeze(1),
     )
-    visited = particles["visited"]
-    return whole if bool(visited.all()) else whole.take(visited.nonzero().squeeze(1), path)
+    return saved.take(visited.nonzero().squeeze(1), path) if has_all_rows else saved
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,11 +1,13 @@
 """Callbacks: TensorBoard scalars and images, files of predictions, tables.
 
+checkpoints        the state of a run, saved wherever training stops
 monitors           what TensorBoard shows
 reports            tables, predictions, where the checkpoint is
 decision_boundary  the plane as a classifier sees it
 grids              grids of images
 """
 
+from dcpc.training.callbacks.checkpoints import RunCheckpoint
 from dcpc.training.callbacks.decision_boundary import DecisionBoundary, draw_decision_boundary
 from dcpc.training.callbacks.grids import image_grid, save_png
 from dcpc.training.callbacks.monitors import ImageGrids, SweepMonitor
@@ -16,6 +18,7 @@ __all__ = [
     "EvaluationTable",
     "ImageGrids",
     "PredictionWriter",
+    "RunCheckpoint",
     "RunReport",
     "SweepMonitor",
     "draw_decision_boundary",

@@ -111,10 +111,9 @@ def tensorboard(trainer: Trainer) -> SummaryWriter | None:
 def _histograms(module: ParticleModule, info: SweepInfo, index: Tensor) -> dict[str, Tensor]:
     """By tag, the numbers of a batch's data that are finite."""
     assert module.store is not None
-    stored = module.store.state_dict()
-    rows = index.cpu()
-    numbers = {f"sweep/latents/{name}": u[rows] for name, u in stored["latents"].items()}
-    numbers["sweep/log_weight"] = stored["log_weight"][rows]
+    latents, log_weight = module.store.particles(index)
+    numbers = {f"sweep/latents/{name}": u for name, u in latents.items()}
+    numbers["sweep/log_weight"] = log_weight
     numbers["sweep/ess_percent"] = 100.0 * info.ess / module.inference.num_particles
     finite = {tag: values[values.isfinite()] for tag, values in numbers.items()}
     return {tag: values for tag, values in finite.items() if values.numel()}

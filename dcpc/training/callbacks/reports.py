@@ -12,6 +12,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from dcpc.io import write_tensors
+from dcpc.training.callbacks.checkpoints import RunCheckpoint
 from dcpc.training.callbacks.grids import image_grid, save_png
 from dcpc.training.modules import GenerativeModule, MeasuredModule
 
@@ -23,11 +25,11 @@ class EvaluationTable(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, MeasuredModule)
-        print("\n" + pl_module.table(is_test=True))
+        trainer.print("\n" + pl_module.table(is_test=True))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, MeasuredModule)
-        print("\n" + pl_module.table(is_test=False))
+        trainer.print("\n" + pl_module.table(is_test=False))
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -50,11 +52,12 @@ class PredictionWriter(BasePredictionWriter):
         predictions: Sequence[dict[str, Tensor]],
         batch_indices: Sequence[Any],
     ) -> None:
+        if not trainer.is_global_zero:  # all have the same
+            return
         folder = Path(self.folder or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         names = predictions[0]
         merged = {name: torch.cat([batch[name] for batch in predictions]) for name in names}
-        torch.save(merged, folder / "predictions.pt")
+        write_tensors(merged, folder / "predictions.pt")
         print(f"predictions of {len(merged['index'])} data: {folder / 'predictions.pt'}")
         if not isinstance(pl_module, GenerativeModule) or merged["originals"].dim() != 4:
             return
@@ -98,29 +101,13 @@ class RunReport(Callback):
         self.after = measured
         self.is_outdated = False
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _link_latest(trainer)  # at every epoch, so that an interrupted run can be resumed
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        link = _link_latest(trainer)
-        if link is not None:
-            print(f"checkpoint: {link} (now {os.readlink(link)})")
+        checkpoint = trainer.checkpoint_callback
+        if isinstance(checkpoint, RunCheckpoint) and checkpoint.path is not None:
+            link = checkpoint.link(trainer)
+            trainer.print(f"checkpoint: {link} (now {os.readlink(link)})")
 
-    def compare(self) -> None:
+    def compare(self, trainer: Trainer) -> None:
         """Prints the measurements before and after training, if there are both."""
         if self.before is not None and self.after is not None and self.after is not self.before:
-            print(f"held-out {self.before} before training, {self.after} after")
-
-
-def _link_latest(trainer: Trainer) -> Path | None:
-    """Makes `last.ckpt` in the run's folder point to its checkpoint, if there is one yet."""
-    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if not checkpoint:
-        return None
-    folder = Path(trainer.default_root_dir)
-    link = folder / "last.ckpt"
-    if link.exists() and link.samefile(checkpoint):
-        return link
-    link.unlink(missing_ok=True)
-    link.symlink_to(os.path.relpath(checkpoint, folder))
-    return link
+            trainer.print(f"held-out {self.before} before training, {self.after} after")

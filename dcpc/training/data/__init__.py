@@ -1,6 +1,7 @@
 """Data to train on and data held out, and where they come from.
 
 labelled  batches of data with labels and indices; a training set and a held-out set
+loading   batches in an order that can be repeated, shared out and continued
 images    images, checked and split by a seed
 digits    scikit-learn's digits
 arrays    NumPy arrays in a folder
@@ -15,11 +16,12 @@ from dcpc.training.data.hub import HubImages
 from dcpc.training.data.images import ImageData, check_images
 from dcpc.training.data.labelled import (
     Batch,
-    EpochShuffle,
     LabelledData,
     LabelledSet,
     TensorSet,
+    check_finite,
 )
+from dcpc.training.data.loading import EpochBatches, ResumableLoader
 from dcpc.training.data.moons import MoonsData
 from dcpc.training.data.pixels import PixelSet
 
@@ -27,13 +29,15 @@ __all__ = [
     "ArrayData",
     "Batch",
     "DigitsData",
-    "EpochShuffle",
+    "EpochBatches",
     "HubImages",
     "ImageData",
     "LabelledData",
     "LabelledSet",
     "MoonsData",
     "PixelSet",
+    "ResumableLoader",
     "TensorSet",
+    "check_finite",
     "check_images",
 ]

@@ -3,51 +3,42 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from dcpc.errors import require_at_least, require_seed
+from dcpc.errors import DataError, require_at_least, require_seed
+from dcpc.training.data.loading import EpochBatches, ResumableLoader
 
-__all__ = ["Batch", "EpochShuffle", "LabelledData", "LabelledSet", "SharedEpochSet", "TensorSet"]
+__all__ = [
+    "Batch",
+    "LabelledData",
+    "LabelledSet",
+    "SharedEpochSet",
+    "TensorSet",
+    "check_finite",
+]
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
-class EpochShuffle(Sampler[int]):
-    """A permutation per epoch that depends on the seed and the epoch's number only.
+def check_finite(batch: Batch) -> None:
+    """Checks that a batch's data are finite.
 
-    A resumed run therefore visits the data in the order in which the first one would have.
-    Lightning calls `set_epoch`.
-
-    Args:
-        size: Number of data.
-        seed: Seed of all permutations.
-        follow: Is told every epoch's number too: a data set that changes from epoch to epoch.
+    Raises:
+        DataError: Naming the first datum that is not.
     """
-
-    def __init__(self, size: int, seed: int, follow: Callable[[int], None] | None = None) -> None:
-        self.size = size
-        self.seed = seed
-        self.epoch = 0
-        self.follow = follow
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the permutation."""
-        self.epoch = epoch
-        if self.follow is not None:
-            self.follow(epoch)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        return iter(torch.randperm(self.size, generator=generator).tolist())
+    data, _, index = batch
+    if bool(data.isfinite().all()):
+        return
+    row = int((~data.isfinite()).flatten(1).any(1).nonzero()[0])
+    raise DataError(
+        f"datum {int(index[row])} of the training set holds NaN or an infinity; drop or repair it"
+    )
 
 
 class LabelledSet(Dataset[Batch], ABC):
@@ -157,8 +148,14 @@ class LabelledData(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader:
         assert self.training_set is not None
         data = SharedEpochSet(self.training_set) if self.num_workers else self.training_set
-        sampler = EpochShuffle(len(data), self.seed, data.set_epoch)
-        return _loader(data, self.batch_size, sampler, self.num_workers)
+        trainer = self.trainer
+        rank, num_processes = (
+            (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        )
+        batches = EpochBatches(
+            len(data), self.batch_size, self.seed, data.set_epoch, rank, num_processes
+        )
+        return ResumableLoader(data, batches, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         assert self.held_out_set is not None
@@ -171,20 +168,8 @@ class LabelledData(LightningDataModule, ABC):
         return self.val_dataloader()
 
 
-def _loader(
-    data: LabelledSet,
-    batch_size: int,
-    sampler: EpochShuffle | None = None,
-    num_workers: int = 0,
-) -> DataLoader:
-    return DataLoader(
-        data,
-        batch_size=batch_size,
-        sampler=sampler,
-        collate_fn=_unchanged,  # the set collates: its `__getitems__` returns a batch
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-    )
+def _loader(data: LabelledSet, batch_size: int) -> DataLoader:
+    return DataLoader(data, batch_size=batch_size, collate_fn=_unchanged)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -1,7 +1,7 @@
 """Pictures as bytes in a memory-mapped file, decoded once and fetched a batch at a time.
 
-`Dataset.map` of `datasets` has a cache as well, from which a batch takes over 30 times as long:
-`python -m experiments.benchmarks.decoded_images`.
+`Dataset.map` of `datasets` has a cache as well, from which a batch takes more than 30 times as
+long: `python -m experiments.benchmarks.decoded_images`.
 """
 
 from __future__ import annotations

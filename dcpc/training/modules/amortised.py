@@ -10,6 +10,7 @@ from dcpc.errors import require_at_least
 from dcpc.training.data import Batch
 from dcpc.training.modules.base import LearningRateSchedule
 from dcpc.training.modules.generative import GenerativeModule, HeldOut
+from dcpc.training.processes import share
 
 __all__ = ["AmortisedModule"]
 
@@ -50,11 +51,10 @@ class AmortisedModule(GenerativeModule):
         require_at_least("model.num_samples", num_samples, 1)
         self.num_samples = num_samples
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def learn(self, batch: Batch) -> Tensor:
         """Returns minus the evidence lower bound per datum, in nats."""
         x = batch[0]
-        with self.stream(self._num_steps):
-            loss = self.negative_elbo(x, num_samples=self.num_samples)
-        self._num_steps += 1
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
+        weight = share(x)
+        loss = weight * self.negative_elbo(x, num_samples=self.num_samples)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(x), sync_dist=True)
         return loss

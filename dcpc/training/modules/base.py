@@ -11,16 +11,23 @@ from typing import Any, ClassVar, Literal
 import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import Timer
+from torch import Tensor
 
 from dcpc.errors import OptionError
 from dcpc.seeding import derived_seed, seeded
 from dcpc.training.checkpoint import CheckpointError
-from dcpc.training.data import Batch
+from dcpc.training.data import Batch, check_finite
+from dcpc.training.divergence import Watch
+from dcpc.training.processes import check_strategy
 
 __all__ = ["LearningRateSchedule", "MeasuredModule"]
 
 LearningRateSchedule = Literal["cosine"]
 STATE_KEY = "dcpc"
+PROCESS = 1_000_003
+"""Keeps streams of other processes apart from those of other keys."""
+
+PRECISIONS = ("32-true", "64-true")
 
 
 class MeasuredModule(LightningModule, ABC):
@@ -59,10 +66,20 @@ class MeasuredModule(LightningModule, ABC):
             )
         self.learning_rate = learning_rate
         self.learning_rate_schedule = learning_rate_schedule
+        self.watch = Watch()
         self._seed: int | None = None
         self._num_steps = 0
+        self._loss: Tensor | None = None
 
     # -- to define ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def learn(self, batch: Batch) -> Tensor | None:
+        """Learns from a batch.
+
+        Returns:
+            The loss per datum, in nats, for Lightning to descend; None if that was done here.
+        """
 
     @abstractmethod
     def start_measurements(self) -> None:
@@ -89,9 +106,58 @@ class MeasuredModule(LightningModule, ABC):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
+    def setup(self, stage: str) -> None:
+        """Refuses precisions that captured programs are not certified in.
+
+        Raises:
+            OptionError: `trainer.precision` is neither single nor double.
+        """
+        if str(self.trainer.precision) not in PRECISIONS:
+            raise OptionError(
+                f"trainer.precision must be one of {', '.join(PRECISIONS)}, got "
+                f"{str(self.trainer.precision)!r}: log-densities cancel in half precision"
+            )
+
     def on_train_start(self) -> None:
+        check_strategy(self.trainer, getattr(self, "guide", None) is not None)
         if self._seed is None:
             self._seed = torch.initial_seed()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """Takes a step of learning, and returns the loss per datum where Lightning descends it.
+
+        Raises:
+            DataError: A datum holds a number that is not finite.
+        """
+        check_finite(batch)
+        with self.stream(self._num_steps):
+            loss = self.learn(batch)
+        self._num_steps += 1
+        if self.automatic_optimization:
+            self._loss = None if loss is None else loss.detach()
+            return loss
+        if self.trainer.is_last_batch:  # of the epoch; Lightning leaves it to the module
+            for scheduler in self._schedulers():
+                scheduler.step()
+        return None
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leaves a step out that would spoil the parameters.
+
+        Raises:
+            DivergenceError: The last steps were bad, all of them.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not self.watch.usable(self._loss, gradients):
+            for parameter in parameters:
+                parameter.grad = None
+
+    def _schedulers(self) -> list[Any]:
+        schedulers = self.lr_schedulers()
+        if schedulers is None:
+            return []
+        return schedulers if isinstance(schedulers, list) else [schedulers]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Sets the learning rate, which is a function of how much of the run is done."""
@@ -139,15 +205,26 @@ class MeasuredModule(LightningModule, ABC):
     def _log_measurements(self) -> None:
         for name, value in self.measurements().items():
             if name != "num_data":
-                self.log(f"held_out/{name}", value, prog_bar=name == self.headline, batch_size=1)
+                shown = name == self.headline
+                # Every process measures all held-out data, so that all have the same value.
+                self.log(f"held_out/{name}", value, prog_bar=shown, batch_size=1, sync_dist=True)
 
     # -- checkpoints -------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what an exact continuation needs, as plain tensors and numbers."""
-        checkpoint[STATE_KEY] = {"seed": self._seed, "num_steps": self._num_steps}
+        checkpoint[STATE_KEY] = {
+            "seed": self._seed,
+            "num_steps": self._num_steps,
+            "watch": self.watch.state_dict(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores it.
+
+        Raises:
+            CheckpointError: `dcpc fit` has not written it, or has for another run.
+        """
         if STATE_KEY not in checkpoint:
             raise CheckpointError(
                 f"the checkpoint has no entry {STATE_KEY!r}, so it was not written by dcpc fit"
@@ -155,8 +232,13 @@ class MeasuredModule(LightningModule, ABC):
         saved = checkpoint[STATE_KEY]
         self._seed = saved["seed"]
         self._num_steps = saved["num_steps"]
+        self.watch.load_state_dict(saved.get("watch", {"first": []}))
 
     def stream(self, *key: int) -> AbstractContextManager[None]:
-        """Random numbers that depend on the seed and the key only; leaves the global ones be."""
+        """Random numbers that depend on the seed, the key and the process only.
+
+        Leaves the global ones be.
+        """
         assert self._seed is not None
-        return seeded(derived_seed(self._seed, *key))
+        rank = self.global_rank  # of the first process, as if there were no other
+        return seeded(derived_seed(self._seed, *key, *([PROCESS, rank] if rank else [])))

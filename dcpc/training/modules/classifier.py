@@ -86,16 +86,12 @@ class ClassifierModule(MeasuredModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.network.weights(), lr=self.learning_rate)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
+    def learn(self, batch: Batch) -> None:
         """Lets the rule learn from a batch."""
         x, labels, _ = batch
         # Lightning's wrapper has an optimiser's methods, and counts its steps.
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
-        with self.stream(self._num_steps):
-            learned = self.rule.learn(
-                self.network, self._input(x), self._targets(labels), optimizer
-            )
-        self._num_steps += 1
+        learned = self.rule.learn(self.network, self._input(x), self._targets(labels), optimizer)
         energies = {"energy_before_inference": learned.energy[0], "energy": learned.energy[-1]}
         if learned.relaxations:
             nudged = learned.relaxations[1].energy  # with the cost

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -111,10 +110,6 @@ class GenerativeModule(MeasuredModule):
         self._prior_sampler = ImportanceSampler(model)
         self._guide_sampler = None if guide is None else ImportanceSampler(model, self.guide)
 
-    @abstractmethod
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Returns the loss per datum, in nats."""
-
     def negative_elbo(
         self, x: Tensor, model: Callable[..., Any] | None = None, num_samples: int = 1
     ) -> Tensor:
@@ -129,6 +124,7 @@ class GenerativeModule(MeasuredModule):
         return bound.differentiable_loss(model or self.model, self.guide, x) / len(x)
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         self.intensity_range = getattr(data, "intensity_range", self.intensity_range)
         if isinstance(data, LabelledData) and data.held_out_set is not None:

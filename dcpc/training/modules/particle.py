@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from dcpc.conquer import Move, Preconditioner
@@ -20,11 +21,14 @@ from dcpc.presets import PRESETS, lookup
 from dcpc.problem import Problem
 from dcpc.recombine.correction import Correction
 from dcpc.sweep import SweepInfo, SweepState
+from dcpc.training.checkpoint import CheckpointError
+from dcpc.training.contents import describe_difference
 from dcpc.training.data import Batch
 from dcpc.training.modules.base import STATE_KEY, LearningRateSchedule
 from dcpc.training.modules.generative import GenerativeModule, Guide, HeldOut
 from dcpc.training.modules.warm_start import Start, guide_objective
 from dcpc.training.paths import local_path
+from dcpc.training.processes import average, share
 from dcpc.training.store import ParticleStore
 from dcpc.training.visits import TiedVisit, visit
 
@@ -123,36 +127,44 @@ class ParticleModule(GenerativeModule):
         self.store: ParticleStore | None = None
         self.adaptation: Mapping[str, Adaptation] = {}
         self.last_sweep: SweepInfo | None = None
+        self._is_resuming = False
         self._guide_losses = guide_objective(start, self.guide is not None, self.restarts)
         self._saved_particles: Mapping[str, Any] | None = None
 
     def on_train_start(self) -> None:
         """Opens the particle store, with the checkpoint's particles if there are any."""
         super().on_train_start()
-        folder = self.store_folder or self.trainer.log_dir or self.trainer.default_root_dir
+        self.store = self._open_store()
+        for is_turn in (self.trainer.is_global_zero, not self.trainer.is_global_zero):
+            if is_turn and self._saved_particles is not None:
+                is_filled = not self.trainer.is_global_zero
+                self.store.load_state_dict(self._saved_particles, is_filled=is_filled)
+            self.trainer.strategy.barrier("particles")
+        self._saved_particles = None
+
+    def _open_store(self) -> ParticleStore:
+        """The store, of which the first process makes the files."""
+        folder = Path(self.store_folder or self.trainer.default_root_dir)
         loader = self.trainer.train_dataloader
         assert loader is not None
-        self.store = ParticleStore(Path(folder), len(loader.dataset))
-        if self._saved_particles is not None:
-            self.store.load_state_dict(self._saved_particles)
-            self._saved_particles = None
+        num_data = len(loader.dataset)
+        own = ParticleStore(folder, num_data) if self.trainer.is_global_zero else None
+        shared = self.trainer.strategy.broadcast(None if own is None else str(own.folder))
+        return ParticleStore(folder, num_data, shared) if own is None else own
 
-    def on_fit_end(self) -> None:
-        """Removes the store's files: the checkpoint has the particles."""
-        if self.store is not None:
-            self.store.close()
+    def configure_callbacks(self) -> list[Callback]:
+        """Removes the store's files when training ends, however it does."""
+        return [_Closing()]
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def learn(self, batch: Batch) -> Tensor:
         """Sweeps a batch's particles, stores them, and returns the loss per datum, in nats.
 
         With a guide, the sum of the model's loss and the guide's, which are logged apart.
         """
         x, _, index = batch
-        with self.stream(self._num_steps):
-            losses = self._warm_up(x) if self.is_warming_up else self._visit(x, index)
-        self._num_steps += 1
+        losses = self._warm_up(x) if self.is_warming_up else self._visit(x, index)
         for name, loss in losses.items():
-            self.log(f"train/{name}", loss, prog_bar=True, batch_size=len(x))
+            self.log(f"train/{name}", loss, prog_bar=True, batch_size=len(x), sync_dist=True)
         return _total(losses)
 
     @property
@@ -161,7 +173,7 @@ class ParticleModule(GenerativeModule):
         return self.current_epoch < self.start.warm_up_epochs
 
     def _warm_up(self, x: Tensor) -> dict[str, Tensor]:
-        losses = {"negative_elbo": self.negative_elbo(x)}
+        losses = {"negative_elbo": share(x) * self.negative_elbo(x)}
         self._step_parameters(losses)
         return losses
 
@@ -172,20 +184,25 @@ class ParticleModule(GenerativeModule):
         here = visit(problem, self.store, index)
         if isinstance(here, TiedVisit):
             self._check_tied(len(x))
+        weight = share(x)
         num_sweeps = self.sweeps_per_step + (self.start.first_sweeps if here.is_first else 0)
         draw = partial(self._draw, problem)
+        if self._is_resuming:
+            self._check_adaptation(problem)
         state = draw() if self.restarts else here.recall(draw)
         state = replace(state, adaptation=self.adaptation)
         for remaining in reversed(range(num_sweeps)):
             state, info = problem.sweep(state)
             if remaining == 0 or self._steps_after(remaining):
-                losses = self._losses(problem, state, x)
+                losses = {
+                    name: weight * loss for name, loss in self._losses(problem, state, x).items()
+                }
                 self._step_parameters(losses)
         here.keep(state)
-        self.adaptation = state.adaptation
+        self.adaptation = average(state.adaptation, weight)
         self.last_sweep = info
         ess = 100.0 * info.ess.mean() / state.num_particles
-        self.log("train/ess_percent", ess, prog_bar=True, batch_size=len(x))
+        self.log("train/ess_percent", ess, prog_bar=True, batch_size=len(x), sync_dist=True)
         return losses
 
     def _losses(self, problem: Problem, state: SweepState, x: Tensor) -> dict[str, Tensor]:
@@ -204,7 +221,9 @@ class ParticleModule(GenerativeModule):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         optimizer.zero_grad()
-        self.manual_backward(_total(losses))
+        total = _total(losses)
+        self._loss = total.detach()
+        self.manual_backward(total)
         optimizer.step()
 
     def _draw(self, problem: Problem) -> SweepState:
@@ -222,30 +241,73 @@ class ParticleModule(GenerativeModule):
                 "with an algorithm that does not weigh: pgd, lpc, mcpc, pc or ipc"
             )
 
-    def on_train_epoch_end(self) -> None:
-        """Steps the learning rate's schedule where Lightning leaves it to the module."""
-        schedulers = self.lr_schedulers()
-        if self.automatic_optimization or schedulers is None:
-            return
-        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            scheduler.step()  # type: ignore[call-arg]
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the particles and what the proposals have learned."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[STATE_KEY] |= {
+            "algorithm": self.inference.algorithm.name,
+            "num_particles": self.inference.num_particles,
             "adaptation": {name: asdict(learned) for name, learned in self.adaptation.items()},
-            "particles": self.store.state_dict() if self.store is not None else None,
+            "particles": self._particles(),
         }
 
+    def _particles(self) -> dict[str, Any] | None:
+        """The particles of all processes, for the one that writes checkpoints."""
+        self.trainer.strategy.barrier("particles")
+        is_writing = self.store is not None and self.trainer.is_global_zero
+        return self.store.state_dict() if self.store is not None and is_writing else None
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores them; the particles follow when training starts."""
+        """Restores them; the particles follow when training starts.
+
+        Raises:
+            CheckpointError: `dcpc fit` has not written it, or has for another run.
+        """
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint[STATE_KEY]
-        self.adaptation = {
-            name: Adaptation(**fields) for name, fields in saved["adaptation"].items()
-        }
+        if self.trainer.state.fn == "fit":
+            self._check_same("algorithm", saved, self.inference.algorithm.name)
+            self._check_same("num_particles", saved, self.inference.num_particles)
+        self.adaptation = {name: Adaptation(**kept) for name, kept in saved["adaptation"].items()}
+        self._is_resuming = bool(self.adaptation)
         self._saved_particles = saved["particles"]
+
+    def _check_adaptation(self, problem: Problem) -> None:
+        """Compares what the proposals had learned with what they learn here."""
+        self._is_resuming = False
+        with self.stream(self._num_steps, 2):
+            state, _ = problem.sweep(problem.init())
+        found = describe_difference(
+            {name: asdict(kept) for name, kept in self.adaptation.items()},
+            {name: asdict(learned) for name, learned in state.adaptation.items()},
+            f"{STATE_KEY}.adaptation",
+        )
+        if found is not None:
+            raise CheckpointError(
+                f"the checkpoint cannot be used here: {found}; resume with the settings of the "
+                "first run, or start afresh without --ckpt_path"
+            )
+
+    def _check_same(self, key: str, saved: Mapping[str, Any], here: object) -> None:
+        there = saved.get(key, here)  # early checkpoints lack it
+        if there != here:
+            raise CheckpointError(
+                f"the checkpoint has model.{key}={there!r}, and this run {here!r}; resume with "
+                "the settings of the first run, or start afresh without --ckpt_path"
+            )
+
+
+class _Closing(Callback):
+    """Closes the store: the checkpoint has the particles."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, ParticleModule) and pl_module.store is not None:
+            pl_module.store.close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self.on_fit_end(trainer, pl_module)
 
 
 def _total(losses: Mapping[str, Tensor]) -> Tensor:

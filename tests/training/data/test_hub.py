@@ -117,7 +117,7 @@ def test_the_index_of_a_datum_does_not_change_from_epoch_to_epoch(pictures: Path
     loader = open_data(pictures).train_dataloader()
     seen = []
     for epoch in (0, 1):
-        loader.sampler.set_epoch(epoch)
+        loader.batch_sampler.set_epoch(epoch)
         images, _, index = contents(loader)
         seen.append((index, images[index.argsort()]))
     assert not torch.equal(seen[0][0], seen[1][0])
@@ -264,7 +264,7 @@ def test_held_out_images_are_binary_and_fixed_while_training_images_are_redrawn(
     loader = data.train_dataloader()
     drawn = []
     for epoch in (0, 1, 0):
-        loader.sampler.set_epoch(epoch)
+        loader.batch_sampler.set_epoch(epoch)
         images, _, index = contents(loader)
         drawn.append(images[index.argsort()])
         assert set(images.unique().tolist()) == {0.0, 1.0}

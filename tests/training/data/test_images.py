@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 
 from dcpc.errors import DataError, OptionError
 from dcpc.training import DigitsData
-from dcpc.training.data import ArrayData, EpochShuffle, check_images
+from dcpc.training.data import ArrayData, EpochBatches, check_images
 
 
 def test_digits_are_split_into_disjoint_sets_that_hold_every_digit() -> None:
@@ -50,12 +50,13 @@ def test_every_batch_carries_the_index_of_its_data_in_the_training_set() -> None
 def test_the_order_of_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_only() -> None:
     orders = {}
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-        shuffle = EpochShuffle(50, seed)
-        shuffle.set_epoch(epoch)
+        batches = EpochBatches(50, 8, seed)
+        batches.set_epoch(epoch)
         torch.rand(3)  # the global random state does not matter
-        orders[seed, epoch] = list(shuffle)
+        assert [len(batch) for batch in batches] == [8] * 6 + [2]
+        orders[seed, epoch] = [index for batch in batches for index in batch]
         assert sorted(orders[seed, epoch]) == list(range(50))
-        assert orders[seed, epoch] == list(shuffle)
+        assert orders[seed, epoch] == [index for batch in batches for index in batch]
     assert len({tuple(order) for order in orders.values()}) == 3
 
 

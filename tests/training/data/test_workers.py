@@ -34,7 +34,7 @@ def epochs(num_workers: int, numbers: Sequence[int], break_at: int | None = None
     loader = data.train_dataloader()
     found = []
     for epoch in numbers:
-        loader.sampler.set_epoch(epoch)
+        loader.batch_sampler.set_epoch(epoch)
         batches = []
         for number, batch in enumerate(loader):
             if break_at is not None and number == break_at:
@@ -85,7 +85,7 @@ def test_any_set_that_follows_the_epoch_does_so_in_the_workers() -> None:
     data.setup("fit")
     loader = data.train_dataloader()
     for epoch in (3, 4, 9):
-        loader.sampler.set_epoch(epoch)
+        loader.batch_sampler.set_epoch(epoch)
         assert torch.cat([seen for seen, _, _ in loader]).tolist() == [epoch] * 4
 
 

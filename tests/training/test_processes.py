@@ -1,0 +1,191 @@
+"""Two processes that train together, against one that does what both would."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from resumable_runs import assert_same, run
+
+from dcpc.parts import Adaptation
+from dcpc.training import DigitsData, ParticleModule, ParticleStore
+from dcpc.training.command import ConfiguredCLI
+from dcpc.training.data import EpochBatches
+
+ROOT = Path(__file__).parents[2]
+NUM_DATA = 47
+BATCH_SIZE = 10
+NUM_BATCHES = 3
+"""Of 24 data in one process and 23 in the other."""
+
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from resumable_runs import run
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), sys.argv[2], *sys.argv[3:])
+"""
+
+
+def start(folder: Path, *options: str, name: str = "dcpc") -> subprocess.Popen[str]:
+    """Starts training as a program, since Lightning starts that again for every process."""
+    folder.mkdir(exist_ok=True)
+    program = folder / "program.py"
+    program.write_text(PROGRAM.format(tests=str(ROOT / "tests")))
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(program),
+            str(folder),
+            name,
+            "--trainer.limit_val_batches=0",
+            *options,
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def train(folder: Path, *options: str, name: str = "dcpc") -> dict[str, Any]:
+    """The checkpoint of such a training."""
+    process = start(folder, *options, name=name)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out[-2000:] + err[-2000:]
+    assert out.count("checkpoint: ") == 1  # one of the processes speaks
+    return torch.load(folder / "last.ckpt", weights_only=True)
+
+
+def alone(folder: Path, num_epochs: int, monkeypatch: pytest.MonkeyPatch) -> ParticleModule:
+    """What two processes learn, learned by one: their batches, streams and averages in turn."""
+    config = folder / "config.json"
+    built = ConfiguredCLI(
+        ["fit", f"--config={config}", f"--trainer.default_root_dir={folder / 'alone'}"]
+    )
+    module, data = built.model, built.datamodule
+    assert isinstance(module, ParticleModule)
+    assert isinstance(data, DigitsData)
+    data.setup("fit")
+    module._seed = 3
+    module.store = ParticleStore(folder / "alone", NUM_DATA)
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    rank = 0
+    monkeypatch.setattr(ParticleModule, "global_rank", property(lambda _: rank))
+    batches = [EpochBatches(NUM_DATA, BATCH_SIZE, 0, None, rank, 2) for rank in (0, 1)]
+    optimizer = module.configure_optimizers()
+    for epoch in range(num_epochs):
+        for part in batches:
+            part.set_epoch(epoch)
+        for indices in zip(*batches, strict=True):
+            before, learned, losses = module.adaptation, [], []
+            shares = [2 * len(index) / sum(map(len, indices)) for index in indices]
+            for rank, index in enumerate(indices):
+                module.adaptation = before
+                with module.stream(module._num_steps):
+                    loss = module.learn(data.training_set.__getitems__(index))
+                losses.append(shares[rank] * loss / 2)
+                learned.append(module.adaptation)
+            module.adaptation = {
+                name: Adaptation(
+                    *(
+                        {
+                            key: sum(
+                                share * getattr(own[name], kind)[key] / 2
+                                for share, own in zip(shares, learned, strict=True)
+                            )
+                            for key in getattr(learned[0][name], kind)
+                        }
+                        for kind in ("preconditioner", "step_size")
+                    )
+                )
+                for name in learned[0]
+            }
+            optimizer.zero_grad()
+            sum(losses).backward()
+            optimizer.step()
+            module._num_steps += 1
+    return module
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "ddp",
+        pytest.param("ddp_fork", marks=pytest.mark.slow),
+        pytest.param("ddp_spawn", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_learn_what_one_would(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = train(tmp_path, "--trainer.devices=2", f"--trainer.strategy={strategy}")
+    assert saved["global_step"] == 3 * NUM_BATCHES
+    module = alone(tmp_path, 3, monkeypatch)
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(saved["state_dict"][name], value, rtol=1e-5, atol=1e-6)
+    particles, expected = saved["dcpc"]["particles"], module.store.state_dict()
+    assert particles["visited"].all()
+    for name, value in expected["latents"].items():
+        torch.testing.assert_close(particles["latents"][name], value, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(particles["log_joint"], expected["log_joint"], rtol=1e-3, atol=1e-3)
+
+
+def test_data_belong_to_one_process_in_every_epoch() -> None:
+    for size, batch_size, num_processes in ((47, 10, 2), (11, 1, 3), (12, 4, 5), (9, 100, 2)):
+        parts = [
+            EpochBatches(size, batch_size, 0, None, rank, num_processes)
+            for rank in range(num_processes)
+        ]
+        owned = []
+        for epoch in (0, 1):
+            for part in parts:
+                part.set_epoch(epoch)
+            visited = [[i for batch in part for i in batch] for part in parts]
+            assert sorted(itertools.chain(*visited)) == list(range(size))
+            owned.append([set(own) for own in visited])
+            lengths = {len(list(part)) for part in parts}
+            assert lengths == {len(parts[0])}
+            assert all(batch for part in parts for batch in part)
+        assert owned[0] == owned[1]
+
+
+def test_a_run_of_two_processes_goes_on_with_one_and_with_two(tmp_path: Path) -> None:
+    two = ("--trainer.devices=2", "--trainer.strategy=ddp")
+    whole = train(tmp_path / "whole", *two)
+    first = train(tmp_path / "first", *two, "--trainer.max_epochs=2")
+    link = f"--ckpt_path={tmp_path / 'first' / 'last.ckpt'}"
+    assert_same(train(tmp_path / "second", *two, link)["dcpc"], whole["dcpc"])
+    resumed = run(tmp_path / "alone", "dcpc", "--trainer.limit_val_batches=0", link)
+    assert resumed["dcpc"]["num_steps"] == first["dcpc"]["num_steps"] + 5
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_that_is_killed_ends_the_run(tmp_path: Path) -> None:
+    process = start(
+        tmp_path, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=100000"
+    )
+    while not (tmp_path / "last.ckpt").exists():
+        time.sleep(0.2)
+        assert process.poll() is None
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "program.py"], capture_output=True, text=True
+    )
+    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "dcpc: error: " in err
+    link = tmp_path / "last.ckpt"
+    done = torch.load(link, weights_only=True)
+    more = f"--trainer.max_epochs={done['epoch'] + 2}"
+    resumed = run(tmp_path / "again", "dcpc", more, f"--ckpt_path={link.resolve()}")
+    assert resumed["epoch"] == done["epoch"] + 1

@@ -1,0 +1,145 @@
+"""Runs that stop anywhere, by steps, time or signals, go on as if they had not."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback, Trainer
+from resumable_runs import NUM_STEPS, SCHEDULER, SETTINGS, assert_continues, run
+
+from dcpc.training import command
+
+
+class Signalling(Callback):
+    """Sends a signal to this process at a given batch, or at a given one of validation."""
+
+    def __init__(self, number: int, batch: int, in_validation: bool = False) -> None:
+        self.number = number
+        self.batch = batch
+        self.in_validation = in_validation
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if not self.in_validation and trainer.fit_loop.total_batch_idx == self.batch:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        is_due = trainer.fit_loop.total_batch_idx == self.batch and trainer.state.fn == "fit"
+        if self.in_validation and is_due:
+            os.kill(os.getpid(), self.number)
+
+
+class Stopping(Callback):
+    """Asks the trainer to stop after a given batch, as Lightning's timer does."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop |= trainer.fit_loop.total_batch_idx == self.batch
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """The checkpoint of a run that is not stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    return functools.cache(lambda name: run(folder / name, name, *SCHEDULER))
+
+
+@pytest.fixture
+def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs `dcpc fit` with a callback, and returns its checkpoint."""
+    make = command.TrainingCLI.instantiate_trainer
+
+    def fit(
+        name: str, folder: str, *options: str, callback: Callback | None = None
+    ) -> dict[str, Any]:
+        def with_callback(cli: Any, **kwargs: Any) -> Trainer:
+            trainer = make(cli, **kwargs)
+            if callback is not None:
+                trainer.callbacks.insert(0, callback)
+            return trainer
+
+        torch.manual_seed(len(options))  # nothing may depend on it
+        with monkeypatch.context() as patched:
+            patched.setattr(command.TrainingCLI, "instantiate_trainer", with_callback)
+            return run(tmp_path / folder, name, *options)
+
+    return fit
+
+
+def exit_status(call: Callable[[], Any]) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        call()
+    return stopped.value.code
+
+
+def grid(*quick: tuple[str, int]) -> list[Any]:
+    """Settings and steps: a few, and all others in slow tests."""
+    steps = range(2 * NUM_STEPS)
+    others = [(name, step) for name in SETTINGS for step in steps if (name, step) not in quick]
+    return [*quick, *(pytest.param(*case, marks=pytest.mark.slow) for case in others)]
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), grid(("dcpc", 6), ("lpc", 1), ("ipc", 2 * NUM_STEPS - 1))
+)
+def test_a_run_that_is_signalled_goes_on_as_if_it_had_not(
+    name: str,
+    step: int,
+    fit: Callable,
+    whole: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    stop = Signalling(signal.SIGTERM, step)
+    assert exit_status(lambda: fit(name, "stopped", *SCHEDULER, callback=stop)) == 143
+    link = tmp_path / "stopped" / "last.ckpt"
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("stopped by SIGTERM after step ")
+    assert said.endswith(f"go on with --ckpt_path {link}")
+    saved = torch.load(link, weights_only=True)
+    assert saved["dcpc"]["num_steps"] == step + 1
+    assert_continues(whole(name), fit(name, "stopped", *SCHEDULER, f"--ckpt_path={link}"))
+
+
+@pytest.mark.parametrize(("name", "step"), grid(("dcpc", 0), ("lpc", 3), ("ipc", NUM_STEPS)))
+def test_a_run_that_a_callback_stops_within_an_epoch_goes_on_as_if_it_had_not(
+    name: str, step: int, fit: Callable, whole: Callable, tmp_path: Path
+) -> None:
+    fit(name, "stopped", *SCHEDULER, callback=Stopping(step))
+    link = f"--ckpt_path={tmp_path / 'stopped' / 'last.ckpt'}"
+    assert_continues(whole(name), fit(name, "stopped", *SCHEDULER, link))
+
+
+@pytest.mark.parametrize("name", ["dcpc", "ipc"])
+def test_a_run_that_has_its_steps_goes_on_as_if_it_had_more(
+    name: str, fit: Callable, whole: Callable, tmp_path: Path
+) -> None:
+    fit(name, "stopped", *SCHEDULER, "--trainer.max_steps=8")
+    link = f"--ckpt_path={tmp_path / 'stopped' / 'last.ckpt'}"
+    assert_continues(whole(name), fit(name, "stopped", *SCHEDULER, link))
+
+
+@pytest.mark.parametrize("name", ["dcpc", "ipc"])
+def test_a_run_that_is_signalled_while_it_validates_goes_on_with_the_next_epoch(
+    name: str, fit: Callable, whole: Callable, tmp_path: Path
+) -> None:
+    stop = Signalling(signal.SIGHUP, NUM_STEPS - 1, in_validation=True)
+    assert exit_status(lambda: fit(name, "stopped", *SCHEDULER, callback=stop)) == 129
+    link = f"--ckpt_path={tmp_path / 'stopped' / 'last.ckpt'}"
+    assert_continues(whole(name), fit(name, "stopped", *SCHEDULER, link))
+
+
+def test_an_interrupt_from_the_keyboard_saves_too(fit: Callable, tmp_path: Path) -> None:
+    stop = Signalling(signal.SIGINT, 2)
+    assert exit_status(lambda: fit("dcpc", "stopped", callback=stop)) == 130
+    saved = torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)
+    assert saved["dcpc"]["num_steps"] == 3
+    assert not list((tmp_path / "stopped").rglob("particles-*"))
