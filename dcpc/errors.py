@@ -45,3 +45,13 @@ def require_at_least(name: str, value: int, minimum: int) -> None:
     """
     if value < minimum:
         raise OptionError(f"{name} must be at least {minimum}, got {value}")
+
+
+def require_seed(name: str, value: int) -> None:
+    """Checks a seed; the bounds are NumPy's.
+
+    Raises:
+        OptionError: It is negative, or needs more than 32 bits.
+    """
+    if not 0 <= value < 2**32:
+        raise OptionError(f"{name} must be a seed from 0 to 2^32 - 1, got {value}")

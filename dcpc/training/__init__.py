@@ -6,7 +6,8 @@ callbacks   what a run shows
 store       the particles of every training datum
 visits      the particles of a batch, from the store and back
 checkpoint  checkpoints, checked before they are used
-command     the `dcpc` command
+command     the `dcpc` command; parser: of its configs; messages, type_words, refusals: errors of
+            configs in one line; paths: folders that a config names
 """
 
 from dcpc.training.callbacks import DecisionBoundary

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import logging
 import os
 import re
 import sys
 import tempfile
 import warnings
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as distributed
-from jsonargparse import DefaultHelpFormatter
-from jsonargparse.typing import PositiveInt
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -36,15 +31,14 @@ from dcpc.training.callbacks import (
     SweepMonitor,
 )
 from dcpc.training.checkpoint import DurableFiles, read_checkpoint
-from dcpc.training.data import ArrayData, DigitsData, HubImages, LabelledData, MoonsData
+from dcpc.training.data import LabelledData
 from dcpc.training.modules import (
-    AmortisedModule,
-    ClassifierModule,
-    HeldOut,
     MeasuredModule,
     ParticleModule,
-    Start,
 )
+from dcpc.training.parser import ConfigParser, Threads, fail, narrow_types
+from dcpc.training.paths import local_path
+from dcpc.training.refusals import refusal
 from dcpc.training.signals import Signals
 
 __all__ = ["ConfiguredCLI", "TrainingCLI", "main"]
@@ -68,14 +62,8 @@ ClassifierModule) and `--data.help HubImages` (or DigitsData, ArrayData, MoonsDa
 `tensorboard --logdir runs` shows the runs.
 """
 
-CONFIGURED: dict[str, tuple[type, ...]] = {
-    "model": (ParticleModule, AmortisedModule, ClassifierModule),
-    "data": (HubImages, DigitsData, ArrayData, MoonsData),
-}
-"""The classes below each key of a config that this package has."""
-
-GROUPS: dict[str, tuple[type, ...]] = {"model.start": (Start,), "model.held_out": (HeldOut,)}
-"""Groups of keys within those classes."""
+REFUSALS = (TypeError, ValueError, ImportError, MisconfigurationException)
+"""Errors of constructors that got what they cannot use."""
 
 LOST_PROCESS = re.compile("Connection (closed|reset) by peer|NCCL|gloo", re.IGNORECASE)
 """Errors of torch where another process of a training does not answer any more."""
@@ -93,24 +81,6 @@ LIGHTNING_REMARKS = (
     r"(?s).* was deprecated in v4\.\d+\.\d+ and will\s+be\s+removed\s+in\s+v5",
 )
 """Warnings that are about Lightning's own doings, or that do not apply to `dcpc`."""
-
-
-class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the line breaks of descriptions."""
-
-
-class _Parser(LightningArgumentParser):
-    """Reads JSON; says in one line what is wrong with a config, and exits with status 2."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"parser_mode": "json", "formatter_class": _HelpFormatter, **kwargs})
-
-    def dump(self, *args: Any, **kwargs: Any) -> str:
-        """A config as text that can be read, also by `--print_config`."""
-        return super().dump(*args, **{"format": "json_indented", **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        _fail(message + _suggest_key(message))
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -150,7 +120,7 @@ class TrainingCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=_SaveConfig,
-            save_config_kwargs={"config_filename": "config.json"},
+            save_config_kwargs={"config_filename": "config.json", "overwrite": True},
             trainer_defaults={
                 "default_root_dir": None,
                 "use_distributed_sampler": False,
@@ -159,19 +129,19 @@ class TrainingCLI(LightningCLI):
                 "enable_progress_bar": None,
             },
             seed_everything_default=0,
-            parser_class=_Parser,
+            parser_class=ConfigParser,
             parser_kwargs={"description": DESCRIPTION},
             args=None if args is None else list(args),
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the number of threads, which Lightning leaves to the environment."""
-        _tell_counts_from_fractions(parser)
+        narrow_types(parser)
         module = ParticleModule
         parser.set_defaults(model={"class_path": f"{module.__module__}.{module.__name__}"})
         parser.add_argument(
             "--num_threads",
-            type=PositiveInt | None,
+            type=Threads | None,
             default=None,
             help="Threads of torch on the CPU; 1 is fastest for small models. null: torch's choice",
         )
@@ -185,7 +155,8 @@ class TrainingCLI(LightningCLI):
         """Parses, and checks what can be checked before anything is built."""
         self.config = parser.parse_args(args)
         options = self.config[self.config.subcommand]
-        folder = Path(options.trainer.default_root_dir or _run_folder(options.config or []))
+        given = options.trainer.default_root_dir or _run_folder(options.config or [])
+        folder = local_path("trainer.default_root_dir", given)
         options.trainer.default_root_dir = str(folder)
         _check_writable(folder)
         if self.config.subcommand != "fit" and options.ckpt_path is None:
@@ -193,14 +164,15 @@ class TrainingCLI(LightningCLI):
         if self.config.subcommand in ("validate", "test"):
             options.verbose = False  # the table of EvaluationTable takes the place of Lightning's
         if options.ckpt_path is not None:
+            options.ckpt_path = str(local_path("--ckpt_path", options.ckpt_path))
             options.weights_only = True
             read_checkpoint(options.ckpt_path)
 
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (TypeError, ValueError) as error:
-            raise _own_error(error) from error
+        except REFUSALS as error:
+            raise refusal(error, self.config[self.subcommand]) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer whose logs and checkpoints go below `trainer.default_root_dir`."""
@@ -272,9 +244,9 @@ def one_line_errors() -> Iterator[None]:
     except RuntimeError as error:
         if not (distributed.is_initialized() and LOST_PROCESS.search(str(error))):
             raise
-        _fail("another process of this training has died; go on from last.ckpt", status=1)
+        fail("another process of this training has died; go on from last.ckpt", status=1)
     except (DCPCError, OSError, MisconfigurationException) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _find_configs(arguments: Sequence[str]) -> list[str]:
@@ -284,7 +256,7 @@ def _find_configs(arguments: Sequence[str]) -> list[str]:
         name, _, path = argument.partition("=")
         if option in CONFIG_OPTIONS:
             found.append(_find_config(argument))
-        elif name in CONFIG_OPTIONS and path:
+        elif name in CONFIG_OPTIONS and argument != name:
             found.append(f"{name}={_find_config(path)}")
         else:
             found.append(argument)
@@ -311,57 +283,6 @@ def _run_folder(layers: Sequence[Any]) -> Path:
     return Path("runs", *(Path(str(layer)).stem for layer in layers))
 
 
-def _suggest_key(message: str) -> str:
-    """The likely fix of a key that no class accepts, which jsonargparse names without its path."""
-    if message.endswith("are required: model"):
-        return (
-            "; an algorithm is a layer on top of data and model: --config configs/mnist.json first"
-        )
-    refused = re.fullmatch(
-        r"Option '(?:.*\.)?(\w+)' is not accepted|unrecognized arguments: --(?:\S*\.)?(\w+)=?.*",
-        message,
-    )
-    if refused is None:
-        return ""
-    owners = {
-        key: (f"{part}.{key}", configured)
-        for part, classes in (GROUPS | CONFIGURED).items()
-        for configured in reversed(classes)
-        for key in inspect.signature(configured).parameters
-    }
-    key = refused[1] or refused[2]
-    close = difflib.get_close_matches(key, owners, n=1, cutoff=0.8)
-    question = "."
-    if close:
-        path, owner = owners[close[0]]
-        known = f"; '{path}' is a key of {owner.__name__} (a layer of another class comes last)."
-        question = known if close[0] == key else f"; did you mean '{path}'?"
-    return f"{question} dcpc fit --help, --model.help CLASS and --data.help CLASS list the keys"
-
-
-def _own_error(error: BaseException) -> DCPCError:
-    """The error of ours that jsonargparse wrapped into its own, or else one about the config."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, DCPCError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    return OptionError(f"a class of the config refused its arguments: {error}")
-
-
-def _tell_counts_from_fractions(parser: LightningArgumentParser) -> None:
-    """Reads `limit_val_batches: 1` as one batch, and `1.0` as all of them.
-
-    `typing` caches its unions regardless of order, so that a parser may meet `Union[float, int]`
-    where Lightning wrote `Union[int, float]`, and makes a float of every number.
-    """
-    counts = {f"trainer.limit_{part}_batches" for part in ("train", "val", "test", "predict")}
-    counts |= {"trainer.overfit_batches", "trainer.val_check_interval"}
-    for action in parser._actions:
-        if action.dest in counts:
-            action._typehint = int | float | None  # type: ignore[attr-defined]
-
-
 def _quieten_lightning() -> None:
     for library in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -378,8 +299,3 @@ def _check_writable(folder: Path) -> None:
             f"trainer.default_root_dir: cannot write to the folder '{folder}' ({error.strerror}); "
             "choose another one"
         ) from error
-
-
-def _fail(message: str, status: int = 2) -> NoReturn:
-    print(f"dcpc: error: {message}", file=sys.stderr)
-    raise SystemExit(status)

@@ -245,7 +245,10 @@ def test_an_optimizer_and_a_schedule_can_be_given(command: Callable, tmp_path: P
             r"'step_size' .* 'model\.step_size' is a key of ParticleModule \(a layer .* last\)",
         ),
         (["--model.model.init_args.breadth=3"], r"'breadth' is not accepted\. dcpc fit --help"),
-        (["--model.num_particles=three"], '"num_particles":.*int.*three'),
+        (
+            ["--model.num_particles=three"],
+            r"model\.num_particles: expected a whole number, got 'three'\n$",
+        ),
         (["--model.model.class_path=experiments.nowhere.Model"], "experiments.nowhere.Model"),
         (["--data=nowhere.Data"], "nowhere.Data"),
         (["--model.num_particles=0"], "num_particles must be at least 1, got 0"),

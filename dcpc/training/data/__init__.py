@@ -5,7 +5,8 @@ loading   batches in an order that can be repeated, shared out and continued
 images    images, checked and split by a seed
 digits    scikit-learn's digits
 arrays    NumPy arrays in a folder
-hub       the Hugging Face hub or a local folder; pixels: decoded once, memory-mapped
+hub       the Hugging Face hub or a local folder; tables: its files as the package `datasets` reads
+          them; pixels: decoded once, memory-mapped
 moons     two moons, points of the plane
 """
 

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from dcpc.errors import DataError, OptionError
 from dcpc.training.data.images import ImageData
 from dcpc.training.data.labelled import LabelledSet
 from dcpc.training.data.pixels import PixelSet, decode_pictures, open_pixels
+from dcpc.training.data.tables import (
+    Table,
+    find_image_column,
+    pictures,
+    read_labels,
+    read_table,
+)
+from dcpc.training.paths import local_path
 
 __all__ = ["HubImages"]
 
-Table = Any
-"""A `datasets.Dataset`: the package is optional."""
-
 MAX_SIZE = 512
 INTENSITY_RANGES = ((0.0, 1.0), (-1.0, 1.0))
-LOCAL = re.compile(r"^[/.~]|^[A-Za-z]:|/.*/")
-"""Paths that cannot be names on the hub, which are `name` or `owner/name`."""
 
 
 class HubImages(ImageData):
@@ -60,6 +59,7 @@ class HubImages(ImageData):
         seed: Seed of the split, the shuffling and the binary draws.
         cache_folder: Where decoded images are kept; null for `dcpc` in `$XDG_CACHE_HOME` or
             `~/.cache`.
+        num_workers: Processes that prepare training batches; 0 for none beside the main one.
 
     Raises:
         OptionError: An argument is out of range or does not fit another one.
@@ -83,10 +83,13 @@ class HubImages(ImageData):
         num_held_out: int | None = None,
         seed: int = 0,
         cache_folder: str | None = None,
+        num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, evaluation_batch_size, num_held_out, seed)
+        super().__init__(batch_size, evaluation_batch_size, num_held_out, seed, num_workers)
         _check_options(size, channels, intensity_range, binarise, held_out_fraction, num_training)
-        self.path = path
+        if not path:
+            raise OptionError("data.path must be a name on the hub or a folder, got ''")
+        self.path = str(local_path("data.path", path)) if path.startswith("~") else path
         self.config_name = config_name
         self.split_name = split
         self.image_column = image_column
@@ -97,7 +100,11 @@ class HubImages(ImageData):
         self.binarise = binarise
         self.held_out_fraction = held_out_fraction
         self.num_training = num_training
-        self.cache_folder = Path(cache_folder) if cache_folder else _default_cache_folder()
+        self.cache_folder = (
+            local_path("data.cache_folder", cache_folder)
+            if cache_folder
+            else _default_cache_folder()
+        )
 
     def load(self) -> tuple[Tensor, Tensor]:
         """All images as bytes, mapped from the cache, and their labels.
@@ -105,16 +112,16 @@ class HubImages(ImageData):
         Raises:
             DataError: The data set or the package `datasets` is missing, or an image is unusable.
         """
-        folder = Path(self.path).expanduser()
+        folder = Path(self.path)
         source = None
         if folder.is_dir():
             identity = _folder_identity(folder)
         else:
-            source = self._read()
+            source = read_table(self.path, self.config_name, self.split_name)
             identity = [source._fingerprint]
         cached = self._cached_file(identity)
         if not cached.exists():
-            self._decode(self._read() if source is None else source, cached)
+            self._decode(source, cached)
         return open_pixels(cached)
 
     def count_held_out(self, num_images: int) -> int:
@@ -141,33 +148,6 @@ class HubImages(ImageData):
         seed = self.seed if self.binarise else None
         return PixelSet(images, labels, rows, self.intensity_range, seed)
 
-    def _read(self) -> Table:
-        """The data set's table, with its images not yet decoded."""
-        if not Path(self.path).expanduser().is_dir() and LOCAL.search(self.path):
-            raise DataError(f"data.path: there is no folder '{self.path}' ({_how_to_get()})")
-        try:
-            datasets = importlib.import_module("datasets")
-        except ImportError as error:
-            raise DataError(
-                "HubImages needs the package 'datasets', which is not installed: pip install "
-                "-c constraints.txt '.[data]' in the folder of dcpc, or pip install datasets"
-            ) from error
-        try:
-            return datasets.load_dataset(
-                str(Path(self.path).expanduser()), self.config_name, split=self.split_name
-            )
-        except (OSError, datasets.exceptions.DatasetsError) as error:
-            is_folder = Path(self.path).expanduser().is_dir()
-            what = "no images are in" if is_folder else "there is no folder and no data set"
-            raise DataError(
-                f"data.path: {what} '{self.path}', or it could not be reached: "
-                f"{_first_line(error)} ({_how_to_get()})"
-            ) from error
-        except ValueError as error:
-            raise OptionError(
-                f"data.config_name or data.split does not fit '{self.path}': {error}"
-            ) from error
-
     def _cached_file(self, identity: list[Any]) -> Path:
         """The file of this data set's images in this size, with these channels."""
         columns = (self.image_column, self.label_column)
@@ -176,11 +156,13 @@ class HubImages(ImageData):
         name = re.sub(r"\W+", "-", Path(self.path).name)
         return self.cache_folder / f"{name}-{self.channels}x{self.size or 'original'}-{digest}.npy"
 
-    def _decode(self, source: Table, cached: Path) -> None:
+    def _decode(self, source: Table | None, cached: Path) -> None:
+        if source is None:
+            source = read_table(self.path, self.config_name, self.split_name)
         if not len(source):
             raise DataError(f"data.path: '{self.path}' has no images")
-        image_column = _image_column(source, self.image_column)
-        labels = _labels(source, self.label_column)
+        column = find_image_column(source, self.image_column)
+        labels = read_labels(source, self.label_column)
         try:
             self.cache_folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -188,7 +170,7 @@ class HubImages(ImageData):
                 f"data.cache_folder: cannot write to '{self.cache_folder}' ({error.strerror}); "
                 "choose another one"
             ) from error
-        decode_pictures(cached, _pictures(source, image_column), labels, self.size, self.channels)
+        decode_pictures(cached, pictures(source, column), labels, self.size, self.channels)
 
 
 def _check_options(
@@ -238,62 +220,3 @@ def _folder_identity(folder: Path) -> list[Any]:
         str(folder.resolve()),
         *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats),
     ]
-
-
-def _image_column(source: Table, wanted: str | None) -> str:
-    return _column(source, "image", wanted, [n for n, f in source.features.items() if _is_image(f)])
-
-
-def _is_image(feature: object) -> bool:
-    return type(feature).__name__ == "Image"
-
-
-def _column(source: Table, kind: str, wanted: str | None, found: list[str]) -> str:
-    """The column wanted, or else the only one found."""
-    columns = ", ".join(source.features)
-    if wanted is not None:
-        if wanted in source.features and (kind != "image" or wanted in found):
-            return wanted
-        raise DataError(
-            f"data.{kind}_column: there is no {kind} column '{wanted}' among the columns {columns}"
-        )
-    if len(found) != 1:
-        count = "no column" if not found else f"{len(found)} columns ({', '.join(found)})"
-        raise DataError(
-            f"data.path: the data set has {count} of {kind}s among its columns {columns}; expected "
-            f"one, or name it with data.{kind}_column"
-        )
-    return found[0]
-
-
-def _labels(source: Table, wanted: str | None) -> np.ndarray:
-    """The labels `(N,)`; zeros where there are none."""
-    found = [n for n, f in source.features.items() if type(f).__name__ == "ClassLabel"]
-    if wanted is None and not found:
-        return np.zeros(len(source), dtype=np.int64)
-    column = _column(source, "label", wanted, found)
-    try:
-        values = np.asarray(source.with_format("arrow")[column][:])
-        return values.astype(np.int64, casting="same_kind")
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"data.label_column: the column '{column}' must hold classes or integers, none of them "
-            f"missing ({error}); choose another one"
-        ) from error
-
-
-def _pictures(source: Table, column: str) -> Iterator[Image.Image]:
-    for row in source.select_columns([column]):
-        yield row[column]
-
-
-def _how_to_get() -> str:
-    return (
-        f"looked in {Path.cwd()}). Check the name and the network, or on a machine that has one "
-        "run 'hf download --repo-type dataset ylecun/mnist --local-dir data/mnist', say, and name "
-        "that folder (see 'Data sets' in configs/README.md"
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

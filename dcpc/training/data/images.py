@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from dcpc.errors import DataError, OptionError, require_at_least
 from dcpc.evaluation.intensities import IntensityRange
 from dcpc.training.data.labelled import LabelledData, LabelledSet, TensorSet
 
-__all__ = ["ImageData", "check_images"]
+__all__ = ["ImageData", "check_images", "check_labels"]
 
 
 class ImageData(LabelledData):
@@ -24,6 +25,7 @@ class ImageData(LabelledData):
         evaluation_batch_size: Held-out data per batch.
         num_held_out: Number of images that are never trained on; None where the subclass decides.
         seed: Seed of the split and the shuffling.
+        num_workers: Processes that prepare training batches; 0 for none beside the main one.
 
     Attributes:
         intensity_range: The intensities of black and of white.
@@ -37,8 +39,9 @@ class ImageData(LabelledData):
         evaluation_batch_size: int = 300,
         num_held_out: int | None = 297,
         seed: int = 0,
+        num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, evaluation_batch_size, seed)
+        super().__init__(batch_size, evaluation_batch_size, seed, num_workers)
         if num_held_out is not None:
             require_at_least("data.num_held_out", num_held_out, 1)
         self.num_held_out = num_held_out
@@ -102,3 +105,26 @@ def check_images(images: Tensor, source: str) -> None:
         f"{source}: image {first} has the intensity {value:g}, expected numbers in [0, 1]; drop "
         "or repair the image, or rescale the data"
     )
+
+
+def check_labels(labels: np.ndarray, source: str) -> np.ndarray:
+    """Labels as 64-bit integers of this machine's byte order.
+
+    Args:
+        labels: `(N,)`.
+        source: Where they are from, for the error.
+
+    Raises:
+        DataError: They are no integers, or one is missing, negative or too large, by its index.
+    """
+    expected = f"{source} must hold classes or integers of at least 0, one per image"
+    if labels.dtype.kind not in "iub":
+        missing = (n for n, label in enumerate(labels) if label is None or label != label)
+        first = next(missing, 0)
+        value = labels[first : first + 1].tolist()
+        raise DataError(f"{expected}, got {value[0]!r} ({labels.dtype}) at index {first}")
+    wrong = (labels < 0) | (labels > np.iinfo(np.int64).max)
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise DataError(f"{expected}, got {labels[first]} at index {first}; number the classes")
+    return labels.astype(np.int64)

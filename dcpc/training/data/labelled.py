@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +11,14 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dcpc.errors import DataError, require_at_least
+from dcpc.errors import DataError, require_at_least, require_seed
 from dcpc.training.data.loading import EpochBatches, ResumableLoader
 
 __all__ = [
     "Batch",
     "LabelledData",
     "LabelledSet",
+    "SharedEpochSet",
     "TensorSet",
     "check_finite",
 ]
@@ -40,7 +41,7 @@ def check_finite(batch: Batch) -> None:
     )
 
 
-class LabelledSet(Dataset[Batch]):
+class LabelledSet(Dataset[Batch], ABC):
     """Data with labels and indices, fetched a whole batch at a time."""
 
     @abstractmethod
@@ -63,6 +64,32 @@ class LabelledSet(Dataset[Batch]):
         """Follow a new epoch of training."""
 
 
+class SharedEpochSet(LabelledSet):
+    """A set whose copies in worker processes learn of a new epoch through shared memory.
+
+    The workers live as long as the loader, and copy the set once: without this, a set that changes
+    from epoch to epoch would stay at the first one.
+
+    Args:
+        data: The set.
+    """
+
+    def __init__(self, data: LabelledSet) -> None:
+        self.data = data
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, index: Sequence[int]) -> Batch:
+        self.data.set_epoch(int(self._epoch))
+        return self.data.__getitems__(index)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+        self.data.set_epoch(epoch)
+
+
 class TensorSet(LabelledSet):
     """Data that lie ready in memory.
 
@@ -83,7 +110,7 @@ class TensorSet(LabelledSet):
         return data, labels, indices
 
 
-class LabelledData(LightningDataModule):
+class LabelledData(LightningDataModule, ABC):
     """Base class: a subclass says what there is to train on, and what is held out.
 
     A batch is `(data, labels, index)`: data `(B, *shape)`, labels `(B,)`, and each datum's index in
@@ -93,15 +120,24 @@ class LabelledData(LightningDataModule):
         batch_size: Training data per batch.
         evaluation_batch_size: Held-out data per batch.
         seed: Seed of the shuffling.
+        num_workers: Processes that prepare training batches; 0 for none beside the main one.
+
+    Raises:
+        OptionError: A number out of range.
     """
 
-    def __init__(self, batch_size: int, evaluation_batch_size: int, seed: int) -> None:
+    def __init__(
+        self, batch_size: int, evaluation_batch_size: int, seed: int, num_workers: int = 0
+    ) -> None:
         super().__init__()
         require_at_least("data.batch_size", batch_size, 1)
         require_at_least("data.evaluation_batch_size", evaluation_batch_size, 1)
+        require_seed("data.seed", seed)
+        require_at_least("data.num_workers", num_workers, 0)
         self.batch_size = batch_size
         self.evaluation_batch_size = evaluation_batch_size
         self.seed = seed
+        self.num_workers = num_workers
         self.training_set: LabelledSet | None = None
         self.held_out_set: LabelledSet | None = None
 
@@ -111,14 +147,15 @@ class LabelledData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.training_set is not None
-        data, trainer = self.training_set, self.trainer
+        data = SharedEpochSet(self.training_set) if self.num_workers else self.training_set
+        trainer = self.trainer
         rank, num_processes = (
             (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
         )
         batches = EpochBatches(
             len(data), self.batch_size, self.seed, data.set_epoch, rank, num_processes
         )
-        return ResumableLoader(data, batches)
+        return ResumableLoader(data, batches, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         assert self.held_out_set is not None

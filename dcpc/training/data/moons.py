@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from sklearn.datasets import make_moons
 
-from dcpc.errors import OptionError, require_at_least
+from dcpc.errors import OptionError, require_at_least, require_seed
 from dcpc.training.data.labelled import LabelledData, TensorSet
 
 __all__ = ["MoonsData"]
@@ -23,6 +25,7 @@ class MoonsData(LabelledData):
         batch_size: Training data per batch.
         evaluation_batch_size: Held-out data per batch.
         seed: Seed of the shuffling.
+        num_workers: Processes that prepare training batches; 0 for none beside the main one.
 
     Raises:
         OptionError: A number out of range, or one seed for all points.
@@ -38,12 +41,15 @@ class MoonsData(LabelledData):
         batch_size: int = 32,
         evaluation_batch_size: int = 512,
         seed: int = 0,
+        num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, evaluation_batch_size, seed)
+        super().__init__(batch_size, evaluation_batch_size, seed, num_workers)
         require_at_least("data.num_training", num_training, 1)
         require_at_least("data.num_held_out", num_held_out, 1)
-        if not noise >= 0.0:
-            raise OptionError(f"data.noise must be at least 0, got {noise}")
+        if not 0.0 <= noise < math.inf:
+            raise OptionError(f"data.noise must be at least 0, got {noise}; give a finite number")
+        require_seed("data.training_seed", training_seed)
+        require_seed("data.held_out_seed", held_out_seed)
         if training_seed == held_out_seed:
             raise OptionError(
                 f"data.training_seed and data.held_out_seed are both {training_seed}, so that the "

@@ -7,6 +7,7 @@ long: `python -m experiments.benchmarks.decoded_images`.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -96,7 +97,7 @@ class PixelSet(LabelledSet):
         return drawn.to(torch.get_default_dtype())
 
 
-def prepare(picture: Image.Image, size: int | None, channels: int) -> np.ndarray:
+def prepare(picture: Image.Image | None, size: int | None, channels: int) -> np.ndarray:
     """A picture as bytes `(channels, height, width)`.
 
     Args:
@@ -106,8 +107,10 @@ def prepare(picture: Image.Image, size: int | None, channels: int) -> np.ndarray
         channels: 1 for grey, 3 for colour.
 
     Raises:
-        DataError: The picture has more than 8 bits per channel.
+        DataError: There is no picture, or it has more than 8 bits per channel.
     """
+    if picture is None:
+        raise DataError("it is missing (null)")
     if picture.mode.startswith(("I", "F")):
         raise DataError(
             f"it has pixels of mode {picture.mode!r}, expected 8 bits per channel; convert it"
@@ -188,8 +191,9 @@ def _numbered(
         for picture in pictures:
             yield prepare(picture, size, channels)
             row += 1
-    except (OSError, DataError, Image.DecompressionBombError) as error:
-        raise DataError(f"image {row} cannot be used: {error}; repair or remove it") from error
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        reason = re.sub(r" <[^>]*>", "", str(error))  # the stream that a picture was read from
+        raise DataError(f"image {row} cannot be used: {reason}; repair or remove it") from error
 
 
 def _labels_path(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -12,7 +13,8 @@ from torch.nn import functional as F
 from dcpc.errors import DataError, require_at_least
 from dcpc.evaluation.batches import gradients_allowed
 from dcpc.networks import EnergyNetwork, LearningRule
-from dcpc.training.data import Batch
+from dcpc.seeding import random_state_kept
+from dcpc.training.data import Batch, LabelledData
 from dcpc.training.modules.base import LearningRateSchedule, MeasuredModule
 
 __all__ = ["ClassifierModule"]
@@ -58,6 +60,28 @@ class ClassifierModule(MeasuredModule):
         self.flatten = flatten
         self.automatic_optimization = False
         self._is_right: list[Tensor] = []
+
+    def setup(self, stage: str) -> None:
+        """Predicts a datum, so that data which do not fit the network are an error at once.
+
+        Raises:
+            DataError: The network takes data of another size.
+        """
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, LabelledData) or data.held_out_set is None:
+            return
+        x = data.held_out_set.first(1)[0]
+        try:
+            with random_state_kept():
+                self.predict(x.to(self.device))
+        except (RuntimeError, DataError) as error:
+            shape = list(self._input(x).shape[1:])
+            raise DataError(
+                f"the data are of shape {shape} each, which model.network does not take: "
+                f"{' '.join(str(error).split())}; set the first of model.network.sizes to "
+                f"{math.prod(shape)}, or choose other data"
+            ) from error
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.network.weights(), lr=self.learning_rate)

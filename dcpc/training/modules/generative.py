@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
-from dcpc.errors import OptionError, require_at_least
+from dcpc.errors import DataError, OptionError, require_at_least
 from dcpc.evaluation import (
     PRIOR_SAMPLES,
     Evaluation,
@@ -23,7 +24,7 @@ from dcpc.evaluation import (
     prior_samples,
     summarise,
 )
-from dcpc.training.data import Batch
+from dcpc.training.data import Batch, LabelledData
 from dcpc.training.modules.base import LearningRateSchedule, MeasuredModule
 
 __all__ = ["GenerativeModule", "Guide", "HeldOut"]
@@ -126,6 +127,9 @@ class GenerativeModule(MeasuredModule):
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         self.intensity_range = getattr(data, "intensity_range", self.intensity_range)
+        if isinstance(data, LabelledData) and data.held_out_set is not None:
+            shape = tuple(data.held_out_set.first(1)[0].shape[1:])
+            check_image_shape(shape, getattr(self.model, "image_shape", shape))
 
     # -- held-out data -----------------------------------------------------------------------
 
@@ -200,6 +204,26 @@ class GenerativeModule(MeasuredModule):
         return evaluate(
             self.held_out_inference, x, num_temperatures, batch_idx, self.intensity_range
         )
+
+
+def check_image_shape(shape: Sequence[int], expected: Sequence[int]) -> None:
+    """Compares the shape of the data with that of the model's images.
+
+    Args:
+        shape: `(channels, height, width)` of the data.
+        expected: The model's; `(pixels,)` where it has no channels and no rows.
+
+    Raises:
+        DataError: They differ.
+    """
+    is_flat = len(expected) == 1 and math.prod(shape) == expected[0]
+    if is_flat or tuple(shape) == tuple(expected):
+        return
+    raise DataError(
+        f"the data have images of shape {list(shape)} (channels, height, width), but "
+        f"model.model.image_shape is {list(expected)}; set it to {list(shape)}, or choose other "
+        "data, as by data.size and data.channels of HubImages"
+    )
 
 
 def _own_encoder(model: nn.Module) -> nn.Module:

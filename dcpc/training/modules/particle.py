@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -13,7 +14,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from dcpc.conquer import Move, Preconditioner
-from dcpc.errors import ModelError, require_at_least
+from dcpc.errors import ModelError, OptionError, require_at_least
 from dcpc.inference import DCPC
 from dcpc.parts import Adaptation
 from dcpc.presets import PRESETS, lookup
@@ -26,6 +27,7 @@ from dcpc.training.data import Batch
 from dcpc.training.modules.base import STATE_KEY, LearningRateSchedule
 from dcpc.training.modules.generative import GenerativeModule, Guide, HeldOut
 from dcpc.training.modules.warm_start import Start, guide_objective
+from dcpc.training.paths import local_path
 from dcpc.training.processes import average, share
 from dcpc.training.store import ParticleStore
 from dcpc.training.visits import TiedVisit, visit
@@ -108,7 +110,7 @@ class ParticleModule(GenerativeModule):
         self.sweeps_per_step = sweeps_per_step
         self.start = start
         self.restarts = self.guide is not None and restart
-        self.store_folder = store_folder
+        self.store_folder = store_folder and str(local_path("model.store_folder", store_folder))
         self.inference = DCPC(
             model,
             self.guide,
@@ -315,6 +317,10 @@ def _total(losses: Mapping[str, Tensor]) -> Tensor:
 def _step_size(given: float | dict[str, float] | None, algorithm: str) -> float | None:
     if not isinstance(given, dict):
         return given
-    for name in given:
+    for name, step_size in given.items():
         lookup("algorithm of model.step_size", name, PRESETS)
+        if not 0.0 < step_size < math.inf:
+            raise OptionError(
+                f"model.step_size.{name}: step_size must be a positive number, got {step_size}"
+            )
     return given.get(algorithm)
