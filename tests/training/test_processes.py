@@ -189,3 +189,17 @@ def test_one_of_two_processes_that_is_killed_ends_the_run(tmp_path: Path) -> Non
     more = f"--trainer.max_epochs={done['epoch'] + 2}"
     resumed = run(tmp_path / "again", "dcpc", more, f"--ckpt_path={link.resolve()}")
     assert resumed["epoch"] == done["epoch"] + 1
+
+
+def test_processes_have_random_numbers_of_their_own(
+    deep_module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, rank = deep_module(), 0
+    module._seed = 3
+    monkeypatch.setattr(ParticleModule, "global_rank", property(lambda _: rank))
+    drawn = set()
+    for rank in range(3):  # noqa: B007 (the property looks at it)
+        for key in ((0,), (1,), (0, 1)):
+            with module.stream(*key):
+                drawn.add(float(torch.rand(())))
+    assert len(drawn) == 9
