@@ -194,19 +194,23 @@ def entries(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def not_finite(content: Any) -> str | None:
-    """The first tensor in nested dictionaries and lists that holds a NaN or an infinity."""
+    """The first tensor in nested dictionaries and lists that holds a NaN or an infinity.
+
+    A log-weight may be minus infinity: that of a particle without weight.
+    """
     for name, value in entries(content):
-        if isinstance(value, Tensor) and value.is_floating_point() and not _is_finite(value):
+        is_number = isinstance(value, Tensor) and value.is_floating_point()
+        if is_number and not _is_finite(value, lowest=name.endswith("log_weight")):
             return name
     return None
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite; takes no memory of the tensor's size."""
+def _is_finite(tensor: Tensor, lowest: bool) -> bool:
+    """Whether all numbers are finite, or minus infinity; takes no memory of the tensor's size."""
     if not tensor.numel():
         return True
-    low, high = tensor.aminmax()
-    return bool(low.isfinite() & high.isfinite())
+    low, high = tensor.aminmax()  # NaN if there is one
+    return bool(high.isfinite() & (low.isfinite() | (lowest & low.isneginf())))
 
 
 def num_bytes(content: Any) -> int:

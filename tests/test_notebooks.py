@@ -237,11 +237,11 @@ def test_the_algorithms_beside_the_exact_posterior(
 
     # Mean and standard error over the seeds, the better one first.
     rows = [line for line in shown.tables.splitlines() if line.startswith("| `")]
-    assert [row.split(" | ")[:3] for row in rows] == [
-        ["| `dcpc`", "2", "101.00 ± 1.00"],
-        ["| `pgd`", "2", "113.00 ± 3.00"],
-        ["| `dcpc`", "2", "111.00 ± 1.00"],
-        ["| `pgd`", "2", "123.00 ± 3.00"],
+    assert [[cell.strip() for cell in row.split("|")[1:4]] for row in rows] == [
+        ["`dcpc`", "2", "101.00 ± 1.00"],
+        ["`pgd`", "2", "113.00 ± 3.00"],
+        ["`dcpc`", "2", "111.00 ± 1.00"],
+        ["`pgd`", "2", "123.00 ± 3.00"],
     ]
     assert shown.tables.index("Equal seconds") < shown.tables.index("Equal gradients")
     assert "no runs" not in shown.text
@@ -338,7 +338,8 @@ def test_digits_of_a_checkpoint_have_the_evidence_written_down(
     # No latent matters, so that no setting changes anything.
     rows = [line for line in shown.tables.splitlines() if line.startswith("|")][2:]
     assert len(rows) == 4
-    assert all(f"| {nll.mean():.2f} ± {error:.2f} |" in row for row in rows)
+    shown_nll = f"{nll.mean():.2f} ± {error:.2f}"
+    assert all(shown_nll in [cell.strip() for cell in row.split("|")] for row in rows)
     assert sum(row.count("0.00 ± 0.00") for row in rows) == 4
     # sum over the mass of x e^{logit x}, normalised: the mean of the density.
     mean = 1 / (1 - math.exp(1.5)) + 1 / 1.5

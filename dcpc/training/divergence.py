@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from dcpc.errors import DCPCError
 
-__all__ = ["DivergenceError", "Watch"]
+__all__ = ["DivergenceError", "Watch", "failures_told"]
 
 NUM_FIRST = 20
 """Steps whose losses say what is usual."""
@@ -29,6 +30,27 @@ REMEDY = "lower model.learning_rate or model.step_size, or set trainer.gradient_
 
 class DivergenceError(DCPCError):
     """Training diverges: losses or gradients are not finite, or grow without bound."""
+
+
+@contextmanager
+def failures_told(num_steps: int) -> Iterator[None]:
+    """Turns what the model's distributions refuse, once it has learned, into one line.
+
+    Raises:
+        DivergenceError: In the place of another `ValueError`.
+    """
+    try:
+        yield
+    except DCPCError:
+        raise
+    except ValueError as error:
+        if num_steps == 0:  # nothing was learned yet
+            raise
+        first = str(error).strip().splitlines()[0][:200]
+        raise DivergenceError(
+            f"after {num_steps} steps the model cannot be run any more: {first}; if its parameters "
+            f"have diverged, {REMEDY}"
+        ) from error
 
 
 class Watch:

@@ -135,10 +135,7 @@ class ParticleStore:
             stored[index] = value.detach().movedim(axes[entry[0]], 0).to(stored)
         log_weight = state.log_weight.log_weight.detach()
         normalised = torch.log_softmax(log_weight, 0) + math.log(len(log_weight))
-        # A weight of zero is the smallest number: what is not finite is refused by checkpoints.
-        self._log_weight[index] = normalised.T.to(self._log_weight).clamp(
-            min=torch.finfo(self._log_weight.dtype).min
-        )
+        self._log_weight[index] = normalised.T.to(self._log_weight)
         self._log_joint[index] = state.log_joint.detach().T.to(self._log_joint)
         self._visited[index] = True
 

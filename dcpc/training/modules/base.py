@@ -17,7 +17,7 @@ from dcpc.errors import OptionError
 from dcpc.seeding import derived_seed, seeded
 from dcpc.training.checkpoint import CheckpointError
 from dcpc.training.data import Batch, check_finite
-from dcpc.training.divergence import Watch
+from dcpc.training.divergence import Watch, failures_told
 from dcpc.training.processes import check_strategy
 
 __all__ = ["LearningRateSchedule", "MeasuredModule"]
@@ -128,9 +128,10 @@ class MeasuredModule(LightningModule):
 
         Raises:
             DataError: A datum holds a number that is not finite.
+            DivergenceError: The model can no longer be run.
         """
         check_finite(batch)
-        with self.stream(self._num_steps):
+        with self.stream(self._num_steps), failures_told(self._num_steps):
             loss = self.learn(batch)
         self._num_steps += 1
         if self.automatic_optimization:
