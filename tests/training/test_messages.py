@@ -106,7 +106,6 @@ def test_the_mistakes_cover_every_shipped_config() -> None:
         ),
         ("model.step_size", {"pgd": -1}, "model.step_size.pgd: .* positive number, got -1.0"),
         ("model.class_path", "dcpc.training.DigitsData", "model: .* of another kind.*"),
-        ("model.class_path", "dcpc.training.GenerativeModule", "model: .* abstract.*"),
         ("data.class_path", "dcpc.training.LabelledData", "data: .* abstract.*"),
         ("model.model.class_path", "dcpc.nowhere.Model", "model.model: .*'dcpc.nowhere.Model'.*"),
         ("model.model.class_path", "torch.optim.Adam", "model.model: .* of another kind.*"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal
@@ -30,7 +30,7 @@ PROCESS = 1_000_003
 PRECISIONS = ("32-true", "64-true")
 
 
-class MeasuredModule(LightningModule, ABC):
+class MeasuredModule(LightningModule):
     """Base class: something that learns, and is measured on data that it never saw.
 
     A checkpoint holds a seed and a step count, of which alone the randomness of every training
