@@ -129,12 +129,23 @@ def test_a_run_that_has_its_steps_goes_on_as_if_it_had_more(
 
 @pytest.mark.parametrize("name", ["dcpc", "ipc"])
 def test_a_run_that_is_signalled_while_it_validates_goes_on_with_the_next_epoch(
-    name: str, fit: Callable, whole: Callable, tmp_path: Path
+    name: str, fit: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    whole = fit(name, "whole", *SCHEDULER)
+    measured = held_out(capsys)
+    assert len(measured) == 4
     stop = Signalling(signal.SIGHUP, NUM_STEPS - 1, in_validation=True)
     assert exit_status(lambda: fit(name, "stopped", *SCHEDULER, callback=stop)) == 129
     link = f"--ckpt_path={tmp_path / 'stopped' / 'last.ckpt'}"
-    assert_continues(whole(name), fit(name, "stopped", *SCHEDULER, link))
+    held_out(capsys)
+    assert_continues(whole, fit(name, "stopped", *SCHEDULER, link))
+    # Nothing is measured on the rest of the data that the signal has cut off.
+    assert held_out(capsys) == measured[2:]
+
+
+def held_out(capsys: pytest.CaptureFixture) -> list[str]:
+    """The lines that a run has printed of its measurements."""
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
 
 
 def test_an_interrupt_from_the_keyboard_saves_too(fit: Callable, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,6 @@ class RunCheckpoint(Checkpoint):
     def __init__(self, signals: Signals | None = None) -> None:
         self.signals = Signals() if signals is None else signals
         self.path: Path | None = None
-        self._fit_loop: dict[str, Any] | None = None
-        self._is_interrupting = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Removes what killed runs have left of files that they were writing."""
@@ -55,8 +52,6 @@ class RunCheckpoint(Checkpoint):
             self._interrupt(trainer)
         if stops_within_epoch(trainer):
             self.save(trainer)
-        if trainer.is_last_batch:  # validation follows, and may be interrupted
-            self._fit_loop = copy.deepcopy(trainer.fit_loop.state_dict())
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any
@@ -69,13 +64,6 @@ class RunCheckpoint(Checkpoint):
             self.save(trainer)
         if self._is_signalled(trainer):
             self._exit(trainer)
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Lets a run that is interrupted while it validates go on with the next epoch."""
-        if self._is_interrupting and trainer.validating and self._fit_loop is not None:
-            checkpoint["loops"]["fit_loop"] = self._fit_loop
 
     def save(self, trainer: Trainer) -> None:
         """Saves the state of the run, and points the link to it."""
@@ -96,7 +84,6 @@ class RunCheckpoint(Checkpoint):
         return trainer.strategy.reduce_boolean_decision(is_received, all=False)
 
     def _interrupt(self, trainer: Trainer) -> None:
-        self._is_interrupting = True
         self.save(trainer)
         self._exit(trainer)
 
