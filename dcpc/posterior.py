@@ -174,17 +174,17 @@ class Posterior:
     def mean(self) -> Samples:
         """Posterior mean of every site, `(*batch, *event)`."""
         if self.describes_history:
-            return {name: z.flatten(0, 1).mean(0) for name, z in self.history.items()}
-        return {name: (self._weights(name) * z).sum(0) for name, z in self.samples.items()}
+            return {name: z.flatten(0, 1).mean(0) for name, z in self._kept.items()}
+        return {name: (self._weights(name) * z).sum(0) for name, z in self._numbers.items()}
 
     def std(self) -> Samples:
         """Posterior standard deviation of every site, `(*batch, *event)`."""
         if self.describes_history:
-            return {name: z.flatten(0, 1).std(0) for name, z in self.history.items()}
+            return {name: z.flatten(0, 1).std(0) for name, z in self._kept.items()}
         mean = self.mean()
         return {
             name: (self._weights(name) * (z - mean[name]).square()).sum(0).sqrt()
-            for name, z in self.samples.items()
+            for name, z in self._numbers.items()
         }
 
     def quantile(self, probabilities: Sequence[float]) -> Samples:
@@ -195,10 +195,10 @@ class Posterior:
         if self.describes_history:
             return {
                 name: quantiles(self.draws(name), probabilities).reshape(-1, *z.shape[1:])
-                for name, z in self.samples.items()
+                for name, z in self._numbers.items()
             }
         result = {}
-        for name, z in self.samples.items():
+        for name, z in self._numbers.items():
             ordered, order = z.sort(0)
             mass = self._weights(name).expand_as(z).gather(0, order).cumsum(0)
             index = torch.stack([(mass < p).sum(0) for p in probabilities])
@@ -295,7 +295,7 @@ class Posterior:
 
     def draws(self, name: str) -> Tensor:
         """The history of a site's values, `(n, K, num_kept)` for n values."""
-        z = self.history[name]
+        z = self._kept[name]
         return z.reshape(*z.shape[:2], -1).movedim(2, 0)
 
     def families_of(self, name: str) -> Tensor | None:
@@ -305,6 +305,15 @@ class Posterior:
         z = self.samples[name]
         families = self._like(name, self.families).expand(z.shape)
         return families.reshape(z.shape[0], -1).T
+
+    @cached_property
+    def _numbers(self) -> Samples:
+        """The samples as numbers that have moments: deterministic sites may be of other types."""
+        return {name: _as_numbers(z) for name, z in self.samples.items()}
+
+    @cached_property
+    def _kept(self) -> Samples:
+        return {name: _as_numbers(z) for name, z in self.history.items()}
 
     @cached_property
     def _statistics(self) -> dict[float, dict[str, dict[str, Tensor]]]:
@@ -323,7 +332,7 @@ class Posterior:
         mean, std = self.mean(), self.std()
         tails = self.quantile(list(names.values()))
         result = {}
-        for name, z in self.samples.items():
+        for name, z in self._numbers.items():
             weights = self._weights(name).expand(z.shape).reshape(z.shape[0], -1).T
             values = z.reshape(z.shape[0], -1).T
             effect = design_effect(values, self.families_of(name), weights)
@@ -366,3 +375,7 @@ def _in_order(
 ) -> dict[str, Tensor]:
     columns = ("mean", "std", *quantile_names, "mcse", "ess_bulk", "ess_tail", "r_hat")
     return {column: about[column].reshape(shape) for column in columns}
+
+
+def _as_numbers(values: Tensor) -> Tensor:
+    return values if values.is_floating_point() else values.to(torch.get_default_dtype())

@@ -310,3 +310,27 @@ def test_state_can_be_swept_on_from():
     posterior = engine.run(*chain.args, num_sweeps=10, seed=0, progress=False)
     state, _ = engine.sweep(posterior.state, *chain.args)
     assert state.num_particles == 8
+
+
+@pytest.mark.parametrize("num_sweeps", [0, 100])
+def test_sites_of_booleans_and_of_integers_have_the_statistics_of_their_numbers(num_sweeps):
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        pyro.deterministic("positive", mu > 0)
+        pyro.deterministic("rounded", mu.round().long())
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    run = DCPC(model, num_particles=256).run(
+        torch.tensor(0.3), num_sweeps=num_sweeps, progress=False, seed=0
+    )
+    assert run.samples["positive"].dtype == torch.bool
+    assert run.samples["rounded"].dtype == torch.int64
+    drawn = run.history or run.samples
+    weights = torch.ones(()) if run.history else run.log_weight.softmax(0)
+    for name in ("positive", "rounded"):
+        numbers = drawn[name].double()
+        expected = numbers.mean() if run.history else (weights * numbers).sum()
+        assert float(run.mean()[name]) == pytest.approx(float(expected), abs=1e-5)
+        assert float(run.statistics()[name]["mean"]) == pytest.approx(float(expected), abs=1e-5)
+    run.summary()
+    assert "positive" in repr(run)
