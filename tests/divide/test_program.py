@@ -15,6 +15,7 @@ from dcpc import DCPC
 from dcpc.divide import Arguments, divide, read_sites
 from dcpc.divide.graph import SCHEDULES
 from dcpc.errors import CertificationError, ModelError, OptionError
+from dcpc.models import DeepLatentGaussian
 
 pytestmark = pytest.mark.usefixtures("float64")
 backends = pytest.mark.parametrize("backend", ["graph", "vmap", "loop"])
@@ -376,3 +377,16 @@ def test_units_print_as_a_table():
         "unit", "parents", "children", "blanket", "plates", "size", "support",
     ]  # fmt: skip
     assert "b, c, x" in text
+
+
+def test_a_units_density_is_a_constant_of_the_parameters_and_the_wholes_is_not():
+    model = DeepLatentGaussian([2, 3], [1, 2, 2])
+    engine = DCPC(model, num_particles=3)
+    x = torch.rand(4, 1, 2, 2)
+    state = engine.init(x)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for group in engine.division(x).groups:
+        latents = {name: u.detach() for name, u in state.latents.items()}
+        density = group.log_density(group.pack(latents), latents, (x,))
+        assert not density.requires_grad
+    assert engine.loss(state, x).requires_grad

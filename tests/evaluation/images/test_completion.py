@@ -74,8 +74,19 @@ def test_errors_are_those_of_the_hidden_pixels_only() -> None:
     assert torch.allclose(result.hidden_cross_entropy, entropy.sum(1), rtol=1e-4)
 
 
-def test_hidden_pixels_change_nothing() -> None:
-    model, visible = FactorAnalysis(), bottom_half([1, 2, 2])
+class Brightness(FactorAnalysis):
+    """Pixels around the images' own brightness, which the model reads off its data."""
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            mean = (z @ self.weight.T + x.flatten(1).mean(1, keepdim=True)).reshape(x.shape)
+            pyro.sample("x", dist.Normal(mean, NOISE).to_event(3), obs=x)
+
+
+@pytest.mark.parametrize("kind", [FactorAnalysis, Brightness])
+def test_hidden_pixels_change_nothing(kind: type[FactorAnalysis]) -> None:
+    model, visible = kind(), bottom_half([1, 2, 2])
     x = torch.rand(4, 1, 2, 2)
     other = torch.where(visible, x, torch.rand(4, 1, 2, 2))
     one, two = (
