@@ -306,7 +306,7 @@ FAULTS = [
     Fault("losses of uneven processes weigh the same",
           "return num_processes() * len(data) / float(total)", "return 1.0"),
     Fault("particles that are not finite are stored",
-          "if not bool(usable.all()):", "if False:"),
+          "if not _is_finite(state):", "if False:"),
     Fault("checkpoints with numbers that are not finite are written",
           "if entry is not None: raise CheckpointError( f\"'{path}' was not",
           "if False:\n            raise CheckpointError(f\"'{path}' was not"),

@@ -127,8 +127,8 @@ class ParticleStore:
         if self._log_weight.numel() == 0:
             self._create(state, axes)
         self._check(state, axes)
-        usable = _usable(state, axes)
-        if not bool(usable.all()):
+        if not _is_finite(state):
+            usable = _usable(state, axes)
             state, index = _select(state, usable, axes), index[usable]
         for entry, value in _values(state).items():
             stored = self._values[entry]
@@ -310,6 +310,12 @@ def _rows(stored: Tensor, index: Tensor, axis: int) -> Tensor:
     """Rows `(B, ...)` of the store, with the data moved to `axis`."""
     # A captured program takes the layout that it was captured with.
     return stored[index].movedim(0, axis).contiguous()
+
+
+def _is_finite(state: SweepState) -> bool:
+    """Whether all numbers are finite; a sum that overflows is not, which does no harm."""
+    numbers = (*_values(state).values(), state.log_weight.log_weight, state.log_joint)
+    return bool(torch.stack([value.sum().double() for value in numbers]).isfinite().all())
 
 
 def _usable(state: SweepState, axes: Mapping[str, int]) -> Tensor:
