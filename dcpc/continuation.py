@@ -1,4 +1,4 @@
-"""What is known about a run so far, as tensors: to judge it by, and to go on with."""
+"""State of a run so far, as tensors: to judge it by, and to continue it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class SweepSums:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What an interrupted run needs to go on, besides its particles.
+    """State of an interrupted run, besides its particles.
 
     Attributes:
         num_done: Number of sweeps that were made.

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dcpc.io import entries
 
 __all__ = ["Misfit", "build", "count_not_finite", "plain"]
 
@@ -70,7 +72,8 @@ def build(kind: Any, value: Any, entry: str, device: torch.device | str = "cpu")
 
 def count_not_finite(value: Any, entry: str) -> dict[str, int]:
     """By the name of each tensor in a plain value, how many numbers are NaN or infinite, if any."""
-    counts = {name: int((~tensor.isfinite()).sum()) for name, tensor in _tensors(value, entry)}
+    tensors = {name: part for name, part in entries(value, entry) if isinstance(part, Tensor)}
+    counts = {name: int((~tensor.isfinite()).sum()) for name, tensor in tensors.items()}
     return {name: count for name, count in counts.items() if count}
 
 
@@ -92,17 +95,6 @@ def _check(holds: bool, entry: str, expected: str, value: Any) -> None:
     if not holds:
         got = repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
         raise Misfit(f"entry '{entry}' must be {expected}, got {got}")
-
-
-def _tensors(value: Any, entry: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield entry, value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _tensors(inner, f"{entry}.{key}")
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _tensors(inner, f"{entry}[{index}]")
 
 
 def _whole(tensor: Tensor) -> Tensor:

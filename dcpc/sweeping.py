@@ -15,7 +15,7 @@ from dcpc.seeding import random_state
 from dcpc.sweep import SweepState
 
 TOLERANCE = 1e-3
-"""Of log-densities, absolute and relative, within which they are those of the same model and data.
+"""Tolerance of log-densities, absolute and relative, of the same model and data.
 
 The same program gives the same bits; another machine sums in another order.
 """
@@ -50,7 +50,7 @@ def sweep_to_end(
 
 
 def continuation_of(posterior: Posterior) -> Continuation:
-    """What an interrupted run needs to go on.
+    """State for the continuation of an interrupted run.
 
     Raises:
         OptionError: It was not interrupted.

@@ -62,7 +62,9 @@ def table(
     right: Sequence[int] = (),
 ) -> str:
     """A table of text by `tabulate`, without a header where that is empty; `right`: flush right."""
-    sides = ["right" if column in right else "left" for column in range(len(rows[0]))]
+    sides = [
+        "right" if column in right else "left" for column in range(len(rows[0] if rows else header))
+    ]
     return tabulate(rows, header, tablefmt=style, colalign=sides, disable_numparse=True)
 
 

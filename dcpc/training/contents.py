@@ -1,4 +1,4 @@
-"""What a checkpoint holds, entry by entry, and how it differs from what it should hold."""
+"""Entries of a checkpoint, and differences from those that it should have."""
 
 from __future__ import annotations
 

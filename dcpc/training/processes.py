@@ -20,12 +20,13 @@ __all__ = ["average", "check_strategy", "share"]
 UNUSED = "ddp_find_unused_parameters_true"
 
 
-def check_strategy(trainer: Trainer, has_guide: bool) -> None:
+def check_strategy(trainer: Trainer, has_guide: bool, averages_gradients: bool = True) -> None:
     """Refuses strategies that cannot train on particles.
 
     Args:
         trainer: The trainer.
         has_guide: Whether there are parameters that not every step learns.
+        averages_gradients: Whether Lightning computes the gradients, and so averages them.
 
     Raises:
         OptionError: Naming what has to change.
@@ -37,6 +38,11 @@ def check_strategy(trainer: Trainer, has_guide: bool) -> None:
         raise OptionError(
             f"trainer.strategy: {type(strategy).__name__} splits or copies the model in a way that "
             "captured programs cannot follow; use 'ddp', 'ddp_spawn' or 'ddp_fork'"
+        )
+    if not averages_gradients and trainer.world_size > 1:
+        raise OptionError(
+            f"trainer.devices={trainer.world_size}: learning rules step the weights themselves, so "
+            "that every process would learn weights of its own; use 1"
         )
     if trainer.num_nodes > 1:
         raise OptionError(

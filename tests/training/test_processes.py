@@ -9,16 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from resumable_runs import assert_same, run
 
+from dcpc.errors import OptionError
 from dcpc.parts import Adaptation
-from dcpc.training import DigitsData, ParticleModule, ParticleStore
+from dcpc.training import ClassifierModule, DigitsData, ParticleModule, ParticleStore
 from dcpc.training.command import ConfiguredCLI
 from dcpc.training.data import EpochBatches
+from dcpc.training.processes import check_strategy
 
 ROOT = Path(__file__).parents[2]
 NUM_DATA = 47
@@ -29,6 +33,7 @@ NUM_BATCHES = 3
 PROGRAM = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 sys.path.insert(0, {tests!r})
 from resumable_runs import run
 if __name__ == "__main__":
@@ -203,3 +208,29 @@ def test_processes_have_random_numbers_of_their_own(
             with module.stream(*key):
                 drawn.add(float(torch.rand(())))
     assert len(drawn) == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "nodes", "message"),
+    [
+        (
+            {"has_guide": False, "averages_gradients": False},
+            1,
+            r"trainer\.devices=2: learning rules",
+        ),
+        ({"has_guide": False}, 3, r"trainer\.num_nodes=3"),
+        ({"has_guide": True}, 1, "use 'ddp_find_unused_parameters_true'"),
+        ({"has_guide": False}, 1, "not shared out"),
+    ],
+)
+def test_what_processes_cannot_share_is_refused(options: dict, nodes: int, message: str) -> None:
+    trainer = SimpleNamespace(
+        strategy=DDPStrategy(), world_size=2, num_nodes=nodes, train_dataloader=None
+    )
+    with pytest.raises(OptionError, match=message):
+        check_strategy(trainer, **options)
+
+
+def test_learning_rules_say_that_they_step_the_weights_themselves() -> None:
+    assert not ClassifierModule.averages_gradients
+    assert ParticleModule.averages_gradients

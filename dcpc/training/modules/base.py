@@ -44,12 +44,15 @@ class MeasuredModule(LightningModule):
 
     Attributes:
         headline: The measurement that the progress bar shows.
+        averages_gradients: Whether Lightning computes the gradients, and averages them over
+            processes.
 
     Raises:
         OptionError: A number out of range.
     """
 
     headline: ClassVar[str]
+    averages_gradients: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -119,7 +122,8 @@ class MeasuredModule(LightningModule):
             )
 
     def on_train_start(self) -> None:
-        check_strategy(self.trainer, getattr(self, "guide", None) is not None)
+        has_guide = getattr(self, "guide", None) is not None
+        check_strategy(self.trainer, has_guide, self.averages_gradients)
         if self._seed is None:
             self._seed = torch.initial_seed()
 

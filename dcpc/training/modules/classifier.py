@@ -41,6 +41,7 @@ class ClassifierModule(MeasuredModule):
     """
 
     headline = "accuracy"
+    averages_gradients = False
 
     def __init__(
         self,
