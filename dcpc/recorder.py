@@ -198,7 +198,8 @@ class Recorder:
         found: set[str] = set()
         with torch.no_grad():
             for name, u in state.latents.items():
-                moved = u + 0.7 * (u.roll(1, 0) - u.roll(2, 0))
+                site = self._problem.division.sites[name]
+                moved = site.other(u, 0.7 * (u.roll(1, 0) - u.roll(2, 0)))
                 factors = self._problem.density.log_factors({**state.latents, name: moved})
                 found |= {
                     n for n, f in factors.items() if bool((f.isnan() | (f == math.inf)).any())

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dcpc.conquer import Start
-from dcpc.divide import Conditional, Density, ScoredDensity
+from dcpc.conquer import ConditionalDraw, Start, draw_from_conditional
+from dcpc.divide import Conditional, Density, Division, ScoredDensity
 from dcpc.errors import DegenerateWeightsError
 from dcpc.parts import Adaptation, Parts
 from dcpc.recombine import LogWeights, take_particles
-from dcpc.recombine.correction import Outcome, ProposedMove
+from dcpc.recombine.correction import ProposedMove
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,9 @@ class SweepInfo:
         num_bad: Number of log-densities that were NaN or infinite.
         num_bad_scores: By group name, number of units `(n,)` whose score was NaN or infinite at a
             finite log-density, over particles and plates; they move without a drift.
+        probabilities: By enumerated discrete latent, the mean over the particles of the conditional
+            probabilities that it was drawn from, `(*batch, *event, S)`, or `(*batch, S)` of one-hot
+            vectors.
     """
 
     ess: Tensor
@@ -83,16 +86,27 @@ class SweepInfo:
     step_size: dict[str, Tensor] = field(default_factory=dict)
     num_bad: Tensor | int = 0
     num_bad_scores: dict[str, Tensor] = field(default_factory=dict)
+    probabilities: dict[str, Tensor] = field(default_factory=dict)
 
     def add(
-        self, group: str, step_size: Tensor, predicted: ScoredDensity, outcome: Outcome
+        self, group: str, step_size: Tensor, predicted: ScoredDensity, statistic: Tensor | None
     ) -> None:
         """Adds the move of a group."""
         self.step_size[group] = step_size
         self.num_bad_scores[group] = predicted.count_bad_scores()
-        self.num_bad = self.num_bad + outcome.num_bad
-        if outcome.statistic is not None:
-            self.statistic[group] = outcome.statistic
+        if statistic is not None:
+            self.statistic[group] = statistic
+
+    def add_draw(self, drawn: ConditionalDraw, weights: LogWeights, division: Division) -> None:
+        """Adds the draw of a discrete group: its probabilities, averaged over the particles."""
+        for name, probability in drawn.probabilities.items():
+            axes = division.population_axes(name)
+            mass = weights.normalized().to(probability)
+            shape = [mass.shape[0]] + [1] * (probability.dim() - 1)
+            for axis, plate in zip(axes, division.population, strict=True):
+                shape[axis] = plate.size
+            order = [0, *(1 + i for i in sorted(range(len(axes)), key=lambda i: axes[i]))]
+            self.probabilities[name] = (mass.permute(order).reshape(shape) * probability).sum(0)
 
 
 def sweep(
@@ -130,11 +144,21 @@ def sweep(
     active = density.active_values()
     for group in density.division.groups:
         unit = density.conditional(group, latents, active.get(group.name))
-        predicted = evaluations.get(group.name) or unit.evaluate_raw(unit.value)
-        learned = adaptation.get(group.name) or _init_adaptation(unit, parts, predicted, adapt)
-        step_size = parts.dual_averaging.step_size(learned.step_size, adapting=adapt)
-        proposed = _propose(unit, predicted, learned, step_size, parts, log_weight, memory)
-        outcome = parts.correction.apply(proposed)
+        if group.is_discrete:
+            drawn = draw_from_conditional(unit, greedy=not parts.move.is_reversible)
+            info.add_draw(drawn, log_weight, density.division)
+            outcome = parts.correction.keep(unit, drawn, parts.resampler)
+        else:
+            predicted = evaluations.get(group.name) or unit.evaluate_raw(unit.value)
+            learned = adaptation.get(group.name) or _init_adaptation(unit, parts, predicted, adapt)
+            step_size = parts.dual_averaging.step_size(learned.step_size, adapting=adapt)
+            proposed = _propose(unit, predicted, learned, step_size, parts, log_weight, memory)
+            outcome = parts.correction.apply(proposed)
+            if adapt:
+                score = proposed.before.score if adapt_preconditioner else None
+                learned = _learn(unit, parts, learned, score, outcome.statistic)
+            adaptation[group.name] = learned
+            info.add(group.name, step_size, predicted, outcome.statistic)
 
         latents.update(group.unpack(outcome.value))
         for kind, value in outcome.memory.items():
@@ -143,13 +167,7 @@ def sweep(
             log_weight = log_weight.add(outcome.log_weight)
         if outcome.log_joint is not None:
             log_joint = log_joint + outcome.log_joint
-        if adapt and adapt_preconditioner:
-            score = proposed.before.score
-            learned = parts.learn_preconditioner(learned, group, score, unit.active)
-        if adapt:
-            learned = parts.learn_step_size(learned, outcome.statistic)
-        adaptation[group.name] = learned
-        info.add(group.name, step_size, predicted, outcome)
+        info.num_bad = info.num_bad + outcome.num_bad
     log_weight = parts.correction.end(log_weight, lambda: density.log_joint(latents))
     return SweepState(latents, log_weight, log_joint, adaptation, memory), info
 
@@ -192,6 +210,19 @@ def _propose(
     if unit.active is not None:
         proposal = replace(proposal, value=torch.where(unit.active, proposal.value, value))
     return ProposedMove(unit, value, before, proposal, log_weight, parts.resampler)
+
+
+def _learn(
+    unit: Conditional,
+    parts: Parts,
+    learned: Adaptation,
+    score: Tensor | None,
+    statistic: Tensor | None,
+) -> Adaptation:
+    """Adaptation state after a move; without a score, the preconditioner stays."""
+    if score is not None:
+        learned = parts.learn_preconditioner(learned, unit.group, score, unit.active)
+    return parts.learn_step_size(learned, statistic)
 
 
 def _copied(memory: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

@@ -72,7 +72,8 @@ def check_continuation(problem: Problem, state: SweepState, continuation: Contin
         DataError: The particles have another shape or another log-density.
     """
     log_joint = problem.log_joint(state)
-    groups, adapted = {group.name for group in problem.division.groups}, set(state.adaptation)
+    groups = {group.name for group in problem.division.groups if not group.is_discrete}
+    adapted = set(state.adaptation)
     if adapted and adapted != groups:
         raise OptionError(
             f"the interrupted run moved the units {sorted(adapted)}, this engine moves "

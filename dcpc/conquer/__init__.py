@@ -1,6 +1,7 @@
 """Conquer: a unit moves along its prediction error."""
 
 from dcpc.conquer.barker import Barker
+from dcpc.conquer.gibbs import ConditionalDraw, draw_from_conditional
 from dcpc.conquer.gradient import Gradient
 from dcpc.conquer.langevin import Langevin
 from dcpc.conquer.move import Move, Proposal, Start, WayBack
@@ -32,6 +33,7 @@ __all__ = [
     "PRECONDITIONERS",
     "Adapted",
     "Barker",
+    "ConditionalDraw",
     "Dense",
     "DenseSecondMoment",
     "Diagonal",
@@ -48,4 +50,5 @@ __all__ = [
     "Start",
     "Underdamped",
     "WayBack",
+    "draw_from_conditional",
 ]

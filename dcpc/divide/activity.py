@@ -97,7 +97,9 @@ def _looked_at(
     others = [name for name in program.sites if name != site.name]
     run = program.select(others)
     u = program.example[site.name]
-    moved = torch.where(_like_value(masked_out, site), u.roll(1, 0) + 0.7, u)
+    start = u if site.discrete else u.roll(1, 0)
+    other = site.other(start, torch.full_like(u, 0.7))
+    moved = torch.where(_like_value(masked_out, site), other, u)
     with torch.no_grad():
         before = run(program.example, tensors)
         after = run({**program.example, site.name: moved}, tensors)

@@ -17,6 +17,9 @@ from dcpc.divide.program import Arguments, Factors, Program
 from dcpc.divide.sites import Plate, Site
 from dcpc.errors import CertificationError
 
+NUM_DISCRETE_REDRAWS = 3
+"""Redraws of discrete latents in the test whether a plate's elements are independent."""
+
 NUM_PLAIN_RUNS = 2
 """Particles that are compared with a plain run of the model."""
 
@@ -108,7 +111,7 @@ def perturbation_dependencies(
     num_particles = next(iter(particles.values())).shape[0]
     depends: dict[str, set[str]] = {name: set() for name in program.sites}
     for repeat in range(repeats):
-        base, redrawn = _pair(particles, repeat, num_particles)
+        base, redrawn = _pair(program, particles, repeat, num_particles)
         for latent, names in changed_factors(program, base, redrawn, tensors, tolerance).items():
             for name in names:
                 depends[name].add(latent)
@@ -154,10 +157,27 @@ def independent_plates(
     The elements of a plate of size N get binary codes. For every bit, the latents `moved` are
     redrawn at the indices where the bit is one, then at those where it is zero; the factors
     `touched` must not change at the other indices. Any two indices differ in some bit, so every
-    ordered pair is tested, with `2 ceil(log2 N)` evaluations.
+    ordered pair is tested, with `2 ceil(log2 N)` evaluations. A discrete latent may matter at some
+    of its values only: it is redrawn several times.
     """
+    repeats = NUM_DISCRETE_REDRAWS if any(program.sites[name].discrete for name in moved) else 1
+    for repeat in range(repeats):
+        plates = _independent(program, moved, touched, plates, particles, tensors, repeat)
+    return tuple(plates)
+
+
+def _independent(
+    program: Program,
+    moved: Sequence[str],
+    touched: Sequence[str],
+    plates: Sequence[Plate],
+    particles: Latents,
+    tensors: Sequence[Tensor],
+    repeat: int,
+) -> list[Plate]:
+    """The plates that pass the test of `independent_plates` with one redraw of the latents."""
     num_particles = next(iter(particles.values())).shape[0]
-    base, redrawn = _pair(particles, 0, num_particles)
+    base, redrawn = _pair(program, particles, repeat, num_particles)
     kept = []
     for plate in plates:
         if plate.size == 1:
@@ -185,7 +205,7 @@ def independent_plates(
             for name in touched
         ):
             kept.append(plate)
-    return tuple(kept)
+    return kept
 
 
 def _code_masks(size: int) -> list[Tensor]:
@@ -207,13 +227,16 @@ def _unchanged_outside(mask: Tensor, got: Tensor, base: Tensor, plate: Plate) ->
     return not bool(changed.any())
 
 
-def _pair(particles: Latents, repeat: int, num_particles: int) -> tuple[Latents, Latents]:
-    """Two different configurations, each with a particle axis of size one."""
+def _pair(
+    program: Program, particles: Latents, repeat: int, num_particles: int
+) -> tuple[Latents, Latents]:
+    """Two configurations that differ in every value, each with a particle axis of size one."""
     base = {name: u[repeat % num_particles][None] for name, u in particles.items()}
-    other = {
-        name: u[(repeat + 1) % num_particles][None] + 0.5 * torch.randn_like(u[:1])
-        for name, u in particles.items()
-    }
+    other = {}
+    for name, u in particles.items():
+        site = program.sites[name]
+        redrawn = base[name] if site.discrete else u[(repeat + 1) % num_particles][None]
+        other[name] = site.other(redrawn, 0.5 * torch.randn_like(u[:1]), shift=1 + repeat)
     return base, other
 
 

@@ -62,8 +62,12 @@ def certify_moves(
     Raises:
         CertificationError: Naming the unit, the element, both numbers and the usual causes.
     """
-    base = {name: _moderate(u[:1], program.sites[name]) for name, u in particles.items()}
-    other = {name: _moderate(u[1:2] + 0.3, program.sites[name]) for name, u in particles.items()}
+    base, other = {}, {}
+    for name, u in particles.items():
+        site = program.sites[name]
+        base[name] = _moderate(u[:1], site)
+        start = u[:1] if site.discrete else u[1:2]
+        other[name] = _moderate(site.other(start, torch.full_like(start, 0.3)), site)
     reference = _Joint(program, graph, arguments)
     in_double = _in_double(reference, base)
     at_base = reference.terms(base)
@@ -78,7 +82,8 @@ def certify_moves(
             if in_double is not None:
                 in_double.compare_changes(group, changed, expected)
     for group in groups:
-        _compare_scores(group, base, reference)
+        if not group.is_discrete:
+            _compare_scores(group, base, reference)
 
 
 @dataclass(frozen=True)
@@ -239,6 +244,8 @@ def _by_plate(value: Tensor, frames: Sequence[Any], plates: Sequence[Plate]) -> 
 
 def _moderate(u: Tensor, site: Site) -> Tensor:
     """An unconstrained value away from the edges of a bounded support."""
+    if site.discrete:
+        return u
     u = u.nan_to_num(nan=0.1, posinf=MAX_CONSTRAINED, neginf=-MAX_CONSTRAINED)
     return u if site.is_unbounded else u.clamp(-MAX_CONSTRAINED, MAX_CONSTRAINED)
 

@@ -142,6 +142,23 @@ class Conditional:
                 value, self.latents, self.density.tensors, self.density.tempering
             )
 
+    def log_densities(self, values: Tensor) -> Tensor:
+        """Log-densities `(S, K, *plates, n)` at several values `(S, K, *plates, n, d)`."""
+        return torch.stack([self.log_density(value) for value in values.unbind(0)])
+
+    def log_terms(self, values: Tensor) -> dict[str, Tensor]:
+        """Terms of one unit's log-density by site, `(S, K, *plates)`, at several values."""
+        with torch.no_grad():
+            terms = [
+                self.group.log_terms(
+                    value, self.latents, self.density.tensors, self.density.tempering
+                )[0]
+                for value in values.unbind(0)
+            ]
+        return {
+            name: torch.stack([term[name] for term in terms]).to(values.dtype) for name in terms[0]
+        }
+
     def evaluate_raw(self, value: Tensor) -> ScoredDensity:
         """Log-densities and scores as they are, NaN and infinite ones included."""
         return self.group.evaluate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from dcpc.divide.certify import (
     perturbation_dependencies,
 )
 from dcpc.divide.certify_moves import certify_moves
+from dcpc.divide.discrete_unit import DiscreteGroup, join_discrete
 from dcpc.divide.graph import SCHEDULES, Members, Schedule, SiteGraph, group_blocks
 from dcpc.divide.handlers import Substitute
 from dcpc.divide.model import Latents, Model
@@ -225,13 +226,19 @@ def divide(
         certify_values(program, factors, example, arguments)
         certify_graph(program, depends, particles, tensors)
     graph = SiteGraph(sites, depends)
-    steps = schedule(graph, group_blocks(graph, blocks))
-    members = [unit for step in steps for unit in step]
-    plates = _independent_plates(program, graph, members, particles, tensors)
+    asked = group_blocks(graph, blocks)
+
+    def plates_of(members: Sequence[Members]) -> dict[Members, tuple[Plate, ...]]:
+        return _independent_plates(program, graph, members, particles, tensors)
+
+    steps, plates = _arrange(graph, schedule, join_discrete(graph, asked, blocks), plates_of)
+    if any(_is_split(graph, unit, own) for unit, own in plates.items()):
+        steps, plates = _arrange(graph, schedule, asked, plates_of)
+    members = list(plates)
     population = _population(sites, plates)
     units = {names: _unit(graph, names, _first(population, plates[names])) for names in members}
     by_step = [
-        [UnitGroup(alike, program, graph, len(population)) for alike in _alike(units, step)]
+        [_group(alike, program, graph, len(population)) for alike in _alike(graph, units, step)]
         for step in steps
     ]
     groups = [group for step in by_step for group in step]
@@ -259,6 +266,31 @@ def _build_program(
     return program
 
 
+def _arrange(
+    graph: SiteGraph,
+    schedule: Schedule,
+    units: Sequence[Members],
+    plates_of: Callable[[Sequence[Members]], dict[Members, tuple[Plate, ...]]],
+) -> tuple[list[list[Members]], dict[Members, tuple[Plate, ...]]]:
+    """The schedule's steps, and the plates within which each unit moves by element."""
+    steps = schedule(graph, units)
+    return steps, plates_of([unit for step in steps for unit in step])
+
+
+def _is_split(graph: SiteGraph, unit: Members, plates: tuple[Plate, ...]) -> bool:
+    """Whether a block of discrete latents has more than one value of each per plate element."""
+    if len(unit) == 1 or not graph.is_discrete(unit):
+        return False
+    return set(plates) != set(graph.sites[unit[0]].plates)
+
+
+def _group(
+    units: Sequence[Unit], program: Program, graph: SiteGraph, population: int
+) -> UnitGroup:
+    kind = DiscreteGroup if graph.is_discrete(units[0].sites) else UnitGroup
+    return kind(units, program, graph, population)
+
+
 def _population(sites: Sites, plates: Mapping[Members, tuple[Plate, ...]]) -> tuple[Plate, ...]:
     """The plates that hold every site and within which every unit moves by element."""
     first = next(iter(plates.values()))
@@ -275,12 +307,18 @@ def _first(population: tuple[Plate, ...], plates: tuple[Plate, ...]) -> tuple[Pl
     return population + tuple(plate for plate in plates if plate not in population)
 
 
-def _alike(units: Mapping[Members, Unit], step: Iterable[Members]) -> list[list[Unit]]:
-    """The units of a step by plates and size: those that are alike move as one batch."""
+def _alike(
+    graph: SiteGraph, units: Mapping[Members, Unit], step: Iterable[Members]
+) -> list[list[Unit]]:
+    """The units of a step by plates, size and support: those that are alike move as one batch.
+
+    A block of discrete latents has tables of its own, and moves alone.
+    """
     alike: dict[tuple, list[Unit]] = {}
     for members in step:
-        unit = units[members]
-        alike.setdefault((unit.plates, unit.size), []).append(unit)
+        unit, support = units[members], graph.sites[members[0]].discrete
+        alone = members if support and len(members) > 1 else ()
+        alike.setdefault((unit.plates, unit.size, support, alone), []).append(unit)
     return list(alike.values())
 
 

@@ -50,6 +50,10 @@ class SiteGraph:
         touched = set(members) | self.children(members)
         return [name for name in self.sites if name in touched]
 
+    def is_discrete(self, members: Members) -> bool:
+        """Whether the members are discrete latents."""
+        return self.sites[members[0]].discrete is not None
+
     @property
     def latents(self) -> list[str]:
         return [name for name, site in self.sites.items() if not site.is_observed]
@@ -60,7 +64,7 @@ class SiteGraph:
         graph.add_nodes_from(range(len(units)))
         owner = {name: index for index, unit in enumerate(units) for name in unit}
         for latents in self.depends.values():
-            clique = sorted({owner[name] for name in latents})
+            clique = sorted({owner[name] for name in latents if name in owner})
             graph.add_edges_from((a, b) for i, a in enumerate(clique) for b in clique[i + 1 :])
         return graph
 
@@ -102,12 +106,15 @@ class Coloured(Schedule):
 
 
 class Joint(Schedule):
-    """All latents at once, as one block."""
+    """All continuous latents at once, as one block; discrete units follow by colour."""
 
     separates = False
 
     def __call__(self, graph: SiteGraph, units: Sequence[Members]) -> list[list[Members]]:
-        return [[tuple(name for unit in units for name in unit)]]
+        discrete = [unit for unit in units if graph.is_discrete(unit)]
+        block = tuple(name for unit in units if unit not in discrete for name in unit)
+        steps = [[block]] if block else []
+        return steps + (Coloured()(graph, discrete) if discrete else [])
 
 
 SCHEDULES: dict[str, Schedule] = {
@@ -121,7 +128,8 @@ def group_blocks(graph: SiteGraph, blocks: Sequence[Sequence[str]]) -> list[Memb
     """The units: the given joint blocks, and every other latent on its own, in program order.
 
     Raises:
-        OptionError: A block names a site that is not a latent, or a latent is in two blocks.
+        OptionError: A block names a site that is not a latent, a latent is in two blocks, or a
+            block holds continuous and discrete latents.
     """
     latents = graph.latents
     seen: dict[str, Members] = {}
@@ -130,6 +138,12 @@ def group_blocks(graph: SiteGraph, blocks: Sequence[Sequence[str]]) -> list[Memb
         if unknown:
             raise OptionError(
                 f"blocks: '{unknown[0]}' is not a latent site; the latents are {latents}"
+            )
+        discrete = [name for name in block if graph.is_discrete((name,))]
+        if discrete and len(discrete) < len(block):
+            raise OptionError(
+                f"blocks: {tuple(block)} holds the discrete latents {discrete} beside continuous "
+                "ones, which are moved in other ways; give each kind a block of its own"
             )
         for name in block:
             if name in seen:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from dcpc.divide.masking import element_mask, layers, masked, masked_log_prob
 from dcpc.divide.supports import draw, log_density, transform_of
+from dcpc.divide.supports.discrete import bounded_value
 from dcpc.errors import ModelError
 
 INITIAL_RADIUS = 2.0
@@ -100,7 +101,9 @@ class Substitute(TensorObservations):
                 "set of sites must not change between runs (static structure)"
             )
         with _unvalidated(msg["fn"]):
-            if name in self.latents:
+            if name in self.latents and self.sites[name].discrete:
+                log_prob, log_det = _probability(msg, self.sites[name].discrete.upper), None
+            elif name in self.latents:
                 log_prob, log_det = _latent_terms(msg, self.latents[name])
             else:
                 log_prob, log_det = masked_log_prob(msg), None
@@ -121,6 +124,13 @@ def _latent_terms(msg: Any, u: Tensor) -> tuple[Tensor, Tensor | None]:
     log_det = transform.log_abs_det_jacobian(u, msg["value"])
     extra = log_det.dim() - log_prob.dim()
     return log_prob, log_det.sum(tuple(range(-extra, 0))) if extra > 0 else log_det
+
+
+def _probability(msg: Any, upper: float) -> Tensor:
+    """Masked log-probability of a discrete latent, of batch shape."""
+    value, extra = bounded_value(msg["fn"], msg["value"], upper)
+    log_prob = msg["fn"].log_prob(value)
+    return masked(log_prob if extra is None else log_prob + extra, msg["mask"])
 
 
 class _Indices(Tensor):

@@ -26,6 +26,7 @@ from dcpc.divide.handlers import (
 )
 from dcpc.divide.masking import is_masked, selected
 from dcpc.divide.supports import transform_of
+from dcpc.divide.supports.discrete import DiscreteSupport, discrete_support, is_discrete
 from dcpc.errors import DataError, ModelError
 
 
@@ -54,6 +55,7 @@ class Site:
         is_rescaled: Whether a handler raises the density to a power (`poutine.scale`).
         is_masked: Whether a tensor masks out elements of a latent.
         is_unbounded: Whether a latent is its own unconstrained value.
+        discrete: Support of a discrete latent's components; None of a continuous one.
         support: Support of the distribution, for tables.
     """
 
@@ -67,7 +69,18 @@ class Site:
     is_rescaled: bool = False
     is_masked: bool = False
     is_unbounded: bool = False
+    discrete: DiscreteSupport | None = None
     support: str = field(default="", compare=False)
+
+    def other(self, u: Tensor, noise: Tensor, shift: int = 1) -> Tensor:
+        """Other values of a latent, to see what depends on it.
+
+        Args:
+            u: Unconstrained values `(..., *batch, *event)`.
+            noise: What to add to those of a continuous latent.
+            shift: Which other value to take of a discrete one.
+        """
+        return u + noise if self.discrete is None else self.discrete.other(u, shift)
 
 
 @dataclass(frozen=True)
@@ -135,8 +148,8 @@ def read_sites(
         handler: A handler to run it under, which may give latents their values.
 
     Raises:
-        ModelError: A latent is discrete, or its support has no bijection to the reals, or there
-            are no latents, or no observations.
+        ModelError: A latent's support has no bijection to the reals, or is a discrete one that is
+            not known or depends on a latent, or there are no latents, or no observations.
         DataError: An observed value that is not masked out is NaN, or lies outside its
             distribution's support.
     """
@@ -146,7 +159,7 @@ def read_sites(
         for site in nodes.values():
             _check_delta(site)
         sites = {
-            name: _observed_site(site, again) if site["is_observed"] else _latent_site(site)
+            name: _observed_site(site, again) if site["is_observed"] else _latent_site(site, again)
             for name, site in nodes.items()
             if is_random(site)
         }
@@ -199,16 +212,11 @@ def _check_delta(msg: Any) -> None:
             )
 
 
-def _latent_site(msg: Any) -> Site:
+def _latent_site(msg: Any, again: Callable[[], dict[str, Any]]) -> Site:
     fn, name = msg["fn"], msg["name"]
-    if getattr(fn, "has_enumerate_support", False) or fn.support.is_discrete:
-        raise ModelError(
-            f"site '{name}' is a discrete latent ({type(fn).__name__}); only continuous latents "
-            "are supported for now. Marginalise it (for example with dist.MixtureSameFamily) or "
-            "observe it."
-        )
     try:
         transform = transform_of(fn)
+        discrete = _discrete(msg, again) if is_discrete(fn) else None
     except NotImplementedError:
         raise ModelError(
             f"site '{name}' has support {fn.support}, for which torch.distributions.biject_to "
@@ -228,8 +236,33 @@ def _latent_site(msg: Any) -> Site:
         is_rescaled=rescaled,
         is_masked=is_masked(msg),
         is_unbounded=is_identity(transform),
+        discrete=discrete,
         support=str(fn.support).removesuffix("()"),
     )
+
+
+def _discrete(msg: Any, again: Callable[[], dict[str, Any]]) -> DiscreteSupport:
+    """Support of a discrete latent, the same in every run of the model.
+
+    Raises:
+        ModelError: The support depends on a latent, or is not one that is known.
+    """
+    fn, name = msg["fn"], msg["name"]
+    try:
+        support = discrete_support(fn)
+    except NotImplementedError:
+        raise ModelError(
+            f"site '{name}' is a discrete latent with support {fn.support} "
+            f"({type(fn).__name__}); those that are known are integers, one-hot vectors and "
+            "multinomial counts. Write it with one of Pyro's distributions over these."
+        ) from None
+    if _bounds(fn.support) != _bounds(again()[name]["fn"].support):
+        raise ModelError(
+            f"site '{name}' is a discrete latent whose support {fn.support} depends on another "
+            "latent, so that its values cannot be enumerated; give it a fixed bound and the "
+            "probability zero beyond the other latent (for example by a pyro.factor)"
+        )
+    return support
 
 
 def _observed_site(msg: Any, again: Callable[[], dict[str, Any]]) -> Site:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -74,7 +75,10 @@ class UnitGroup:
         touched: Sites whose factors are parts of the units' log-densities, in program order.
         scales: The units' scales, where their plates subsample. A factor counts in a unit's
             log-density by its site's scale over the unit's own.
+        is_discrete: Whether the latents are discrete, so that there is no score.
     """
+
+    is_discrete: ClassVar[bool] = False
 
     def __init__(
         self, units: Sequence[Unit], program: Program, graph: SiteGraph, population: int
@@ -140,18 +144,32 @@ class UnitGroup:
         Returns:
             `(K, *plates, n)`, up to a constant in `value`.
         """
-        everything = {**latents, **self.unpack(value)}
-        factors = tempering.weigh(self._factors(everything, tensors), everything, self._sites)
         densities = []
-        for unit, touched in zip(self.units, self._touched, strict=True):
-            own = self._sites[unit.sites[0]].scale
-            terms = [self._reduce(factors, name, own) for name in touched]
-            density = terms[0]
-            for term in terms[1:]:
+        for terms in self.log_terms(value, latents, tensors, tempering):
+            density, *rest = terms.values()
+            for term in rest:
                 density = density + term
             densities.append(density)
         stacked = torch.stack(densities, -1) if len(densities) > 1 else densities[0].unsqueeze(-1)
         return stacked.to(value.dtype)  # data and other latents may have another precision
+
+    def log_terms(
+        self,
+        value: Tensor,
+        latents: Latents,
+        tensors: Sequence[Tensor],
+        tempering: Tempering = POSTERIOR,
+    ) -> list[dict[str, Tensor]]:
+        """Terms of the units' log-densities by site, `(K, *plates)` each; arguments as above."""
+        everything = {**latents, **self.unpack(value)}
+        factors = tempering.weigh(self._factors(everything, tensors), everything, self._sites)
+        return [
+            {
+                name: self._reduce(factors, name, self._sites[unit.sites[0]].scale)
+                for name in touched
+            }
+            for unit, touched in zip(self.units, self._touched, strict=True)
+        ]
 
     def evaluate(
         self,

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dcpc.conquer import Move, Proposal
+from dcpc.conquer import ConditionalDraw, Move, Proposal
 from dcpc.conquer.move import Memory
 from dcpc.divide import Conditional, ScoredDensity, UnitGroup
 from dcpc.errors import OptionError
@@ -150,6 +150,20 @@ class Correction(ABC):
     def apply(self, proposed: ProposedMove) -> Outcome:
         """Corrects a proposed move of a group of units."""
 
+    def keep(self, unit: Conditional, drawn: ConditionalDraw, resampler: Resampler) -> Outcome:
+        """Keep a draw from the complete conditional, which leaves the posterior invariant.
+
+        The ratio of the extended target to what was sampled is one: weights do not move.
+        """
+        gained = torch.where(drawn.after == drawn.before, 0.0, drawn.after - drawn.before)
+        return Outcome(
+            value=drawn.value,
+            log_weight=None,
+            log_joint=unit.group.over_population(gained) if self.is_exact else None,
+            statistic=None,
+            num_bad=(~drawn.before.isfinite()).sum(),
+        )
+
     def begin(self, log_weight: LogWeights) -> LogWeights:
         """Log-weights at the beginning of a sweep."""
         return log_weight
@@ -265,20 +279,42 @@ class Resample(Correction):
     scores_proposal: ClassVar[bool] = False
 
     def apply(self, proposed: ProposedMove) -> Outcome:
-        group = proposed.group
-        density, bad = zero_density(proposed.unit.log_density(proposed.proposal.value))
         assert proposed.proposal.log_density is not None
-        local = density - proposed.proposal.log_density
+        density = proposed.unit.log_density(proposed.proposal.value)
+        return self._resampled(
+            proposed.group,
+            proposed.proposal.value,
+            density,
+            density - proposed.proposal.log_density,
+            proposed.resampler,
+        )
+
+    def keep(self, unit: Conditional, drawn: ConditionalDraw, resampler: Resampler) -> Outcome:
+        """Resample draws by their local weights, `exp log_normaliser`."""
+        return self._resampled(
+            unit.group, drawn.value, drawn.after, drawn.log_normaliser, resampler
+        )
+
+    def _resampled(
+        self,
+        group: UnitGroup,
+        value: Tensor,
+        density: Tensor,
+        local: Tensor,
+        resampler: Resampler,
+    ) -> Outcome:
+        """Values `(K, *plates, n, d)` resampled by local log-weights `(K, *plates, n)`."""
+        density, bad = zero_density(density)
+        local = local.masked_fill(bad, -math.inf)
         spare = tuple(range(1 + group.population, local.dim() - 1))
         if spare:
             local, density = local.sum(spare), density.sum(spare)
         weights = LogWeights(local)
-        ancestors = proposed.resampler(weights.normalized(group.name))
-        unit_axis = proposed.value.dim() - 2
-        axes = (*range(1, 1 + group.population), unit_axis)
+        ancestors = resampler(weights.normalized(group.name))
+        axes = (*range(1, 1 + group.population), value.dim() - 2)
         kept = take_particles(density, ancestors, tuple(range(1, density.dim())))
         return Outcome(
-            value=take_particles(proposed.proposal.value, ancestors, axes),
+            value=take_particles(value, ancestors, axes),
             log_weight=(weights.log_mean() - kept).sum(-1),
             log_joint=None,
             statistic=None,

@@ -19,6 +19,7 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import IndependentTransform, Transform
 
 from dcpc.divide.supports.circular import WrapAngle, draw_angle, is_circular
+from dcpc.divide.supports.discrete import counted, is_discrete
 from dcpc.divide.supports.families import FAMILIES, Family, exponential_variate
 from dcpc.divide.supports.jacobians import elementary_parts, is_parameter_free, log_abs_det
 
@@ -26,12 +27,15 @@ from dcpc.divide.supports.jacobians import elementary_parts, is_parameter_free, 
 def transform_of(fn: Any) -> Transform:
     """Bijection from unconstrained space onto the support of a distribution.
 
-    It is torch's `biject_to(support)`, except for angles, which are wrapped, and for mixtures of
-    one family, which have the bijection of their components.
+    It is torch's `biject_to(support)`, except for angles, which are wrapped, for mixtures of one
+    family, which have the bijection of their components, and for discrete values, which are held
+    as floating-point numbers.
 
     Raises:
         NotImplementedError: No bijection onto the support is known.
     """
+    if is_discrete(fn):
+        return counted(fn)
     inner = fn
     while isinstance(inner, td.Independent | ExpandedDistribution | MaskedDistribution):
         inner = inner.base_dist
@@ -59,7 +63,7 @@ def log_density(fn: Any, u: Tensor) -> tuple[Tensor, Tensor] | None:
         `log p(T(u))` and `log |det dT/du|`, each `(*batch_shape)`; None for a distribution for
         which `fn.log_prob(T(u))` is as good, or that is not known here.
     """
-    log_prob = _log_prob(fn, u)
+    log_prob = None if is_discrete(fn) else _log_prob(fn, u)
     if log_prob is None:
         return None
     transform = transform_of(fn)
@@ -81,6 +85,8 @@ def draw(fn: Any) -> Tensor | None:
         `u`, `(*batch_shape, *event)`, or None for a distribution of which `T.inv(fn.sample())` is
         as good, or that is not known here.
     """
+    if is_discrete(fn):
+        return None
     with torch.no_grad():
         return _draw(fn, fn.batch_shape)
 
