@@ -45,15 +45,15 @@ def advise(posterior: Posterior, num_sweeps: int, few_families: bool) -> str:
 def correlated_blocks(posterior: Posterior) -> tuple[list[tuple[str, ...]], float]:
     """Latents of different units that correlate, as blocks, and their strongest correlation.
 
-    Of the final particles, unconstrained, of latents with few values; whole units are joined. None
-    where the model is a population of independent problems.
+    Of the final particles, unconstrained, of continuous latents with few values; whole units are
+    joined. None where the model is a population of independent problems.
     """
     weights = posterior.state.log_weight.normalized().double()
     unit_of = posterior.unit_of
     latents = {
         name: u.reshape(len(u), -1).double()
         for name, u in posterior.state.latents.items()
-        if u[0].numel() <= MAX_VALUES and name in unit_of
+        if u[0].numel() <= MAX_VALUES and name in unit_of and name not in posterior.discrete
     }
     if weights.dim() > 1 or posterior.num_particles < 3 or len(latents) < 2:
         return [], 0.0

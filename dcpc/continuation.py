@@ -22,6 +22,7 @@ class SweepSums:
         statistic: By group name, `(n,)`.
         step_size: By group name, `(n,)`.
         bad_scores: By group name, `(n,)`.
+        probabilities: By enumerated discrete latent, `(*batch, *event, S)`.
         squared_moves: By latent, mean squared move of a particle, summed over the sweeps,
             `(*batch, *event)`.
         num_bad: Log-densities that were NaN or infinite.
@@ -31,6 +32,7 @@ class SweepSums:
     statistic: dict[str, Tensor] = field(default_factory=dict)
     step_size: dict[str, Tensor] = field(default_factory=dict)
     bad_scores: dict[str, Tensor] = field(default_factory=dict)
+    probabilities: dict[str, Tensor] = field(default_factory=dict)
     squared_moves: dict[str, Tensor] = field(default_factory=dict)
     num_bad: int = 0
     count: int = 0
@@ -42,6 +44,7 @@ class SweepSums:
             statistic=dict(self.statistic),
             step_size=dict(self.step_size),
             bad_scores=dict(self.bad_scores),
+            probabilities=dict(self.probabilities),
             squared_moves=dict(self.squared_moves),
         )
 
@@ -72,6 +75,7 @@ class SweepSums:
             (self.statistic, info.statistic),
             (self.step_size, info.step_size),
             (self.bad_scores, info.num_bad_scores),
+            (self.probabilities, info.probabilities),
         ):
             for name, value in new.items():
                 total[name] = total[name] + value if name in total else value

@@ -310,6 +310,8 @@ def _duplicates(posterior: Posterior, record: SweepRecord) -> Iterator[str]:
         return
     same = {}
     for name, u in posterior.state.latents.items():
+        if name in posterior.discrete:  # many particles share each of its values
+            continue
         active = record.active.get(name)
         values = u.reshape(len(u), -1)
         if active is not None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dcpc import posterior_files
 from dcpc.continuation import Continuation
+from dcpc.divide.supports.discrete import ONE_HOT, DiscreteSupport
 from dcpc.draws import MIN_DRAWS, describe, design_effect, quantiles
-from dcpc.errors import DCPCError, EvidenceError
+from dcpc.errors import DCPCError, EvidenceError, OptionError
 from dcpc.recombine import LogWeights, systematic, take_particles
 from dcpc.sweep import SweepState
 from dcpc.tables import format_posterior, html_posterior, summarise_posterior
@@ -75,6 +76,9 @@ class Posterior:
         num_masked: By latent, number of values that are masked out: they are no part of the
             posterior, and keep their draws of the prior.
         continuation: Where the run was interrupted, what it needs to go on; else None.
+        discrete: Supports of the discrete latents.
+        conditional_probabilities: By enumerated discrete latent, the mean over particles and sweeps
+            of the conditional probabilities that it was drawn from, as `probabilities` gives them.
     """
 
     samples: Samples
@@ -92,6 +96,8 @@ class Posterior:
     warnings: tuple[str, ...] = ()
     num_masked: Mapping[str, int] = field(default_factory=dict)
     continuation: Continuation | None = None
+    discrete: Mapping[str, DiscreteSupport] = field(default_factory=dict)
+    conditional_probabilities: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def is_partial(self) -> bool:
@@ -204,6 +210,66 @@ class Posterior:
             index = torch.stack([(mass < p).sum(0) for p in probabilities])
             result[name] = ordered.gather(0, index.clamp(max=z.shape[0] - 1))
         return result
+
+    def probabilities(self, name: str) -> Tensor:
+        """Posterior probabilities of a discrete latent's values.
+
+        Of a latent that is enumerated they are the mean of the conditional probabilities that it
+        was drawn from, over the particles and the sweeps that were not warm-up (Rao-Blackwell: no
+        worse than the frequencies of the draws). Of others they are these frequencies.
+
+        Args:
+            name: A discrete latent.
+
+        Returns:
+            `(*batch, *event, S)`, which sum to one: of the integers from the support's smallest one
+            on; of one-hot vectors `(*batch, S)`, of their entries.
+
+        Raises:
+            OptionError: There is no such discrete latent.
+        """
+        if name not in self.discrete:
+            raise OptionError(
+                f"probabilities: '{name}' is not a discrete latent; these are "
+                f"{list(self.discrete) or 'none'}"
+            )
+        if name in self.conditional_probabilities:
+            return self.conditional_probabilities[name]
+        support = self.discrete[name]
+        if support.kind == ONE_HOT:
+            return self.mean()[name]
+        lower = int(support.lower)
+        if self.describes_history:
+            z = self._kept[name].flatten(0, 1)
+            weights = torch.full_like(z, 1.0 / len(z))
+        else:
+            z = self._numbers[name]
+            weights = self._weights(name).expand_as(z)
+        index = z.long() - lower
+        return torch.stack(
+            [
+                torch.where(index == value, weights, 0.0).sum(0)
+                for value in range(int(index.max()) + 1)
+            ],
+            -1,
+        )
+
+    def mode(self, name: str) -> Tensor:
+        """Most probable value of each element of a discrete latent, from `probabilities`.
+
+        Args:
+            name: A discrete latent.
+
+        Returns:
+            `(*batch, *event)` integers; of one-hot vectors the index of the one, `(*batch)`.
+
+        Raises:
+            OptionError: There is no such discrete latent.
+        """
+        index = self.probabilities(name).argmax(-1)
+        return (
+            index if self.discrete[name].kind == ONE_HOT else index + int(self.discrete[name].lower)
+        )
 
     def statistics(self, prob: float = 0.9) -> dict[str, dict[str, Tensor]]:
         """Statistics of every site, all of the same draws.

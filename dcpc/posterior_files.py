@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read", "write"]
 
-FORMAT = "dcpc-posterior-1"
+FORMAT = "dcpc-posterior-2"
 ROOT = "posterior"
 
 
@@ -100,6 +100,9 @@ def _misfits(posterior: Posterior) -> Found:
         if isinstance(value, Tensor):
             yield from _shape(f"evidence.{entry}", value, population)
     yield from _families("families", posterior.families, weights)
+    for name in (*posterior.discrete, *posterior.conditional_probabilities):
+        if name not in state.latents:
+            yield "discrete", f"latents, {sorted(state.latents)}", name
     if posterior.continuation is not None:
         yield from _continuation(posterior.continuation, state.latents, weights)
 

@@ -132,6 +132,10 @@ class Recorder:
                 for name, active in self._problem.density.active_latents().items()
             },
             continuation=self._continuation(state, random_state) if self.num_left else None,
+            discrete={
+                name: site.discrete for name, site in division.sites.items() if site.discrete
+            },
+            conditional_probabilities=sums.mean(sums.probabilities),
         )
         return replace(posterior, warnings=find_problems(posterior, self._record(state)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -11,11 +12,16 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from dcpc.divide.supports.discrete import INTEGERS, ONE_HOT, DiscreteSupport
+
 if TYPE_CHECKING:
     from dcpc.posterior import Posterior
 
 MAX_ROWS = 60
 """Values that a summary lists."""
+
+MAX_SHARES = 4
+"""Values of a discrete latent whose probabilities a summary lists."""
 
 MAX_SITES = 16
 """Sites that a `repr` lists."""
@@ -25,14 +31,16 @@ INEXACT = "this algorithm does not leave the posterior invariant: its samples ar
 
 def format_posterior(posterior: Posterior, prob: float) -> str:
     """The table of `posterior.statistics(prob)`, and the footnotes."""
-    header, cells = _rows(posterior, prob)
-    rows = table(header, cells, "plain", right=range(1, len(header)))
-    return "\n".join([rows, *_more(posterior), "", *_footnotes(posterior)])
+    tables = [
+        table(header, rows, "plain", right=range(1, len(header)))
+        for header, rows in _tables(posterior, prob)
+    ]
+    return "\n".join(["\n\n".join(tables), *_more(posterior), "", *_footnotes(posterior)])
 
 
 def html_posterior(posterior: Posterior, prob: float = 0.9) -> str:
     """The same for a notebook."""
-    rows = table(*_rows(posterior, prob), "html")
+    rows = "".join(table(*part, "html") for part in _tables(posterior, prob))
     notes = "<br>".join(map(html.escape, [*_more(posterior), *_footnotes(posterior)]))
     return f"{rows}<p>{notes}</p>"
 
@@ -68,12 +76,56 @@ def table(
     return tabulate(rows, header, tablefmt=style, colalign=sides, disable_numparse=True)
 
 
+def _tables(posterior: Posterior, prob: float) -> list[tuple[list[str], list[list[str]]]]:
+    """Headers and rows: of the latents with moments, and of those with probabilities."""
+    numbers = _rows(posterior, prob)
+    discrete = _discrete_rows(posterior, MAX_ROWS - len(numbers[1]))
+    return [part for part in (numbers, discrete) if part[1]]
+
+
+def _discrete_rows(posterior: Posterior, room: int) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the discrete latents: modes, probabilities, and their quality."""
+    columns = ("mcse", "ess_bulk", "r_hat")
+    rows: list[list[str]] = []
+    for name, support in posterior.discrete.items():
+        about, shares = posterior.statistics()[name], posterior.probabilities(name)
+        offset = 0 if support.kind == ONE_HOT else int(support.lower)
+        modes = posterior.mode(name)
+        quality = torch.stack([_by_element(about[c], support, c) for c in columns], -1)
+        elements = zip(
+            itertools.islice(_labels(name, modes.shape), max(0, room - len(rows))),
+            modes.flatten().tolist(),
+            shares.flatten(0, -2).tolist() if shares.dim() > 1 else [shares.tolist()],
+            quality.reshape(-1, len(columns)).tolist(),
+            strict=False,
+        )
+        for label, mode, share, numbers in elements:
+            rows.append([label, str(mode), _shares(share, offset), *_cells(columns, numbers)])
+    return ["", "mode", "probabilities", *columns], rows
+
+
+def _by_element(values: Tensor, support: DiscreteSupport, column: str) -> Tensor:
+    """A statistic of each element; of a vector's entries, the one that is known least."""
+    if support.kind == INTEGERS:
+        return values.double()
+    values = values.double().nan_to_num(nan=math.inf if column == "ess_bulk" else -math.inf)
+    return values.amin(-1) if column == "ess_bulk" else values.amax(-1)
+
+
+def _shares(shares: Sequence[float], offset: int) -> str:
+    """The most probable values with their probabilities, as text."""
+    order = sorted(range(len(shares)), key=lambda i: -shares[i])[:MAX_SHARES]
+    return "  ".join(f"{i + offset}: {shares[i]:.3f}" for i in order)
+
+
 def _rows(posterior: Posterior, prob: float) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of `posterior.statistics(prob)`."""
+    """Header and rows of `posterior.statistics(prob)`, but for discrete latents."""
     statistics = posterior.statistics(prob)
     columns = list(next(iter(statistics.values())))
     rows: list[list[str]] = []
     for name, about in statistics.items():
+        if name in posterior.discrete:
+            continue
         room = MAX_ROWS - len(rows)
         values = torch.stack([about[column].double().flatten()[:room] for column in columns], -1)
         labels = itertools.islice(_labels(name, about["mean"].shape), room)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -515,3 +516,60 @@ def weighted_moments(samples: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     w = weights.reshape(-1, *(1,) * (samples.dim() - 1))
     mean = (w * samples).sum(0)
     return mean, (w * (samples - mean).square()).sum(0).sqrt()
+
+
+@dataclass(frozen=True)
+class Enumerated:
+    """Exact posterior of a model whose latents are all discrete.
+
+    Attributes:
+        log_evidence: `log p(x)`.
+        probabilities: By latent, probability of each value of each element, `(*shape, S)`, in the
+            order of the values that were enumerated.
+        weights: Probability of each joint assignment, `(number of assignments)`.
+        assignments: By latent, its value in each of them.
+    """
+
+    log_evidence: float
+    probabilities: dict[str, Tensor]
+    weights: Tensor
+    assignments: dict[str, Tensor]
+
+
+def enumerate_posterior(
+    model: Callable, args: tuple, values: Mapping[str, list[Tensor]]
+) -> Enumerated:
+    """Runs a model at every assignment of its discrete latents.
+
+    Args:
+        model: The Pyro program.
+        args: Its arguments.
+        values: By latent, all values that it can take, as tensors of its shape and type.
+    """
+    names = list(values)
+    choices = list(itertools.product(*(range(len(values[name])) for name in names)))
+    log_joint = []
+    for choice in choices:
+        data = {name: values[name][i] for name, i in zip(names, choice, strict=True)}
+        trace = poutine.trace(poutine.condition(model, data=data)).get_trace(*args)
+        trace.compute_log_prob()
+        log_joint.append(trace.log_prob_sum().double())
+    stacked = torch.stack(log_joint)
+    weights = stacked.softmax(0)
+    index = torch.tensor(choices)
+    probabilities, assignments = {}, {}
+    for position, name in enumerate(names):
+        whole = torch.stack(values[name])
+        support = torch.unique(whole)
+        drawn = assignments[name] = whole[index[:, position]]
+        shares = [
+            (weights.reshape(-1, *(1,) * (drawn.dim() - 1)) * (drawn == value)).sum(0)
+            for value in support
+        ]
+        probabilities[name] = torch.stack(shares, -1)
+    return Enumerated(float(stacked.logsumexp(0)), probabilities, weights, assignments)
+
+
+def vectors(size: int, options: list[float]) -> list[Tensor]:
+    """All vectors of some length over a few numbers."""
+    return [torch.tensor(row) for row in itertools.product(options, repeat=size)]

@@ -87,7 +87,8 @@ def _forward(
         summed out of.
     """
     factors = [Table(scope, values) for scope, values in tables.items()]
-    summed, rest = [], []
+    summed: list[Table] = []
+    rest: list[Table] = []
     for variable in plan.order:
         touching = [factor for factor in factors if variable in factor.scope]
         factors = [factor for factor in factors if variable not in factor.scope]

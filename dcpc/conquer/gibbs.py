@@ -40,10 +40,10 @@ def draw_from_conditional(unit: Conditional, *, greedy: bool = False) -> Conditi
     """Draw discrete units from their complete conditionals (Geman & Geman 1984).
 
     The prediction errors of a discrete unit are the differences of its log-density between its
-    values (Sennesh, Wu & Salvatori 2024, appendix); where all values are compared, they are all that
-    an exact draw takes. Units with many values or many components move along lines (`lines`), blocks
-    of several latents by variable elimination (`elimination`). Values of particles without a
-    density stay, and so do values that are masked out.
+    values (Sennesh, Wu & Salvatori 2024, appendix); where all values are compared, an exact draw
+    takes no more than these. Units with many values or many components move along lines (`lines`),
+    blocks of several latents by variable elimination (`elimination`). Values of particles without
+    a density stay, and so do values that are masked out.
 
     Args:
         unit: The units.
@@ -123,12 +123,15 @@ def _draw_block(unit: Conditional, group: DiscreteGroup, greedy: bool) -> Condit
     block, value = group.block, unit.value
     assert block is not None
     current = block.indices(value)
-    terms = unit.log_terms(block.assignments(value))
-    tables = block.tables(terms)
+    tables = block.tables(unit.log_terms(block.assignments(value))[0])
     drawn = eliminate(tables, block.plan, current, greedy=greedy)
     new = _keep_inactive(unit, value, block.value(drawn.indices, value))
     return ConditionalDraw(
-        new,
-        *(score.unsqueeze(-1) for score in (drawn.before, drawn.after, drawn.log_normaliser)),
-        group.unpack_probabilities({i: p.unsqueeze(-2) for i, p in enumerate(drawn.marginals)}),
+        value=new,
+        before=drawn.before.unsqueeze(-1),
+        after=drawn.after.unsqueeze(-1),
+        log_normaliser=drawn.log_normaliser.unsqueeze(-1),
+        probabilities=group.unpack_probabilities(
+            {i: marginal.unsqueeze(-2) for i, marginal in enumerate(drawn.marginals)}
+        ),
     )

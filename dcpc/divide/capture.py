@@ -187,6 +187,23 @@ def slice_outputs(
     return fx.GraphModule(module, graph)
 
 
+def repeat(module: fx.GraphModule, varying: Sequence[int], examples: Sequence[Tensor]) -> Function:
+    """Records a graph at many values of some inputs at once, the others staying.
+
+    Args:
+        module: A captured graph.
+        varying: Positions of the inputs that vary.
+        examples: All inputs, the varying ones with one more axis in front.
+
+    Returns:
+        A function of the inputs whose outputs have that axis in front.
+    """
+    in_dims = tuple(0 if position in varying else None for position in range(len(examples)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make_fx(torch.vmap(module, in_dims=in_dims))(*examples)
+
+
 def _mutates(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dcpc.divide.discrete_unit import DiscreteGroup
 from dcpc.divide.division import Division
 from dcpc.divide.model import Latents
 from dcpc.divide.program import Factors
 from dcpc.divide.tempering import POSTERIOR, Reference, Tempering
-from dcpc.divide.unit import ScoredDensity, UnitGroup
+from dcpc.divide.unit import ScoredDensity, UnitGroup, sum_terms
 
 
 @dataclass(frozen=True)
@@ -142,22 +143,21 @@ class Conditional:
                 value, self.latents, self.density.tensors, self.density.tempering
             )
 
-    def log_densities(self, values: Tensor) -> Tensor:
-        """Log-densities `(S, K, *plates, n)` at several values `(S, K, *plates, n, d)`."""
-        return torch.stack([self.log_density(value) for value in values.unbind(0)])
+    def log_terms(self, values: Tensor) -> list[dict[str, Tensor]]:
+        """Terms of discrete units' log-densities at several values `(S, K, *plates, n, d)`.
 
-    def log_terms(self, values: Tensor) -> dict[str, Tensor]:
-        """Terms of one unit's log-density by site, `(S, K, *plates)`, at several values."""
-        with torch.no_grad():
-            terms = [
-                self.group.log_terms(
-                    value, self.latents, self.density.tensors, self.density.tempering
-                )[0]
-                for value in values.unbind(0)
-            ]
-        return {
-            name: torch.stack([term[name] for term in terms]).to(values.dtype) for name in terms[0]
-        }
+        Returns:
+            By unit and site, `(S, K, *plates)`.
+        """
+        assert isinstance(self.group, DiscreteGroup)
+        terms = self.group.log_terms_at(
+            values, self.latents, self.density.tensors, self.density.tempering
+        )
+        return [{name: value.to(values.dtype) for name, value in term.items()} for term in terms]
+
+    def log_densities(self, values: Tensor) -> Tensor:
+        """Log-densities `(S, K, *plates, n)` of discrete units at several values."""
+        return torch.stack([sum_terms(term.values()) for term in self.log_terms(values)], -1)
 
     def evaluate_raw(self, value: Tensor) -> ScoredDensity:
         """Log-densities and scores as they are, NaN and infinite ones included."""

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import networkx as nx
 import torch
@@ -26,8 +27,8 @@ MAX_EVALUATIONS = 256
 MAX_TABLE = 1 << 16
 """Numbers per particle and plate element in the largest table of an elimination."""
 
-MAX_PARTICLES_AT_ONCE = 1 << 22
-"""Numbers of a unit's value that are evaluated in one call."""
+MAX_AT_ONCE = 1 << 20
+"""Numbers of the units' values that are evaluated in one call."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,11 @@ class Block:
     plan: EliminationPlan
 
     def indices(self, value: Tensor) -> list[Tensor]:
-        """Index of each latent's value, `(K, *plates)`, of the block's value `(K, *plates, 1, d)`."""
+        """Index of each latent's value, `(K, *plates)`.
+
+        Args:
+            value: The block's value, `(K, *plates, 1, d)`.
+        """
         widths = [support.width for support in self.supports]
         parts = value.squeeze(-2).split(widths, -1)
         return [s.index(part) for s, part in zip(self.supports, parts, strict=True)]
@@ -177,6 +182,8 @@ class DiscreteGroup(UnitGroup):
             site.discrete for site, count in supports for _ in range(count) if site.discrete
         )
         self.block = block_of(graph, first) if len(first.sites) > 1 else None
+        members = [name for unit in units for name in unit.sites]
+        self._repeated = program.select_repeated(self.touched, members)
 
     def evaluate(
         self,
@@ -189,6 +196,47 @@ class DiscreteGroup(UnitGroup):
         with torch.no_grad():
             log_density = self.log_density(value, latents, tensors, tempering)
         return ScoredDensity(log_density, torch.zeros_like(value))
+
+    def log_terms_at(
+        self,
+        values: Tensor,
+        latents: Latents,
+        tensors: Sequence[Tensor],
+        tempering: Tempering = POSTERIOR,
+    ) -> list[dict[str, Tensor]]:
+        """Terms of the units' log-densities by site, at several values.
+
+        Args:
+            values: Packed values `(C, K, *plates, n, d)` of the units.
+            latents: All latents; those of this group are replaced by the values.
+            tensors: Tensors among the model's arguments.
+            tempering: Tempering of the factors.
+
+        Returns:
+            By unit and site, `(C, K, *plates)`.
+        """
+        at_once = max(1, MAX_AT_ONCE // values[0].numel())
+        chunks = [
+            self._log_terms_at(chunk, latents, tensors, tempering)
+            for chunk in values.split(at_once)
+        ]
+        return [
+            {name: torch.cat([chunk[i][name] for chunk in chunks]) for name in chunks[0][i]}
+            for i in range(len(self.units))
+        ]
+
+    def _log_terms_at(
+        self, values: Tensor, latents: Latents, tensors: Sequence[Tensor], tempering: Tempering
+    ) -> list[dict[str, Tensor]]:
+        shape = values.shape[:2]
+        many = self.unpack(values.flatten(0, 1))
+        many = {name: u.unflatten(0, shape) for name, u in many.items()}
+        factors = self._repeated(many, latents, tensors)
+        if tempering.temperature != 1.0:
+            weigh = partial(tempering.weigh, latents=latents, sites=self._sites)
+            factors = torch.vmap(weigh)(factors)
+        terms = self.reduced({name: value.flatten(0, 1) for name, value in factors.items()})
+        return [{name: value.unflatten(0, shape) for name, value in t.items()} for t in terms]
 
     def component_at(self, start: int) -> int:
         """Index of the component that begins at a position of a unit's numbers."""

@@ -132,6 +132,32 @@ class Program(ABC):
             arguments, giving log-factors `(K, *batch_shape)` by name.
         """
 
+    def select_repeated(
+        self, names: Sequence[str], varying: Sequence[str]
+    ) -> Callable[[Latents, Latents, Sequence[Tensor]], Factors]:
+        """The program of some of the factors at many values of some latents, without gradients.
+
+        Args:
+            names: Sites.
+            varying: Latents that have many values.
+
+        Returns:
+            Function of the varying latents `(C, K, *batch, *event)`, the unconstrained latents and
+            the tensors among the arguments, giving log-factors `(C, K, *batch_shape)` by name.
+        """
+        factors = self.select(names)
+
+        def run(many: Latents, latents: Latents, tensors: Sequence[Tensor]) -> Factors:
+            count = len(next(iter(many.values())))
+            with torch.no_grad():
+                each = [
+                    factors({**latents, **{name: u[c] for name, u in many.items()}}, tensors)
+                    for c in range(count)
+                ]
+            return {name: torch.stack([one[name] for one in each]) for name in names}
+
+        return run
+
     def masks(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """For every masked latent, which elements its density has: boolean `batch_shape`."""
         particle = {name: u[0] for name, u in self.example.items()}
@@ -192,6 +218,25 @@ class GraphProgram(Program):
             return dict(zip(names, run(latents, tensors), strict=True))
 
         return factors
+
+    def select_repeated(
+        self, names: Sequence[str], varying: Sequence[str]
+    ) -> Callable[[Latents, Latents, Sequence[Tensor]], Factors]:
+        positions = [self._outputs[name] for name in names]
+        module = capture.slice_outputs(self._module, positions)
+        which = [self.latents.index(name) for name in varying]
+        recorded: dict[int, capture.Function] = {}  # by the number of values
+
+        def run(many: Latents, latents: Latents, tensors: Sequence[Tensor]) -> Factors:
+            values = (*({**latents, **many}[name] for name in self.latents), *tensors)
+            values = tuple(value.contiguous() for value in values)
+            count = len(many[varying[0]])
+            with torch.no_grad():
+                if count not in recorded:
+                    recorded[count] = capture.repeat(module, which, values)
+                return dict(zip(names, recorded[count](*values), strict=True))
+
+        return run
 
     def masks(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         if not self.sites.masked:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -144,12 +144,8 @@ class UnitGroup:
         Returns:
             `(K, *plates, n)`, up to a constant in `value`.
         """
-        densities = []
-        for terms in self.log_terms(value, latents, tensors, tempering):
-            density, *rest = terms.values()
-            for term in rest:
-                density = density + term
-            densities.append(density)
+        terms = self.log_terms(value, latents, tensors, tempering)
+        densities = [sum_terms(by_site.values()) for by_site in terms]
         stacked = torch.stack(densities, -1) if len(densities) > 1 else densities[0].unsqueeze(-1)
         return stacked.to(value.dtype)  # data and other latents may have another precision
 
@@ -160,9 +156,18 @@ class UnitGroup:
         tensors: Sequence[Tensor],
         tempering: Tempering = POSTERIOR,
     ) -> list[dict[str, Tensor]]:
-        """Terms of the units' log-densities by site, `(K, *plates)` each; arguments as above."""
+        """Terms of the units' log-densities by site, as for `log_density`.
+
+        Returns:
+            By unit and site, `(K, *plates)`.
+        """
         everything = {**latents, **self.unpack(value)}
-        factors = tempering.weigh(self._factors(everything, tensors), everything, self._sites)
+        return self.reduced(
+            tempering.weigh(self._factors(everything, tensors), everything, self._sites)
+        )
+
+    def reduced(self, factors: Factors) -> list[dict[str, Tensor]]:
+        """Log-factors `(K, *batch_shape)` by site, summed to each unit's plates: `(K, *plates)`."""
         return [
             {
                 name: self._reduce(factors, name, self._sites[unit.sites[0]].scale)
@@ -215,6 +220,14 @@ class UnitGroup:
         moved = [size for axis, size in enumerate(shape) if axis not in axes]
         u = rows.reshape(rows.shape[0], *self.plate_shape, *moved)
         return u.movedim(list(range(1, 1 + len(axes))), [1 + axis for axis in axes])
+
+
+def sum_terms(terms: Iterable[Tensor]) -> Tensor:
+    """Sum of the terms of a log-density, in order."""
+    total, *rest = terms
+    for term in rest:
+        total = total + term
+    return total
 
 
 def sum_to_plates(factor: Tensor, plates: Sequence[Plate]) -> Tensor:

@@ -9,7 +9,7 @@ values and gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -224,6 +224,21 @@ def _log_beta_1(alpha: Tensor, value: Tensor, is_sparse: bool) -> Tensor:
     return torch.lgamma(1 + value) + torch.lgamma(alpha) - torch.lgamma(value + alpha)
 
 
+def _multinomial_log_prob(self: torch.distributions.Multinomial, value: Tensor) -> Tensor:
+    """`Multinomial.log_prob`, which writes into the logits; `0 log 0` is zero."""
+    log_powers = torch.where(value == 0, 0.0, value * self.logits).sum(-1)
+    return torch.lgamma(value.sum(-1) + 1) - torch.lgamma(value + 1).sum(-1) + log_powers
+
+
+def _multinomial_sample(
+    self: torch.distributions.Multinomial, sample_shape: Sequence[int] = ()
+) -> Tensor:
+    """`Multinomial.sample`, which counts by adding in place."""
+    draws = self._categorical.sample(torch.Size((self.total_count, *sample_shape)))
+    categories = torch.arange(self.event_shape[-1], device=draws.device)
+    return (draws.unsqueeze(-1) == categories).sum(0).type_as(self.probs)
+
+
 _EMPTY = frozenset(("empty", "empty_like", "new", "new_empty"))
 
 _FUSED_ATTENTION = functional.scaled_dot_product_attention
@@ -240,6 +255,8 @@ _REPLACEMENTS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (functional, "scaled_dot_product_attention", _attention_where_batched),
     (dist.OrderedLogistic, "__init__", _ordered_logistic),
     (dist.SineSkewed, "__init__", _sine_skewed),
+    (torch.distributions.Multinomial, "sample", _multinomial_sample),
+    (torch.distributions.Multinomial, "log_prob", _multinomial_log_prob),
     (dist.Poisson, "log_prob", torch.distributions.Poisson.log_prob),
     (pyro.distributions.conjugate, "_log_beta_1", _log_beta_1),
     (pyro.distributions.coalescent, "safe_log", _safe_log),
