@@ -20,7 +20,7 @@ from dcpc.divide.handlers import layers, quiet, transform_of
 from dcpc.divide.model import Model, constrained_shapes, unconstrain
 from dcpc.divide.program import map_particles
 from dcpc.divide.unit import sum_to_plates
-from dcpc.errors import OptionError
+from dcpc.errors import ModelError, OptionError
 from dcpc.recombine import LogWeights
 from dcpc.seeding import random_state_kept
 from dcpc.sweep import SweepState
@@ -45,6 +45,7 @@ def starting_references(
 
     Raises:
         OptionError: A name that is not a latent, or a value that the site cannot have.
+        ModelError: A handler masks or scales the prior of a discrete latent.
     """
     division, references = density.division, {}
     if initial_values:
@@ -53,6 +54,13 @@ def starting_references(
     missing = [name for name in density.without_prior() if name not in references]
     if not missing:
         return references
+    discrete = [name for name in missing if division.sites[name].discrete]
+    if discrete:
+        raise ModelError(
+            f"the prior of discrete latent '{discrete[0]}' is masked or scaled by a handler, so "
+            "that there is no distribution to draw its first values from; take the handler away "
+            "from its site, or put the power of its probability into a pyro.factor"
+        )
     draws = prior_particles(division.program.model, division.sites, arguments, NUM_REFERENCE_DRAWS)
     for name in missing:
         if division.sites[name].is_improper:
@@ -70,12 +78,18 @@ def _unconstrained(
 
     Raises:
         OptionError: A value that is NaN, of the wrong shape or outside its support, or a name
-            that is not a latent.
+            that is not a continuous latent.
     """
     unknown = set(values) - set(division.latents)
     if unknown:
         raise OptionError(
             f"initial_values names {sorted(unknown)}, but the latents are {division.latents}"
+        )
+    discrete = [name for name in values if division.sites[name].discrete]
+    if discrete:
+        raise OptionError(
+            f"initial_values names '{discrete[0]}', a discrete latent, which is drawn given the "
+            "others; leave it out"
         )
     tensors = {}
     for name, value in values.items():

@@ -120,7 +120,8 @@ class Window(Line):
         change = (steps * self.stride).unsqueeze(-1) * self.direction
         candidates = value + change.to(value.dtype)
         feasible = self.support.contains(candidates[..., self.part])
-        return Candidates(candidates, offset, feasible)
+        # Outside of the support the model may not run at all (an index that is out of range).
+        return Candidates(torch.where(feasible.unsqueeze(-1), candidates, value), offset, feasible)
 
 
 def lines_of(supports: Sequence[DiscreteSupport], like: Tensor) -> Iterator[Line]:

@@ -133,6 +133,9 @@ def capture(
             module = vectorised(_without_copy(single))
         if any(_mutates(node) for node in module.graph.nodes):
             module = _without_copy(make_fx(torch.func.functionalize(module))(*batched, *shared))
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.fill.Scalar:  # what `1 - x` becomes; see `repeat`
+            node.target = torch.ops.aten.full_like.default
     module.graph = _fold_constants(module, fx_graph_cse(module.graph))
     module.recompile()
     return module
@@ -189,6 +192,8 @@ def slice_outputs(
 
 def repeat(module: fx.GraphModule, varying: Sequence[int], examples: Sequence[Tensor]) -> Function:
     """Records a graph at many values of some inputs at once, the others staying.
+
+    Operators without a batching rule, such as `fill`, are recorded once per value.
 
     Args:
         module: A captured graph.

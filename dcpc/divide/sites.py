@@ -30,6 +30,13 @@ from dcpc.divide.supports.discrete import DiscreteSupport, discrete_support, is_
 from dcpc.errors import DataError, ModelError
 
 
+NUM_RUNS = 4
+"""Runs of the model by which a support is known to depend on a latent."""
+
+Runs = Callable[[], list[dict[str, Any]]]
+"""The messages of some more runs of the program, by site."""
+
+
 @dataclass(frozen=True)
 class Plate:
     """A vectorised plate around a site: its axis `dim` (negative, from the right) and sizes."""
@@ -154,10 +161,11 @@ def read_sites(
             distribution's support.
     """
     nodes = _nodes(model, args, kwargs, handler)
-    again = cache(lambda: _nodes(model, args, kwargs))
+    again = cache(lambda: [_nodes(model, args, kwargs) for _ in range(NUM_RUNS)])
     with torch.no_grad(), quiet():
         for site in nodes.values():
             _check_delta(site)
+            _check_mask(site)
         sites = {
             name: _observed_site(site, again) if site["is_observed"] else _latent_site(site, again)
             for name, site in nodes.items()
@@ -212,7 +220,26 @@ def _check_delta(msg: Any) -> None:
             )
 
 
-def _latent_site(msg: Any, again: Callable[[], dict[str, Any]]) -> Site:
+def _check_mask(msg: Any) -> None:
+    """A mask has to fit the batch shape of its site.
+
+    Raises:
+        DataError: It does not.
+    """
+    if not is_random(msg) or not isinstance(msg["mask"], Tensor):
+        return
+    mask, fn = msg["mask"], msg["fn"]
+    batch_shape = msg["value"].shape[: max(msg["value"].dim() - fn.event_dim, 0)]
+    try:
+        torch.broadcast_shapes(mask.shape, fn.batch_shape, batch_shape)
+    except RuntimeError:
+        raise DataError(
+            f"site '{msg['name']}' has a mask of shape {tuple(mask.shape)}, but its batch shape is "
+            f"{tuple(batch_shape)}; give it a mask that broadcasts to that"
+        ) from None
+
+
+def _latent_site(msg: Any, again: Runs) -> Site:
     fn, name = msg["fn"], msg["name"]
     try:
         transform = transform_of(fn)
@@ -241,7 +268,7 @@ def _latent_site(msg: Any, again: Callable[[], dict[str, Any]]) -> Site:
     )
 
 
-def _discrete(msg: Any, again: Callable[[], dict[str, Any]]) -> DiscreteSupport:
+def _discrete(msg: Any, again: Runs) -> DiscreteSupport:
     """Support of a discrete latent, the same in every run of the model.
 
     Raises:
@@ -256,7 +283,7 @@ def _discrete(msg: Any, again: Callable[[], dict[str, Any]]) -> DiscreteSupport:
             f"({type(fn).__name__}); those that are known are integers, one-hot vectors and "
             "multinomial counts. Write it with one of Pyro's distributions over these."
         ) from None
-    if _bounds(fn.support) != _bounds(again()[name]["fn"].support):
+    if any(_bounds(fn.support) != _bounds(nodes[name]["fn"].support) for nodes in again()):
         raise ModelError(
             f"site '{name}' is a discrete latent whose support {fn.support} depends on another "
             "latent, so that its values cannot be enumerated; give it a fixed bound and the "
@@ -265,7 +292,7 @@ def _discrete(msg: Any, again: Callable[[], dict[str, Any]]) -> DiscreteSupport:
     return support
 
 
-def _observed_site(msg: Any, again: Callable[[], dict[str, Any]]) -> Site:
+def _observed_site(msg: Any, again: Runs) -> Site:
     fn, name, value = msg["fn"], msg["name"], msg["value"]
     batch_shape = torch.broadcast_shapes(
         fn.batch_shape, value.shape[: max(value.dim() - fn.event_dim, 0)]
@@ -283,7 +310,7 @@ def _observed_site(msg: Any, again: Callable[[], dict[str, Any]]) -> Site:
     )
 
 
-def _check_observation(msg: Any, again: Callable[[], dict[str, Any]]) -> None:
+def _check_observation(msg: Any, again: Runs) -> None:
     """Checks the entries of an observed value that no mask takes out.
 
     A support with a latent in it, as of `Uniform(0, theta)`, is no fault of the data: where they
@@ -309,7 +336,9 @@ def _check_observation(msg: Any, again: Callable[[], dict[str, Any]]) -> None:
     except NotImplementedError:
         return
     outside = _outside(support, value, mask)
-    if len(outside) and _bounds(support) == _bounds(again()[name]["fn"].support):
+    if len(outside) and all(
+        _bounds(support) == _bounds(nodes[name]["fn"].support) for nodes in again()
+    ):
         raise DataError(
             f"the observed value of site '{name}' lies outside the support {support} of "
             f"{type(fn).__name__}: got, for example, {outside[0].item():.6g}. Rescale "
