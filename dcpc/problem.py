@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dcpc.annealing import Annealed, Rung, anneal, spaced_ladder
+from dcpc.completion import complete
 from dcpc.divide import Arguments, Density, Division, constrained_particles
 from dcpc.divide.cache import Divisions
 from dcpc.divide.model import Model, observation_means
@@ -233,8 +234,27 @@ class Problem:
 
     @exclusive("Problem.constrain")
     def constrain(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Constrained values of unconstrained latents `(K, *batch, *event)`."""
-        return constrained_particles(self._divisions.model, self.arguments, latents)
+        """Constrained values of unconstrained latents `(K, *batch, *event)`.
+
+        Latents that are summed out are drawn given the others.
+        """
+        return constrained_particles(
+            self._divisions.model, self.arguments, self.completed(latents)[0]
+        )
+
+    def completed(
+        self, latents: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Latents with draws of those that are summed out, and the probabilities of these.
+
+        Args:
+            latents: Unconstrained, `(n K, *batch, *event)`.
+
+        Returns:
+            All latents, and the conditional probabilities `(n K, *batch, *event, S)` of those that
+            are summed out.
+        """
+        return complete(self.division, self.density.tensors, latents)
 
     @exclusive("Problem.observation_means")
     def observation_means(self, state: SweepState) -> dict[str, Tensor]:
@@ -249,12 +269,14 @@ class Problem:
         division, model = self.division, self._divisions.model
         args, kwargs = self.arguments.rebuild(self.arguments.tensors)
         means = map_particles(
-            lambda latents: observation_means(model, latents, args, kwargs), dict(state.latents)
+            lambda latents: observation_means(model, latents, args, kwargs),
+            self.completed(state.latents)[0],
         )
         weights = state.log_weight.normalized()
         result = {}
+        sites = division.sites if division.completion is None else division.completion.sites
         for name, mean in means.items():
-            batch_dims = len(division.sites[name].batch_shape)
+            batch_dims = len(sites[name].batch_shape)
             shape = [mean.shape[0]] + [1] * (mean.dim() - 1)
             for plate in division.population:
                 shape[1 + batch_dims + plate.dim] = plate.size

@@ -132,12 +132,23 @@ class Recorder:
                 for name, active in self._problem.density.active_latents().items()
             },
             continuation=self._continuation(state, random_state) if self.num_left else None,
-            discrete={
-                name: site.discrete for name, site in division.sites.items() if site.discrete
+            discrete=division.discrete,
+            conditional_probabilities={
+                **sums.mean(sums.probabilities),
+                **self._probabilities_of_summed_out(state),
             },
-            conditional_probabilities=sums.mean(sums.probabilities),
         )
         return replace(posterior, warnings=find_problems(posterior, self._record(state)))
+
+    def _probabilities_of_summed_out(self, state: SweepState) -> dict[str, Tensor]:
+        """Probabilities of the latents that are summed out, over the clouds that are kept."""
+        if self._problem.division.completion is None:
+            return {}
+        if not self._kept:
+            drawn = self._problem.completed(self._equally_weighted(state).latents)[1]
+            return {name: probability.mean(0) for name, probability in drawn.items()}
+        each = [self._problem.completed(latents)[1] for latents in self._kept]
+        return {name: torch.stack([e[name].mean(0) for e in each]).mean(0) for name in each[0]}
 
     @property
     def _described(self) -> SweepSums:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dcpc.conquer.elimination import eliminate
 from dcpc.conquer.lines import AllComponents, Candidates, Component, Line, lines_of
 from dcpc.divide import Conditional
 from dcpc.divide.discrete_unit import DiscreteGroup
+from dcpc.divide.elimination import eliminate
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,26 @@ class ConditionalDraw:
     probabilities: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def draw_from_conditional(unit: Conditional, *, greedy: bool = False) -> ConditionalDraw:
+def draw_from_conditional(
+    unit: Conditional, *, greedy: bool = False, keep_dead: bool = True
+) -> ConditionalDraw:
     """Draw discrete units from their complete conditionals (Geman & Geman 1984).
 
     The prediction errors of a discrete unit are the differences of its log-density between its
     values (Sennesh, Wu & Salvatori 2024, appendix); where all values are compared, an exact draw
     takes no more than these. Units with many values or many components move along lines (`lines`),
-    blocks of several latents by variable elimination (`elimination`). Values of particles without
-    a density stay, and so do values that are masked out.
+    blocks of several latents by variable elimination (`elimination`). Values that are masked out
+    stay.
 
     Args:
         unit: The units.
         greedy: Take the most probable value instead of a draw.
+        keep_dead: Whether particles of zero density stay where they are.
     """
     group = unit.group
     assert isinstance(group, DiscreteGroup)
     if group.block is not None:
-        return _draw_block(unit, group, greedy)
+        return _draw_block(unit, group, greedy, keep_dead)
     value = unit.value
     before: Tensor | None = None
     probabilities: dict[int, Tensor] = {}
@@ -61,7 +64,9 @@ def draw_from_conditional(unit: Conditional, *, greedy: bool = False) -> Conditi
         table = _table(unit, candidates)
         here = _at(table, candidates.current)
         before = here if before is None else before
-        chosen = _choose(table, candidates.current, greedy)
+        chosen = _choose(table, greedy)
+        if keep_dead:
+            chosen = torch.where(here == -math.inf, candidates.current, chosen)
         value = _keep_inactive(unit, value, _values_at(candidates.values, chosen))
         after, log_normaliser = _at(table, chosen), table.logsumexp(0)
         _note(probabilities, line, group, table)
@@ -79,13 +84,11 @@ def _table(unit: Conditional, candidates: Candidates) -> Tensor:
     return table.masked_fill(~(table.abs() < math.inf), -math.inf)
 
 
-def _choose(table: Tensor, current: Tensor, greedy: bool) -> Tensor:
+def _choose(table: Tensor, greedy: bool) -> Tensor:
     """Indices `(K, *plates, n)` drawn in proportion to the exponentials of a table."""
     if not greedy:
-        noise = torch.rand_like(table).log_().neg_().log_().neg_()
-        table = table + noise
-    dead = _at(table, current) == -math.inf
-    return torch.where(dead, current, table.argmax(0))
+        table = table + torch.rand_like(table).log_().neg_().log_().neg_()
+    return table.argmax(0)
 
 
 def _at(table: Tensor, index: Tensor) -> Tensor:
@@ -118,13 +121,15 @@ def _note(
         probabilities[index] = joint.sum(others) if others else joint
 
 
-def _draw_block(unit: Conditional, group: DiscreteGroup, greedy: bool) -> ConditionalDraw:
+def _draw_block(
+    unit: Conditional, group: DiscreteGroup, greedy: bool, keep_dead: bool
+) -> ConditionalDraw:
     """Draw a block of several latents at once, by variable elimination."""
     block, value = group.block, unit.value
     assert block is not None
     current = block.indices(value)
     tables = block.tables(unit.log_terms(block.assignments(value))[0])
-    drawn = eliminate(tables, block.plan, current, greedy=greedy)
+    drawn = eliminate(tables, block.plan, current, greedy=greedy, keep_dead=keep_dead)
     new = _keep_inactive(unit, value, block.value(drawn.indices, value))
     return ConditionalDraw(
         value=new,

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dcpc.divide.model import Latents, log_factors
-from dcpc.divide.program import Arguments, Factors, Program
+from dcpc.divide.model import Latents
+from dcpc.divide.program import Factors, Program
 from dcpc.divide.sites import Plate, Site
 from dcpc.errors import CertificationError
 
@@ -28,7 +28,7 @@ def certify_values(
     program: Program,
     factors: Factors,
     particles: Latents,
-    arguments: Arguments,
+    tensors: Sequence[Tensor],
 ) -> None:
     """Compares every factor of the first particles with plain sequential runs of the model.
 
@@ -36,16 +36,15 @@ def certify_values(
         program: The whole program.
         factors: Its log-factors for the particles and arguments, `(K, *batch_shape)` by site.
         particles: Unconstrained latents.
-        arguments: The model's arguments.
+        tensors: Tensors among the model's arguments.
 
     Raises:
         CertificationError: Naming the site, both values, and the usual causes.
     """
-    args, kwargs = arguments.rebuild(arguments.tensors)
     with torch.no_grad():
         for k in range(min(NUM_PLAIN_RUNS, program.num_particles)):
             particle = {name: u[k] for name, u in particles.items()}
-            plain = log_factors(program.model, particle, args, kwargs, program.sites)
+            plain = program.single(particle, tensors)
             compare_values(program, {name: value[k] for name, value in factors.items()}, plain)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,6 +33,8 @@ from dcpc.divide.program import (
     prior_particles,
 )
 from dcpc.divide.sites import Plate, Sites, read_sites
+from dcpc.divide.summed_out import SummedOut, find_sums
+from dcpc.divide.supports.discrete import DiscreteSupport
 from dcpc.divide.unit import Unit, UnitGroup, sum_to_plates
 from dcpc.errors import DataError
 
@@ -49,6 +53,8 @@ class Division:
         num_leading: Number of groups in the schedule's first step, whose units touch no factor
             in common.
         population: The plates that hold every site and whose elements are independent.
+        completion: The division of the same model with the latents that this one sums out; None if
+            there are none.
     """
 
     def __init__(
@@ -59,7 +65,9 @@ class Division:
         groups: Sequence[UnitGroup],
         population: tuple[Plate, ...],
         num_leading: int,
+        completion: Division | None = None,
     ) -> None:
+        self.completion = completion
         self.program = program
         self.graph = graph
         self.units = tuple(units)
@@ -83,6 +91,17 @@ class Division:
         return self.program.latents
 
     @property
+    def summed_out(self) -> list[str]:
+        """Names of the latents that are summed out."""
+        return [] if self.program.summed_out is None else self.program.summed_out.members
+
+    @property
+    def discrete(self) -> dict[str, DiscreteSupport]:
+        """Supports of the discrete latents, those that are summed out included."""
+        sites = self.sites if self.completion is None else self.completion.sites
+        return {name: site.discrete for name, site in sites.items() if site.discrete}
+
+    @property
     def population_shape(self) -> tuple[int, ...]:
         """Sizes of the population plates."""
         return tuple(plate.size for plate in self.population)
@@ -94,7 +113,8 @@ class Division:
 
     def population_axes(self, name: str) -> tuple[int, ...]:
         """Axes of the population plates in a latent's value `(K, *batch, *event)`."""
-        return tuple(1 + len(self.sites[name].batch_shape) + p.dim for p in self.population)
+        sites = self.completion.sites if self.completion and name in self.summed_out else self.sites
+        return tuple(1 + len(sites[name].batch_shape) + p.dim for p in self.population)
 
     def value_axes(self) -> dict[str, tuple[int, ...]]:
         """Axes of the population plates in every value `(K, *batch, *event)` of a posterior.
@@ -102,7 +122,7 @@ class Division:
         Latents and deterministic values; of the latter only those that are made cell by cell,
         since particles have weights by cell.
         """
-        axes = {name: self.population_axes(name) for name in self.latents}
+        axes = {name: self.population_axes(name) for name in (*self.latents, *self.summed_out)}
         for name, value in self.sites.deterministic.items():
             found = [value.axis(plate) for plate in self.population]
             if None not in found:
@@ -115,6 +135,8 @@ class Division:
         Raises:
             DataError: An observed value is NaN, or outside its distribution's support.
         """
+        if self.completion is not None:
+            return self.completion.matches(arguments)
         self._active = None  # a mask of the model's own may have changed in place
         particle = {name: u[0] for name, u in self.program.example.items()}
         plain = Substitute(particle, self.sites)
@@ -211,11 +233,102 @@ def divide(
         CertificationError: The divided program disagrees with the model.
         OptionError: Impossible blocks or backend.
     """
+    capture = partial(
+        _capture,
+        model,
+        arguments,
+        num_particles=num_particles,
+        backend=backend,
+        certify=certify,
+    )
+    captured = capture(sites)
+    summed_out = find_sums(sites, captured.graph, captured.independent_plates)
+    if summed_out is None:
+        return captured.arrange(schedule, blocks)
+    completion = captured.arrange(schedule, [part.members for part in summed_out.sums])
+    marginal = capture(summed_out.sites, summed_out=summed_out)
+    return marginal.arrange(schedule, blocks, completion)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A model as a vectorised program, with its graph.
+
+    Attributes:
+        program: The program.
+        graph: Its graph.
+        particles: `NUM_EXAMPLES` particles from the prior.
+        certify: Whether moves are compared with plain runs of the model.
+    """
+
+    program: Program
+    graph: SiteGraph
+    particles: dict[str, Tensor]
+    certify: bool
+
+    def independent_plates(self, units: Sequence[Members]) -> dict[Members, tuple[Plate, ...]]:
+        """For every unit, the plates whose elements may move independently."""
+        tensors = self.program.arguments.tensors
+        return _independent_plates(self.program, self.graph, units, self.particles, tensors)
+
+    def arrange(
+        self,
+        schedule: Schedule,
+        blocks: Sequence[Sequence[str]],
+        completion: Division | None = None,
+    ) -> Division:
+        """The division into units.
+
+        Args:
+            schedule: Order in which units move.
+            blocks: Latents to move jointly.
+            completion: The division with the latents that this one sums out.
+        """
+        program, graph, sites = self.program, self.graph, self.program.sites
+        asked = group_blocks(graph, blocks)
+        members = join_discrete(graph, asked, blocks)
+        plates = self.independent_plates(members)
+        if any(_is_split(graph, unit, own) for unit, own in plates.items()):
+            members = asked
+        steps = schedule(graph, members)
+        plates = self.independent_plates([unit for step in steps for unit in step])
+        population = _population(sites, plates)
+        units = {names: _unit(graph, names, _first(population, plates[names])) for names in plates}
+        by_step = [
+            [_group(alike, program, graph, len(population)) for alike in _alike(graph, units, step)]
+            for step in steps
+        ]
+        groups = [group for step in by_step for group in step]
+        if self.certify and completion is None:
+            certify_moves(program, graph, groups, self.particles, program.arguments)
+        scale = sites[graph.latents[0]].scale if population else 1.0
+        # Units that are scaled otherwise than a cell have log-densities that do not add up to it.
+        num_leading = len(by_step[0]) if all(g.scales == {scale} for g in by_step[0]) else 0
+        ordered = sorted(units.values(), key=lambda unit: graph.latents.index(unit.sites[0]))
+        return Division(program, graph, ordered, groups, population, num_leading, completion)
+
+
+def _capture(
+    model: Model,
+    arguments: Arguments,
+    sites: Sites,
+    *,
+    num_particles: int,
+    backend: str,
+    certify: bool,
+    summed_out: SummedOut | None = None,
+) -> _Captured:
+    """Captures a model, and compares it with plain runs.
+
+    Raises:
+        ModelError: The model has no static structure.
+        CertificationError: The program disagrees with the model.
+    """
     tensors = arguments.tensors
     particles = prior_particles(model, sites, arguments, NUM_EXAMPLES)
     rows = torch.arange(num_particles) % NUM_EXAMPLES
     example = {name: u[rows] for name, u in particles.items()}
-    program = _build_program(model, sites, arguments, example, backend)
+    program = _build_program(model, sites, arguments, example, backend, summed_out)
     if isinstance(program, GraphProgram):
         depends = program.dependencies()
     else:
@@ -223,58 +336,29 @@ def divide(
     if certify:
         with torch.no_grad():
             factors = program.select(list(program.sites))(example, tensors)
-        certify_values(program, factors, example, arguments)
+        certify_values(program, factors, example, tensors)
         certify_graph(program, depends, particles, tensors)
-    graph = SiteGraph(sites, depends)
-    asked = group_blocks(graph, blocks)
-
-    def plates_of(members: Sequence[Members]) -> dict[Members, tuple[Plate, ...]]:
-        return _independent_plates(program, graph, members, particles, tensors)
-
-    steps, plates = _arrange(graph, schedule, join_discrete(graph, asked, blocks), plates_of)
-    if any(_is_split(graph, unit, own) for unit, own in plates.items()):
-        steps, plates = _arrange(graph, schedule, asked, plates_of)
-    members = list(plates)
-    population = _population(sites, plates)
-    units = {names: _unit(graph, names, _first(population, plates[names])) for names in members}
-    by_step = [
-        [_group(alike, program, graph, len(population)) for alike in _alike(graph, units, step)]
-        for step in steps
-    ]
-    groups = [group for step in by_step for group in step]
-    if certify:
-        certify_moves(program, graph, groups, particles, arguments)
-    scale = sites[graph.latents[0]].scale if population else 1.0
-    # Units that are scaled otherwise than a cell have log-densities that do not add up to its own.
-    num_leading = len(by_step[0]) if all(g.scales == {scale} for g in by_step[0]) else 0
-    ordered = sorted(units.values(), key=lambda unit: graph.latents.index(unit.sites[0]))
-    return Division(program, graph, ordered, groups, population, num_leading)
+    return _Captured(program, SiteGraph(sites, depends), particles, certify)
 
 
 def _build_program(
-    model: Model, sites: Sites, arguments: Arguments, example: Latents, backend: str
+    model: Model,
+    sites: Sites,
+    arguments: Arguments,
+    example: Latents,
+    backend: str,
+    summed_out: SummedOut | None,
 ) -> Program:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = build_program(model, sites, arguments, example, backend)
+        program = build_program(model, sites, arguments, example, backend, summed_out)
     if backend == "auto" and isinstance(program, LoopProgram):
         warnings.warn(
             "the model cannot be vectorised over particles, so it runs once per particle: right, "
             f"but slow. What stopped it: {program.reason}. backend='loop' silences this.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return program
-
-
-def _arrange(
-    graph: SiteGraph,
-    schedule: Schedule,
-    units: Sequence[Members],
-    plates_of: Callable[[Sequence[Members]], dict[Members, tuple[Plate, ...]]],
-) -> tuple[list[list[Members]], dict[Members, tuple[Plate, ...]]]:
-    """The schedule's steps, and the plates within which each unit moves by element."""
-    steps = schedule(graph, units)
-    return steps, plates_of([unit for step in steps for unit in step])
 
 
 def _is_split(graph: SiteGraph, unit: Members, plates: tuple[Plate, ...]) -> bool:

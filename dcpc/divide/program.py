@@ -15,7 +15,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from dcpc.divide.sites import Sites
 from dcpc.divide.vectorised import vectorised
 from dcpc.divide.watch import is_plain, plain_key
 from dcpc.errors import ModelError, OptionError
+
+if TYPE_CHECKING:
+    from dcpc.divide.summed_out import SummedOut
 
 Factors = dict[str, Tensor]
 
@@ -92,6 +95,7 @@ class Program(ABC):
         sites: Its sites, in program order.
         arguments: The arguments that it was built with.
         example: Unconstrained latents `(K, *batch, *event)`, to run and capture with.
+        summed_out: Latents that are summed out, from whose sites the others are.
 
     Attributes:
         reads_data: Whether it holds numbers that the model took out of its data, so that it is
@@ -107,8 +111,10 @@ class Program(ABC):
         sites: Sites,
         arguments: Arguments,
         example: Latents,
+        summed_out: SummedOut | None = None,
     ) -> None:
         self.model = model
+        self.summed_out = summed_out
         self.num_particles = next(iter(example.values())).shape[0]
         self.sites = sites
         self.latents = sites.latents
@@ -171,9 +177,19 @@ class Program(ABC):
         self, latents: Latents, tensors: Sequence[Tensor]
     ) -> tuple[Factors, dict[str, Tensor]]:
         args, kwargs = self.arguments.rebuild(tensors)
-        return log_factors_and_masks(
-            self.model, latents, args, kwargs, self.sites, self.sites.masked
-        )
+        if self.summed_out is None:
+            return log_factors_and_masks(
+                self.model, latents, args, kwargs, self.sites, self.sites.masked
+            )
+        base = self.summed_out.base
+
+        def run(values: Latents) -> tuple[Factors, dict[str, Tensor]]:
+            everything = {**latents, **values}
+            return log_factors_and_masks(
+                self.model, everything, args, kwargs, base, self.sites.masked
+            )
+
+        return self.summed_out.factors_and_masks(run, next(iter(latents.values())))
 
     def _flat(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Factors, then masks, as a function of a flat list: latents, then tensors."""
@@ -195,8 +211,9 @@ class GraphProgram(Program):
         sites: Sites,
         arguments: Arguments,
         example: Latents,
+        summed_out: SummedOut | None = None,
     ) -> None:
-        super().__init__(model, sites, arguments, example)
+        super().__init__(model, sites, arguments, example, summed_out)
         reads = capture.ReadsOfData()
         self._module = capture.capture(
             self._flat,
@@ -318,12 +335,14 @@ def build_program(
     arguments: Arguments,
     example: Latents,
     backend: str = "auto",
+    summed_out: SummedOut | None = None,
 ) -> Program:
     """The first backend that can run the model, or the one that is asked for.
 
     Args:
         example: Unconstrained latents `(K, *batch, *event)` to capture with.
         backend: `"auto"`, `"graph"`, `"vmap"` or `"loop"`.
+        summed_out: Latents that are summed out.
 
     Raises:
         ModelError: The model branches on a latent or takes one out of torch.
@@ -335,9 +354,9 @@ def build_program(
     for name in BACKENDS if backend == "auto" else (backend,):
         try:
             if name == "graph":
-                return GraphProgram(model, sites, arguments, example)
+                return GraphProgram(model, sites, arguments, example, summed_out)
             backend_class = VmapProgram if name == "vmap" else LoopProgram
-            program = backend_class(model, sites, arguments, example)
+            program = backend_class(model, sites, arguments, example, summed_out)
             program.select(list(sites))(example, arguments.tensors)
             if isinstance(program, LoopProgram):
                 program.reason = reason
@@ -365,7 +384,8 @@ def prior_particles(
     args, kwargs = arguments.rebuild(arguments.tensors)
 
     def draw(_: Tensor) -> dict[str, Tensor]:
-        return sample_prior(model, args, kwargs)
+        drawn = sample_prior(model, args, kwargs)
+        return {name: drawn[name] for name in sites.latents}
 
     return map_particles(draw, torch.zeros(num_particles))
 

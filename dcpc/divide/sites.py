@@ -29,7 +29,6 @@ from dcpc.divide.supports import transform_of
 from dcpc.divide.supports.discrete import DiscreteSupport, discrete_support, is_discrete
 from dcpc.errors import DataError, ModelError
 
-
 NUM_RUNS = 4
 """Runs of the model by which a support is known to depend on a latent."""
 
@@ -63,6 +62,7 @@ class Site:
         is_masked: Whether a tensor masks out elements of a latent.
         is_unbounded: Whether a latent is its own unconstrained value.
         discrete: Support of a discrete latent's components; None of a continuous one.
+        is_enumerated: Whether the author wants a discrete latent summed out.
         support: Support of the distribution, for tables.
     """
 
@@ -77,6 +77,7 @@ class Site:
     is_masked: bool = False
     is_unbounded: bool = False
     discrete: DiscreteSupport | None = None
+    is_enumerated: bool = False
     support: str = field(default="", compare=False)
 
     def other(self, u: Tensor, noise: Tensor, shift: int = 1) -> Tensor:
@@ -264,6 +265,7 @@ def _latent_site(msg: Any, again: Runs) -> Site:
         is_masked=is_masked(msg),
         is_unbounded=is_identity(transform),
         discrete=discrete,
+        is_enumerated=discrete is not None and bool(msg["infer"].get("enumerate")),
         support=str(fn.support).removesuffix("()"),
     )
 

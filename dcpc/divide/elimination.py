@@ -56,14 +56,16 @@ def eliminate(
     current: Sequence[Tensor],
     *,
     greedy: bool = False,
+    keep_dead: bool = True,
 ) -> JointDraw:
     """Draw all variables in proportion to the exponential of the sum of the tables.
 
     Args:
         tables: Log-factors `(*batch, *sizes)` by scope.
         plan: Order of elimination.
-        current: Present values, as indices, which stay where they have probability zero.
+        current: Present values, as indices.
         greedy: Take the most probable values instead of a draw.
+        keep_dead: Whether present values of probability zero stay.
     """
     clean = {
         scope: values.masked_fill(~(values.abs() < math.inf), -math.inf)
@@ -72,9 +74,20 @@ def eliminate(
     before = _total(clean, current)
     log_normaliser, marginals = _marginals(clean, plan)
     indices = _backward(_forward(clean, plan, greedy)[1], plan, greedy)
-    dead = before == -math.inf
-    indices = [torch.where(dead, now, new) for now, new in zip(current, indices, strict=True)]
+    if keep_dead:
+        dead = before == -math.inf
+        indices = [torch.where(dead, now, new) for now, new in zip(current, indices, strict=True)]
     return JointDraw(indices, before, _total(clean, indices), log_normaliser, marginals)
+
+
+def log_normaliser(tables: Mapping[tuple[int, ...], Tensor], plan: EliminationPlan) -> Tensor:
+    """Logarithm of the sum over all values, `(*batch)`, with gradients.
+
+    Args:
+        tables: Log-factors `(*batch, *sizes)` by scope.
+        plan: Order of elimination.
+    """
+    return _forward(tables, plan)[0]
 
 
 def _forward(

@@ -1,0 +1,56 @@
+"""Draws of the latents that are summed out, given the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dcpc.conquer import draw_from_conditional
+from dcpc.divide import Density, Division
+
+
+def complete(
+    division: Division, tensors: Sequence[Tensor], latents: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Draws the latents that a division sums out from their complete conditionals.
+
+    Args:
+        division: The division.
+        tensors: Tensors among the model's arguments.
+        latents: The other latents, unconstrained `(n K, *batch, *event)`.
+
+    Returns:
+        All latents, and the conditional probabilities `(n K, *batch, *event, S)` of the drawn ones.
+    """
+    whole = division.completion
+    if whole is None:
+        return dict(latents), {}
+    count = division.program.num_particles
+    clouds = [
+        _complete(
+            whole, division.summed_out, tensors, {n: u[i : i + count] for n, u in latents.items()}
+        )
+        for i in range(0, len(next(iter(latents.values()))), count)
+    ]
+    return (
+        {name: torch.cat([cloud[0][name] for cloud in clouds]) for name in clouds[0][0]},
+        {name: torch.cat([cloud[1][name] for cloud in clouds]) for name in clouds[0][1]},
+    )
+
+
+def _complete(
+    whole: Division, names: Sequence[str], tensors: Sequence[Tensor], latents: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    count = len(next(iter(latents.values())))
+    start = {name: whole.program.example[name][:count] for name in names}
+    everything = {**latents, **start}
+    probabilities: dict[str, Tensor] = {}
+    density = Density(whole, tuple(tensors))
+    for group in whole.groups:
+        if all(name in names for unit in group.units for name in unit.sites):
+            drawn = draw_from_conditional(density.conditional(group, everything), keep_dead=False)
+            everything |= group.unpack(drawn.value)
+            probabilities |= drawn.probabilities
+    return everything, probabilities

@@ -1,0 +1,218 @@
+"""Discrete latents that are summed out, as `infer={"enumerate": "parallel"}` asks for.
+
+The sum over their values takes the place of the likelihood factors that it runs through: the other
+latents then move on their marginal density, as in Pyro's own samplers. Values can be drawn
+afterwards, from the divided model in which they are latents (`Division.completion`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import networkx as nx
+import torch
+from torch import Tensor
+
+from dcpc.divide.discrete_unit import MAX_EVALUATIONS, MAX_TABLE, Block, plan_members
+from dcpc.divide.elimination import log_normaliser
+from dcpc.divide.graph import Members, SiteGraph
+from dcpc.divide.sites import Plate, Site, Sites
+from dcpc.divide.unit import sum_to_plates
+from dcpc.errors import ModelError
+
+Run = Callable[[Mapping[str, Tensor]], tuple[dict[str, Tensor], dict[str, Tensor]]]
+"""Log-factors and masks of one particle, given values of the latents that are summed out."""
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Discrete latents that are summed out together.
+
+    Attributes:
+        members: The latents.
+        block: Their supports, and the order in which they are summed out.
+        plates: Plates whose elements are independent, outermost first.
+        likelihood: The observed site whose factor the sum becomes.
+    """
+
+    members: Members
+    block: Block
+    plates: tuple[Plate, ...]
+    likelihood: str
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Batch shape of the sum, an axis for each plate at its place."""
+        sizes = [1] * max((-plate.dim for plate in self.plates), default=0)
+        for plate in self.plates:
+            sizes[plate.dim] = plate.size
+        return torch.Size(sizes)
+
+    def assignments(self, sites: Mapping[str, Site], like: Tensor) -> dict[str, Tensor]:
+        """Values `(C, *batch, *event)` of the members that show all values of every factor."""
+        width = sum(support.width for support in self.block.supports)
+        rows = self.block.assignments(like.new_zeros(1, 1, width))[:, 0, 0]
+        values, start = {}, 0
+        for name, support in zip(self.members, self.block.supports, strict=True):
+            part = rows[:, start : start + support.width]
+            shape = sites[name].unconstrained_shape
+            row = part.reshape(len(part), *(1,) * (len(shape) - (support.width > 1)), -1)
+            values[name] = (row if support.width > 1 else row.flatten(-2)).expand(-1, *shape)
+            start += support.width
+        return values
+
+    def log_sum(self, factors: Mapping[str, Tensor]) -> Tensor:
+        """Logarithm of the sum over all values, `batch_shape`.
+
+        Args:
+            factors: Log-factors `(C, *batch)` at the assignments.
+        """
+        terms = {
+            name: sum_to_plates(factors[name], self.plates).unsqueeze(1)
+            for name in self.block.plan.scopes
+        }
+        tables = self.block.tables(terms)
+        return log_normaliser(tables, self.block.plan)[0].reshape(self.batch_shape)
+
+
+class SummedOut:
+    """The latents of a model that are summed out.
+
+    Args:
+        base: The sites of the model.
+        sums: What is summed out.
+
+    Attributes:
+        base: The sites of the model.
+        sums: What is summed out.
+        sites: The sites that are left; those that a sum runs through are one.
+    """
+
+    def __init__(self, base: Sites, sums: Iterable[Sum]) -> None:
+        self.base = base
+        self.sums = list(sums)
+        self.sites = Sites(
+            {name: site for name, site in base.items() if name not in self._merged()},
+            base.deterministic,
+        )
+        for part in self.sums:
+            self.sites[part.likelihood] = replace(
+                base[part.likelihood], plates=part.plates, batch_shape=part.batch_shape
+            )
+
+    @property
+    def members(self) -> list[str]:
+        """Names of the latents that are summed out."""
+        return [name for part in self.sums for name in part.members]
+
+    def factors_and_masks(
+        self, run: Run, like: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Log-factors of one particle after summing out, and masks.
+
+        Args:
+            run: Runs the model.
+            like: A latent, for its dtype and device.
+        """
+        values: dict[str, Tensor] = {}
+        for part in self.sums:
+            values |= part.assignments(self.base, like)
+        most = max(len(value) for value in values.values())
+        padded = {
+            name: torch.cat([value, value[:1].expand(most - len(value), *value.shape[1:])])
+            for name, value in values.items()
+        }
+        factors, masks = _at_all(run, padded)
+        result = {name: factors[name][0] for name in self.sites}
+        for part in self.sums:
+            count = len(values[part.members[0]])
+            own = {name: factors[name][:count] for name in part.block.plan.scopes}
+            result[part.likelihood] = part.log_sum(own)
+        return result, {name: mask[0] for name, mask in masks.items()}
+
+    def _merged(self) -> set[str]:
+        return {
+            name
+            for part in self.sums
+            for name in (*part.members, *part.block.plan.scopes)
+            if name != part.likelihood
+        }
+
+
+def _at_all(run: Run, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Log-factors and masks at all values, which have a leading axis."""
+    try:
+        return torch.vmap(run, randomness="same")(dict(values))
+    except Exception:  # a model that cannot be vectorised
+        count = len(next(iter(values.values())))
+        runs = [run({name: value[c] for name, value in values.items()}) for c in range(count)]
+        factors, masks = (
+            {name: torch.stack([one[i][name] for one in runs]) for name in runs[0][i]}
+            for i in range(2)
+        )
+        return factors, masks
+
+
+def find_sums(
+    sites: Sites,
+    graph: SiteGraph,
+    plates_of: Callable[[Sequence[Members]], Mapping[Members, tuple[Plate, ...]]],
+) -> SummedOut | None:
+    """The latents that the model's author wants enumerated and that can be summed out.
+
+    Those that continuous latents depend on, or whose plates hold elements that are not independent,
+    are drawn like other discrete latents: the posterior is the same.
+
+    Args:
+        sites: The sites.
+        graph: Their graph.
+        plates_of: The plates within which units move by element.
+
+    Raises:
+        ModelError: A support has no end, or the sum has too many terms.
+    """
+    wanted = [(name,) for name in sites.latents if sites[name].is_enumerated]
+    if not wanted:
+        return None
+    moral = graph.moral(wanted)
+    parts = [tuple(wanted[i][0] for i in sorted(part)) for part in nx.connected_components(moral)]
+    sums = [_sum(graph, members, own) for members, own in plates_of(parts).items()]
+    found = [part for part in sums if part is not None]
+    return SummedOut(sites, found) if found else None
+
+
+def _sum(graph: SiteGraph, members: Members, plates: tuple[Plate, ...]) -> Sum | None:
+    """The sum over a connected part of the enumerated latents; None if they have to be drawn."""
+    for name in members:
+        support = graph.sites[name].discrete
+        if support is None or math.isinf(support.num_values):
+            raise ModelError(
+                f"site '{name}' is to be enumerated (infer={{'enumerate': ...}}), but its support "
+                f"{graph.sites[name].support} has no end; take the annotation away, and it is drawn"
+            )
+    plan = plan_members(graph, members)
+    assert plan is not None
+    likelihoods = [name for name in plan.scopes if graph.sites[name].is_observed]
+    elements = math.prod(plate.size for plate in plates)
+    single = all(
+        math.prod(graph.sites[name].batch_shape) == elements
+        and graph.sites[name].unconstrained_shape.numel() == elements * support.width
+        for name in members
+        if (support := graph.sites[name].discrete)
+    )
+    others = [name for name in plan.scopes if name not in members and name not in likelihoods]
+    if not single or others or not likelihoods or any(graph.sites[n].is_masked for n in members):
+        return None
+    if not plan.is_cheap:
+        raise ModelError(
+            f"sites {list(members)} are to be enumerated (infer={{'enumerate': ...}}), which takes "
+            f"{plan.num_evaluations:,} evaluations of their factors (at most {MAX_EVALUATIONS}) "
+            f"and tables of {plan.table_size * elements:,} numbers per particle, {elements} "
+            f"elements of their plates by {plan.table_size:,} (at most {MAX_TABLE:,}); take the "
+            "annotation away, and they are drawn"
+        )
+    supports = tuple(s for name in members if (s := graph.sites[name].discrete))
+    ordered = tuple(sorted(plates, key=lambda plate: plate.dim))
+    return Sum(members, Block(supports, plan), ordered, likelihoods[0])

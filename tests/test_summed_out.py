@@ -1,0 +1,212 @@
+"""Discrete latents that are summed out, against sums over all assignments run through Pyro."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import plain_trace
+from pyro.infer import config_enumerate
+from torch.distributions import biject_to
+
+from dcpc import DCPC
+from dcpc.errors import ModelError, OptionError
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+SERIES = torch.tensor([0.5, -1.2, 1.4, 0.8], dtype=torch.float64)
+
+
+def mixture(x):
+    """Assignments in a plate."""
+    share = pyro.sample("share", dist.Beta(2.0, 2.0))
+    with pyro.plate("components", 2):
+        loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(share), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(loc[z.long()], 1.0), obs=x)
+
+
+def hidden_markov(x):
+    """A chain whose transition matrix is a latent, in Pyro's style of annotation."""
+    with pyro.plate("rows", 2):
+        move = pyro.sample("move", dist.Dirichlet(torch.ones(2)))
+    loc = pyro.sample("loc", dist.Normal(torch.tensor([-1.0, 1.0]), 1.0).to_event(1))
+    z = 0
+    for t in pyro.markov(range(len(x))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(move[z]))
+        pyro.sample(f"x_{t}", dist.Normal(loc[z], 1.0), obs=x[t])
+
+
+def sequences(x):
+    """Chains side by side in a plate, with a second likelihood."""
+    stay = pyro.sample("stay", dist.Beta(3.0, 2.0))
+    with pyro.plate("sequences", 2):
+        z = torch.zeros(2)
+        for t in pyro.markov(range(2)):
+            z = pyro.sample(f"z_{t}", dist.Bernoulli(torch.where(z == 1, stay, 1 - stay)))
+            pyro.sample(f"x_{t}", dist.Normal(2 * z, 1.0), obs=x.reshape(2, 2)[t])
+            pyro.sample(f"y_{t}", dist.Poisson(1.0 + z), obs=torch.tensor([1.0, 3.0]))
+
+
+def with_a_count(x):
+    """A binomial count, and a continuous latent that nothing discrete touches."""
+    rate = pyro.sample("rate", dist.LogNormal(0.0, 0.5))
+    n = pyro.sample("n", dist.Binomial(6, torch.tensor(0.4)))
+    pyro.sample("x", dist.Normal(rate * n, 1.0), obs=x[0])
+
+
+CASES = {
+    "mixture": (mixture, {"z": ((4,), 2)}, torch.float64),
+    "hidden_markov": (
+        config_enumerate(hidden_markov),
+        {f"z_{t}": ((), 2) for t in range(4)},
+        torch.long,
+    ),
+    "sequences": (
+        config_enumerate(sequences),
+        {f"z_{t}": ((2,), 2) for t in range(2)},
+        torch.float64,
+    ),
+    "with_a_count": (config_enumerate(with_a_count), {"n": ((), 7)}, torch.float64),
+}
+
+
+def assignments(shapes, dtype):
+    """All values of the discrete latents."""
+    options = []
+    for shape, count in shapes.values():
+        rows = itertools.product(range(count), repeat=math.prod(shape))
+        options.append([torch.tensor(row, dtype=dtype).reshape(shape) for row in rows])
+    return [dict(zip(shapes, choice, strict=True)) for choice in itertools.product(*options)]
+
+
+def exact(name, latents):
+    """Log of the summed joint of one particle, and the probabilities of all assignments."""
+    model, shapes, dtype = CASES[name]
+    values, log_joint = assignments(shapes, dtype), []
+    for assignment in values:
+        conditioned = pyro.poutine.condition(model, data=assignment)
+        trace = plain_trace(conditioned, latents, (SERIES,))
+        total = trace.log_prob_sum()
+        for latent, u in latents.items():
+            node = trace.nodes[latent]
+            total = (
+                total + biject_to(node["fn"].support).log_abs_det_jacobian(u, node["value"]).sum()
+            )
+        log_joint.append(total)
+    stacked = torch.stack(log_joint)
+    return stacked.logsumexp(0), stacked.softmax(0), values
+
+
+@pytest.mark.parametrize("backend", ["graph", "vmap", "loop"])
+@pytest.mark.parametrize("name", CASES)
+def test_density_and_score_are_those_of_the_sum(name, backend):
+    model, shapes, _ = CASES[name]
+    problem = DCPC(model, num_particles=3, backend=backend).bind(SERIES)
+    state = problem.init()
+    assert set(state.latents).isdisjoint(shapes)
+    for k in range(3):
+        particle = {n: u[k].clone().requires_grad_() for n, u in state.latents.items()}
+        total, _, _ = exact(name, particle)
+        torch.testing.assert_close(problem.log_joint(state)[k], total.detach())
+        gradients = torch.autograd.grad(total, list(particle.values()))
+        expected = {n: g[None] for n, g in zip(particle, gradients, strict=True)}
+        for group in problem.division.groups:
+            score = group.evaluate(
+                group.pack(state.latents), state.latents, problem.density.tensors
+            ).score[k]
+            torch.testing.assert_close(score, group.pack(expected)[0])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_are_drawn_from_their_conditional(name):
+    """Conditional probabilities exactly, and frequencies of draws within their error."""
+    model, shapes, _ = CASES[name]
+    count = 4000
+    problem = DCPC(model, num_particles=count).bind(SERIES)
+    one = problem.init()
+    same = {n: u[:1].expand_as(u) for n, u in one.latents.items()}
+    drawn, probabilities = problem.completed(same)
+    _, shares, values = exact(name, {n: u[0] for n, u in same.items()})
+    for latent in shapes:
+        stacked = torch.stack([value[latent] for value in values])
+        for number in range(probabilities[latent].shape[-1]):
+            weight = shares.reshape(-1, *(1,) * (stacked.dim() - 1))
+            expected = (weight * (stacked == number)).sum(0)
+            torch.testing.assert_close(probabilities[latent][0][..., number], expected)
+            found = (drawn[latent] == number).double().mean(0)
+            error = (expected * (1 - expected) / count).sqrt()
+            assert bool(((found - expected).abs() <= 4.5 * error + 1e-12).all())
+    together = torch.stack([drawn[latent].reshape(count, -1) for latent in shapes], 1).flatten(1)
+    for share, value in zip(shares, values, strict=True):
+        row = torch.cat([value[latent].flatten() for latent in shapes])
+        found = (together == row).all(1).double().mean()
+        assert abs(found - share) <= 4.5 * (share * (1 - share) / count).sqrt() + 1e-12
+
+
+def test_a_posterior_holds_draws_and_probabilities_of_what_was_summed_out():
+    """Evidence and probabilities on a grid over the one continuous latent."""
+
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc + 2 * z, 1.0), obs=x)
+        pyro.deterministic("total", z.sum())
+
+    grid = torch.linspace(-6, 6, 4001)
+    normal = torch.distributions.Normal
+    terms = torch.stack(
+        [
+            normal(grid[:, None] + 2 * z, 1.0).log_prob(SERIES) + math.log(0.3 if z else 0.7)
+            for z in (0, 1)
+        ],
+        -1,
+    )
+    log_joint = normal(0.0, 1.0).log_prob(grid) + terms.logsumexp(-1).sum(-1)
+    weights = log_joint.softmax(0)
+    shares = (weights[:, None] * terms.softmax(-1)[..., 1]).sum(0)
+    posterior = DCPC(model, num_particles=200).run(SERIES, num_sweeps=300, seed=1, progress=False)
+    log_evidence = log_joint.logsumexp(0) + math.log(float(grid[1] - grid[0]))
+    assert abs(posterior.log_evidence - log_evidence) < 4 * posterior.log_evidence_se
+    assert float((posterior.probabilities("z")[:, 1] - shares).abs().max()) < 0.02
+    assert float((posterior.mean()["z"] - shares).abs().max()) < 0.02
+    assert abs(float(posterior.mean()["total"] - shares.sum())) < 0.04
+    torch.testing.assert_close(posterior.history["total"], posterior.history["z"].sum(-1))
+    assert posterior.mode("z").tolist() == (shares > 0.5).long().tolist()
+
+
+def test_what_continuous_latents_depend_on_is_drawn():
+    def model(x):
+        z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        loc = pyro.sample("loc", dist.Normal(2 * z, 1.0))
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    problem = DCPC(model, num_particles=3).bind(SERIES[0])
+    assert "z" in problem.init().latents
+
+
+def test_an_enumeration_without_end_is_refused():
+    def model(x):
+        n = pyro.sample("n", dist.Poisson(3.0), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(n, 1.0), obs=x)
+
+    with pytest.raises(ModelError, match=r"'n'.*no end.*annotation away"):
+        DCPC(model, num_particles=3).bind(SERIES[0])
+
+
+def test_an_enumeration_that_costs_too_much_names_the_cost():
+    def model(x):
+        a = pyro.sample("a", dist.Categorical(torch.ones(40)))
+        b = pyro.sample("b", dist.Categorical(torch.ones(50)))
+        pyro.sample("x", dist.Normal(a + b + 0.0, 1.0), obs=x)
+
+    with pytest.raises(ModelError, match=r"\['a', 'b'\].*2,000 evaluations.*256"):
+        DCPC(config_enumerate(model), num_particles=3).bind(SERIES[0])
+    with pytest.raises(OptionError, match=r"\('a', 'b'\).*2,000 evaluations.*split"):
+        DCPC(model, num_particles=3, blocks=[("a", "b")]).bind(SERIES[0])
