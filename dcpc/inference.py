@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,17 @@ from dcpc.divide.graph import Schedule
 from dcpc.divide.model import Model
 from dcpc.errors import OptionError
 from dcpc.habits import check_model_arguments, refuse
+from dcpc.minibatches import (
+    LOCAL_SWEEPS,
+    Drawn,
+    Length,
+    Loaded,
+    Minibatch,
+    Source,
+    Subsampled,
+    drawn_subsamples,
+    run_over,
+)
 from dcpc.posterior import Posterior, Samples
 from dcpc.presets import build_algorithm
 from dcpc.problem import Problem, check_annealing
@@ -84,7 +96,8 @@ class DCPC:
         guide: A Pyro program (encoder, autoguide) over the same latents that the particles are
             drawn from, with proper weights, instead of annealing from the prior.
         num_particles: K.
-        algorithm: A preset: `dcpc`, `dcpc-smc`, `dcpc-paper`, `pgd`, `lpc`, `mcpc`, `pc`, `ipc`.
+        algorithm: A preset: `dcpc`, `dcpc-smc`, `sgld`, `dcpc-paper`, `pgd`, `lpc`, `mcpc`, `pc`,
+            `ipc`.
         schedule: `sequential`, `coloured` or `joint`; None for the preset's.
         move: `langevin` or `gradient`, or a `Move`, as in `Langevin(leapfrog_steps=4)`.
         correction: `metropolis`, `weight`, `resample` or `none`, or a `Correction`.
@@ -149,14 +162,15 @@ class DCPC:
             )
         self.parts = self.algorithm.parts
         self.blocks = tuple(tuple(block) for block in blocks)
-        self._divisions = Divisions(
-            model,
-            num_particles,
+        self._divide = partial(
+            Divisions,
+            num_particles=num_particles,
             schedule=self.algorithm.schedule,
             blocks=self.blocks,
             backend=backend,
             certify=certify,
         )
+        self._divisions = self._divide(model)
         self._posterior: Posterior | None = None
 
     # -- what users call ---------------------------------------------------------------------
@@ -225,6 +239,11 @@ class DCPC:
             raise OptionError(f"keep_every must be at least 0, got {keep_every}")
         check_annealing(None, conditional_ess)
         check_model_arguments(self.model, kwargs, "DCPC.run")
+        plates = drawn_subsamples(self.model, args, kwargs) if self.parts.subsampled else {}
+        if plates:
+            model = Subsampled(self.model)
+            length = Length(num_sweeps, num_warmup, keep_every)
+            return self._run_over(model, Drawn(plates, args, kwargs), length, seed, progress)
         with exclusive("DCPC.run"), seeded(seed), ProgressBar(progress) as bar:
             problem = self._problem(args, kwargs, thorough=True)
             arrival = approach(
@@ -238,6 +257,56 @@ class DCPC:
             state = restart_adaptation(arrival.state, self.parts)
             posterior = sweep_to_end(problem, state, recorder, bar, is_seeded=seed is not None)
         return self._keep(posterior)
+
+    def run_over(
+        self,
+        loader: Iterable[Any],
+        *,
+        index: str | int | None = None,
+        num_sweeps: int = 1000,
+        num_warmup: int | None = None,
+        keep_every: int | None = None,
+        local_sweeps: int = LOCAL_SWEEPS,
+        seed: int | None = None,
+        progress: bool = True,
+    ) -> Posterior:
+        """Infers global latents from minibatches, of which each sweep sees one (`sgld`).
+
+        The model takes a minibatch, and tells by `pyro.plate("data", size, subsample=index)` how
+        many data there are. Latents outside of that plate move by stochastic-gradient Langevin
+        steps (`StochasticLangevin`); those inside, one per datum, are kept from visit to visit and
+        move by Metropolis steps that are exact given the global ones. The result is approximate:
+        compare with `run` on all the data where that can be done.
+
+        `run` does the same for a model whose plate draws a subsample (`subsample_size=`) of the
+        data that it is given.
+
+        Args:
+            loader: Gives tuples of the model's arguments, or dictionaries of its keyword arguments;
+                minibatches of one size. It is gone through as often as needed.
+            index: Position or name of the argument that holds the indices of a minibatch's data;
+                needed where there are latents of single data.
+            num_sweeps: Minibatches to visit; some hundred epochs.
+            num_warmup: Number of sweeps that adapt; half of them by default.
+            keep_every: Keep every n-th of the other sweeps; by default 200 of them.
+            local_sweeps: Moves of the latents of single data per visit.
+            seed: As in `run`; the loader's order is seeded too where it draws from torch.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            The posterior of the global latents; `local_samples` has those of single data.
+
+        Raises:
+            ModelError, DataError, CertificationError: The model or data cannot be handled.
+            OptionError: An option out of range, or another algorithm than `sgld`.
+            ThreadError: Another thread is in an inference.
+
+        Warns:
+            ConvergenceWarning: As `run` does.
+        """
+        num_warmup = num_sweeps // 2 if num_warmup is None else num_warmup
+        length = Length(num_sweeps, num_warmup, keep_every, local_sweeps)
+        return self._run_over(self.model, Loaded(loader, index), length, seed, progress)
 
     def resume(
         self, posterior: Posterior, /, *args: Any, progress: bool = True, **kwargs: Any
@@ -370,6 +439,19 @@ class DCPC:
     def _problem(self, args: tuple, kwargs: dict, *, thorough: bool = False) -> Problem:
         arguments = Arguments(args, kwargs)
         return Problem(self._divisions, arguments, self.algorithm, self.guide, thorough=thorough)
+
+    def _run_over(
+        self, model: Model, source: Source, length: Length, seed: int | None, progress: bool
+    ) -> Posterior:
+        divisions = self._divisions if model is self.model else self._divide(model)
+
+        def bind(minibatch: Minibatch) -> Problem:
+            arguments = Arguments(minibatch.args, minibatch.kwargs)
+            return Problem(divisions, arguments, self.algorithm)
+
+        with exclusive("DCPC.run"), seeded(seed), ProgressBar(progress) as bar:
+            posterior = run_over(bind, source, length, bar)
+        return self._keep(posterior)
 
     def _keep(self, posterior: Posterior) -> Posterior:
         """Makes it the last one, and warns the caller's caller of what is wrong with it."""

@@ -38,6 +38,8 @@ class Parts:
         step_size: Fixed step size, or None for one that is adapted where the correction has a
             target, else the default of 0.01.
         dual_averaging: The rule of adaptation.
+        subsampled: Parts of the units whose log-densities are estimated from a subsample; None for
+            the same.
     """
 
     move: Move
@@ -47,6 +49,11 @@ class Parts:
     resample_threshold: float = 0.5
     step_size: float | None = None
     dual_averaging: DualAveraging = field(default_factory=DualAveraging)
+    subsampled: Parts | None = None
+
+    def of(self, group: UnitGroup) -> Parts:
+        """The parts that a group moves by."""
+        return self.subsampled if self.subsampled and group.is_subsampled else self
 
     @property
     def adapts_step_size(self) -> bool:

@@ -79,6 +79,8 @@ class Posterior:
         discrete: Supports of the discrete latents.
         conditional_probabilities: By enumerated discrete latent, the mean over particles and sweeps
             of the conditional probabilities that it was drawn from, as `probabilities` gives them.
+        local_samples: Of a run over minibatches, constrained values of the latents of single data,
+            `(K, *batch, *event)` with all data on the axis of their plate: the final particles.
     """
 
     samples: Samples
@@ -98,6 +100,7 @@ class Posterior:
     continuation: Continuation | None = None
     discrete: Mapping[str, DiscreteSupport] = field(default_factory=dict)
     conditional_probabilities: Mapping[str, Tensor] = field(default_factory=dict)
+    local_samples: Samples = field(default_factory=dict)
 
     @property
     def is_partial(self) -> bool:

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from dcpc.conquer import MOVES, PRECONDITIONERS, Move, Preconditioner, SecondMoment
+from dcpc.conquer import (
+    MOVES,
+    PRECONDITIONERS,
+    Move,
+    NoisyMoment,
+    Preconditioner,
+    SecondMoment,
+    StochasticLangevin,
+)
 from dcpc.divide.graph import SCHEDULES, Schedule
 from dcpc.errors import OptionError
 from dcpc.parts import Parts
 from dcpc.recombine import RESAMPLERS
-from dcpc.recombine.correction import CORRECTIONS, Correction
+from dcpc.recombine.correction import CORRECTIONS, Correction, LocalMetropolis, Uncorrected
 
 Part = TypeVar("Part")
+
+
+STOCHASTIC_STEP_SIZE = 1.0
+"""Step size, in units of the second moment of noisy scores, of stochastic-gradient moves."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,8 @@ class Preset:
         single_particle: Whether the method has one particle per datum.
         step_parameters_every_sweep: Whether training steps the parameters after every sweep of
             a batch, instead of once per batch.
+        is_stochastic: Whether units that see their children in a subsample only move by stochastic
+            gradients.
         warm_starts_every_visit: Whether training draws a datum's particles from the guide at every
             visit, where there is a guide, instead of keeping them.
         source: Where the method comes from.
@@ -35,12 +49,13 @@ class Preset:
 
     schedule: str
     move: str
-    correction: str
+    correction: str | Correction
     preconditioner: str | Preconditioner
     source: str
     single_particle: bool = False
     step_parameters_every_sweep: bool = False
     warm_starts_every_visit: bool = False
+    is_stochastic: bool = False
 
 
 PRESETS: dict[str, Preset] = {
@@ -49,6 +64,14 @@ PRESETS: dict[str, Preset] = {
     ),
     "dcpc-smc": Preset(
         "coloured", "langevin", "weight", "adapted", "properly weighted DCPC; exact"
+    ),
+    "sgld": Preset(
+        "global",
+        "langevin",
+        LocalMetropolis(),
+        "adapted",
+        "Welling & Teh (2011); global latents by stochastic gradients, local ones by Metropolis",
+        is_stochastic=True,
     ),
     "dcpc-paper": Preset(
         "sequential",
@@ -172,6 +195,8 @@ def build_algorithm(
         resample_threshold=_in_range("resample_threshold", resample_threshold, 0.0, 1.0),
         step_size=step_size,
     )
+    if preset.is_stochastic:
+        parts = replace(parts, subsampled=_stochastic_parts(parts))
     if step_size is not None and not 0.0 < step_size < float("inf"):
         raise OptionError(
             f"step_size must be a positive number, got {step_size!r}; leave it out (None) to have "
@@ -185,6 +210,17 @@ def build_algorithm(
             f"got {chosen!r}"
         )
     return Algorithm(name, preset, resolved, parts)
+
+
+def _stochastic_parts(parts: Parts) -> Parts:
+    """Parts of the units whose scores are estimates; their steps are in units of the estimates."""
+    return replace(
+        parts,
+        move=StochasticLangevin(),
+        correction=Uncorrected(),
+        preconditioner=NoisyMoment(),
+        step_size=STOCHASTIC_STEP_SIZE,
+    )
 
 
 def lookup(option: str, name: Any, registry: Mapping[str, Part]) -> Part:

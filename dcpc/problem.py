@@ -89,7 +89,7 @@ class Problem:
     @exclusive("Problem.init")
     def init(self) -> SweepState:
         """Particles from the guide, or else the prior, whose weights refer to it."""
-        self._check()
+        self.check()
         if self.guide is None:
             return self.draw_from_prior(self.starting_density({}))
         return self._at_rest(
@@ -176,7 +176,7 @@ class Problem:
             OptionError: An option out of range.
         """
         check_annealing(num_temperatures, conditional_ess)
-        self._check()
+        self.check()
         refusal = self.evidence_refusal()
         if refusal:
             raise EvidenceError(refusal)
@@ -315,8 +315,13 @@ class Problem:
             _check_subsampling(division, self.parts)
         return Density(division, self.arguments.tensors)
 
-    def _check(self) -> None:
-        """The thorough look, once."""
+    def check(self) -> None:
+        """Looks at the sites and the data anew, once.
+
+        Raises:
+            ModelError, DataError, CertificationError: The model or data cannot be handled.
+            OptionError: The data are a subsample that exact corrections cannot handle.
+        """
         if not self._is_checked:
             self.density = self._find(thorough=True)
             self._is_checked = True
@@ -346,16 +351,21 @@ def check_annealing(num_temperatures: int | None, conditional_ess: float) -> Non
 
 
 def _check_subsampling(division: Division, parts: Parts) -> None:
-    """Refuses exact corrections where a plate subsamples latents next to global ones."""
-    scaled = [name for name in division.latents if division.sites[name].scale != 1.0]
-    others = {site.scale for site in division.sites.values()}
-    if parts.correction.is_exact and scaled and len(others) > 1:
-        plates = sorted({p.name for name in scaled for p in division.sites[name].plates})
-        rest = [name for name in division.latents if name not in scaled]
+    """Refuses exact corrections of global latents where a plate subsamples.
+
+    Raises:
+        OptionError: They are refused.
+    """
+    if not parts.correction.is_exact:
+        return
+    sites = division.sites
+    scaled = [name for name, site in sites.items() if site.scale != 1.0]
+    outside = [name for name in division.latents if sites[name].scale == 1.0]
+    if scaled and len({site.scale for site in sites.values()}) > 1:
+        plates = sorted({p.name for name in scaled for p in sites[name].plates})
         raise OptionError(
-            f"site(s) {scaled} are latents in a plate that subsamples (one of {plates}), "
-            f"beside others outside of it ({rest or 'observed sites'}): their scaled "
-            "conditionals belong to no joint density, so that no correction is exact; pass "
-            "all the data (no subsample_size), or use an algorithm that is not exact, such as "
-            "algorithm='pgd'"
+            f"site(s) {scaled} are in a plate that subsamples (one of {plates}), beside others "
+            f"outside of it ({outside or 'observed sites'}): what a subsample says of these is an "
+            "estimate of their density, so that no correction is exact; pass all the data (no "
+            "subsample_size), or use algorithm='sgld', which moves them by stochastic gradients"
         )

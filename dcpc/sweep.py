@@ -7,7 +7,7 @@ varies is in `Parts`; everything that persists is in `SweepState`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -117,6 +117,7 @@ def sweep(
     adapt: bool = False,
     adapt_preconditioner: bool = True,
     retargets: bool = False,
+    groups: Collection[str] | None = None,
 ) -> tuple[SweepState, SweepInfo]:
     """Moves every unit once.
 
@@ -129,6 +130,7 @@ def sweep(
         adapt_preconditioner: Set to False to let only the step sizes learn.
         retargets: Whether the particles are first reweighted to the density, as by `retarget`,
             which costs less here than on its own.
+        groups: Names of the groups to move; None for all.
 
     Returns:
         The new state and the sweep's diagnostics.
@@ -143,20 +145,23 @@ def sweep(
     log_weight, log_joint = parts.correction.begin(state.log_weight), state.log_joint
     active = density.active_values()
     for group in density.division.groups:
+        if groups is not None and group.name not in groups:
+            continue
         unit = density.conditional(group, latents, active.get(group.name))
+        own = parts.of(group)
         if group.is_discrete:
             drawn = draw_from_conditional(unit, greedy=not parts.move.is_reversible)
             info.add_draw(drawn, log_weight, density.division)
             outcome = parts.correction.keep(unit, drawn, parts.resampler)
         else:
             predicted = evaluations.get(group.name) or unit.evaluate_raw(unit.value)
-            learned = adaptation.get(group.name) or _init_adaptation(unit, parts, predicted, adapt)
-            step_size = parts.dual_averaging.step_size(learned.step_size, adapting=adapt)
-            proposed = _propose(unit, predicted, learned, step_size, parts, log_weight, memory)
-            outcome = parts.correction.apply(proposed)
+            learned = adaptation.get(group.name) or _init_adaptation(unit, own, predicted, adapt)
+            step_size = own.dual_averaging.step_size(learned.step_size, adapting=adapt)
+            proposed = _propose(unit, predicted, learned, step_size, own, log_weight, memory)
+            outcome = own.correction.apply(proposed)
             if adapt:
                 score = proposed.before.score if adapt_preconditioner else None
-                learned = _learn(unit, parts, learned, score, outcome.statistic)
+                learned = _learn(unit, own, learned, score, outcome.statistic)
             adaptation[group.name] = learned
             info.add(group.name, step_size, predicted, outcome.statistic)
 

@@ -264,6 +264,82 @@ def regression(data):
             pyro.sample("y", dist.Normal(mean, sigma + 0.1), obs=data.get("y"))
 
 
+def drawn_mixture(data):
+    """Assignments that are drawn, of components that a positive gap tells apart."""
+    with replicates():
+        low = pyro.sample("low", dist.Normal(-1.0, 1.0))
+        gap = pyro.sample("gap", dist.Gamma(4.0, 1.0))
+        weight = pyro.sample("weight", dist.Beta(3.0, 3.0))
+        with pyro.plate("n", 6):
+            z = pyro.sample("z", dist.Bernoulli(weight))
+            pyro.sample("x", dist.Normal(low + gap * z, 0.7), obs=data.get("x"))
+
+
+def summed_mixture(data):
+    """The same, summed out; values are drawn afterwards."""
+    with replicates():
+        low = pyro.sample("low", dist.Normal(-1.0, 1.0))
+        gap = pyro.sample("gap", dist.Gamma(4.0, 1.0))
+        weight = pyro.sample("weight", dist.Beta(3.0, 3.0))
+        with pyro.plate("n", 6):
+            z = pyro.sample("z", dist.Bernoulli(weight), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(low + gap * z, 0.7), obs=data.get("x"))
+
+
+def hidden_markov(data):
+    """A chain of states that are drawn at once, with a latent transition matrix."""
+    with replicates():
+        move = pyro.sample(
+            "move", dist.Dirichlet(torch.tensor([[3.0, 1.0], [1.0, 2.0]])).to_event(1)
+        )
+        level = pyro.sample("level", dist.Normal(torch.tensor([-1.0, 1.0]), 0.5).to_event(1))
+        rows, z = torch.arange(REPLICATES), torch.zeros(REPLICATES, dtype=torch.long)
+        for t in pyro.markov(range(4)):
+            z = pyro.sample(f"z{t}", dist.Categorical(move[rows, z]))
+            pyro.sample(f"x{t}", dist.Normal(level[rows, z], 0.7), obs=data.get(f"x{t}"))
+
+
+def separate_states(data):
+    """A tree of binary causes in a plate, and a cause of all of them."""
+    with replicates():
+        top = pyro.sample("top", dist.Bernoulli(0.4))
+        with pyro.plate("middle", 3):
+            h = pyro.sample("h", dist.Bernoulli(0.2 + 0.5 * top))
+        pyro.sample("x", dist.Normal(h.sum(0), 0.6), obs=data.get("x"))
+
+
+def counts(data):
+    """Counts without end and with one, that the data see noisily."""
+    with replicates():
+        rate = pyro.sample("rate", dist.Gamma(3.0, 0.5))
+        found = pyro.sample("found", dist.Beta(4.0, 2.0))
+        n = pyro.sample("n", dist.Poisson(rate))
+        k = pyro.sample("k", dist.Binomial(8, found))
+        with pyro.plate("visits", 2):
+            pyro.sample("x", dist.Normal(n, 1.0), obs=data.get("x"))
+            pyro.sample("y", dist.Normal(k, 1.0), obs=data.get("y"))
+
+
+def allocations(data):
+    """Counts with a common sum, and a category, of the same probabilities."""
+    with replicates():
+        p = pyro.sample("p", dist.Dirichlet(torch.tensor([1.0, 2.0, 2.0])))
+        m = pyro.sample("m", dist.Multinomial(4, p))
+        c = pyro.sample("c", dist.OneHotCategorical(p))
+        pyro.sample("x", dist.Normal(m, 1.0).to_event(1), obs=data.get("x"))
+        pyro.sample("y", dist.Normal(c, 0.5).to_event(1), obs=data.get("y"))
+
+
+def spike_and_slab(data):
+    design = torch.linspace(-1, 1, 12).reshape(6, 2).sin()
+    with replicates():
+        with pyro.plate("coefficients", 2):
+            used = pyro.sample("used", dist.Bernoulli(0.5))
+            beta = pyro.sample("beta", dist.Normal(0.0, 0.1 + used))
+        with pyro.plate("n", 6):
+            pyro.sample("y", dist.Normal(design @ beta, 0.3), obs=data.get("y"))
+
+
 QUICK = [Case("nested_plates", nested_plates), Case("imputed", imputed, hide=hide_covariates)]
 SLOW = [
     Case("schools", schools),
@@ -281,8 +357,15 @@ SLOW = [
     Case("autoregression", autoregression),
     Case("regression", regression),
     Case("crossed", crossed, loop=True),
+    Case("drawn_mixture", drawn_mixture),
+    Case("summed_mixture", summed_mixture),
+    Case("hidden_markov", hidden_markov),
+    Case("separate_states", separate_states),
+    Case("counts", counts),
+    Case("allocations", allocations),
+    Case("spike_and_slab", spike_and_slab),
 ]
-NUM_TESTS = 150
+NUM_TESTS = 200
 """An upper bound of the number of ranks tested, for Bonferroni's correction."""
 
 
@@ -337,15 +420,21 @@ def ranks(case: Case, latents: Data, data: Data, samples: Data) -> dict[str, Ten
     draws = {name: samples[name][rows] for name in latents}
     result = {}
     for name, truth in latents.items():
-        below = by_replicate(case, (draws[name] < truth).sum(0))
-        moving = by_replicate(case, (draws[name] != truth).all(0)).all(0)  # not a Cholesky's zeros
+        below = by_replicate(case, rank_among(draws[name], truth))
+        moving = by_replicate(case, (draws[name] != truth).any(0)).any(0)  # not a Cholesky's zeros
         entries = 1 if name.endswith("_unobserved") else MAX_ENTRIES
         for entry in moving.nonzero().flatten().tolist()[:entries]:
             result[f"{name}[{entry}]"] = below[:, entry]
     truth = log_joint(case, data, latents)
     drawn = [log_joint(case, data, {n: u[k] for n, u in draws.items()}) for k in range(NUM_DRAWS)]
-    result["log joint"] = (torch.stack(drawn) < truth).sum(0)
+    result["log joint"] = rank_among(torch.stack(drawn), truth)
     return result
+
+
+def rank_among(draws: Tensor, truth: Tensor) -> Tensor:
+    """Rank of the truth; among draws that are equal to it, a random one."""
+    ties = (draws == truth).sum(0)
+    return (draws < truth).sum(0) + (torch.rand(ties.shape) * (ties + 1)).long()
 
 
 def calibrate(case: Case, num_particles: int, **options: object) -> dict[str, float]:

@@ -18,6 +18,7 @@ from dcpc.conquer.preconditioner import (
     SecondMoment,
 )
 from dcpc.conquer.step_size import DualAveraging
+from dcpc.conquer.stochastic import NoisyMoment, StochasticLangevin
 from dcpc.conquer.underdamped import Underdamped
 
 MOVES: dict[str, type[Move]] = {
@@ -43,11 +44,13 @@ __all__ = [
     "Langevin",
     "Metric",
     "Move",
+    "NoisyMoment",
     "ParticleVariance",
     "Preconditioner",
     "Proposal",
     "SecondMoment",
     "Start",
+    "StochasticLangevin",
     "Underdamped",
     "WayBack",
     "draw_from_conditional",

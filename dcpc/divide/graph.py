@@ -117,10 +117,29 @@ class Joint(Schedule):
         return steps + (Coloured()(graph, discrete) if discrete else [])
 
 
+class Global(Schedule):
+    """Local units by colour, then all continuous latents outside of a subsampling plate at once.
+
+    The noise of global latents' scores, which comes from the subsample, is common to them.
+    """
+
+    def __call__(self, graph: SiteGraph, units: Sequence[Members]) -> list[list[Members]]:
+        largest = max(site.scale for site in graph.sites.values())
+        block = [
+            unit
+            for unit in units
+            if graph.sites[unit[0]].scale < largest and not graph.is_discrete(unit)
+        ]
+        local = [unit for unit in units if unit not in block]
+        steps = Coloured()(graph, local) if local else []
+        return [*steps, [tuple(name for unit in block for name in unit)]] if block else steps
+
+
 SCHEDULES: dict[str, Schedule] = {
     "sequential": Sequential(),
     "coloured": Coloured(),
     "joint": Joint(),
+    "global": Global(),
 }
 
 

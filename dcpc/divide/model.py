@@ -73,14 +73,16 @@ def log_factors_and_masks(
     return factors, {name: substitute.masks[name] for name in masked}
 
 
-def sample_prior(model: Model, args: tuple, kwargs: dict) -> dict[str, Tensor]:
-    """One ancestral sample of the latents, unconstrained.
+def sample_prior(
+    model: Model, args: tuple, kwargs: dict, given: Latents | None = None
+) -> dict[str, Tensor]:
+    """One ancestral sample of the latents, unconstrained; `given` ones have their values.
 
     Flat priors are replaced by a uniform distribution of half-width `handlers.INITIAL_RADIUS`.
     """
     with torch.no_grad(), quiet(), pyro.validation_enabled(False), drawing():
         draws = Draw()
-        draws(InitialiseFlat()(model))(*args, **kwargs)
+        draws(InitialiseFlat()(Substitute(given or {}, None)(model)))(*args, **kwargs)
         return draws.unconstrained
 
 

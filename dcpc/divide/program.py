@@ -376,18 +376,23 @@ def prior_particles(
     sites: Sites,
     arguments: Arguments,
     num_particles: int,
+    given: Latents | None = None,
 ) -> dict[str, Tensor]:
     """Independent samples of the prior, unconstrained `(K, *batch, *event)`.
 
     Vectorised where the model allows it, else one run of the model per particle.
+
+    Args:
+        given: Latents whose values are given, of the same shapes.
     """
     args, kwargs = arguments.rebuild(arguments.tensors)
 
-    def draw(_: Tensor) -> dict[str, Tensor]:
-        drawn = sample_prior(model, args, kwargs)
+    def draw(particle: dict[str, Tensor]) -> dict[str, Tensor]:
+        known = {name: particle[name] for name in given or {}}
+        drawn = sample_prior(model, args, kwargs, known)
         return {name: drawn[name] for name in sites.latents}
 
-    return map_particles(draw, torch.zeros(num_particles))
+    return map_particles(draw, {**(given or {}), "": torch.zeros(num_particles)})
 
 
 def constrained_particles(

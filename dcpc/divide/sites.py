@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -165,6 +166,7 @@ def read_sites(
     again = cache(lambda: [_nodes(model, args, kwargs) for _ in range(NUM_RUNS)])
     with torch.no_grad(), quiet():
         for site in nodes.values():
+            _check_subsample(site)
             _check_delta(site)
             _check_mask(site)
         sites = {
@@ -219,6 +221,24 @@ def _check_delta(msg: Any) -> None:
                 "distribution to infer; use pyro.deterministic for its value and pyro.factor for "
                 "its log_density"
             )
+
+
+def _check_subsample(msg: Any) -> None:
+    """A plate that draws a subsample makes the density another one in every run.
+
+    Raises:
+        ModelError: It does.
+    """
+    if not site_is_subsample(msg) or msg["infer"].get("is_given"):
+        return
+    fn = msg["fn"]
+    if fn.subsample_size is not None and fn.subsample_size < fn.size:
+        raise ModelError(
+            f"plate '{msg['name']}' draws a subsample of {fn.subsample_size} of {fn.size} "
+            "in every run of the model (subsample_size=), so that the density is "
+            "another one each time; pass all the data, or give the plate its subsample "
+            "(subsample=), or run with algorithm='sgld'"
+        )
 
 
 def _check_mask(msg: Any) -> None:

@@ -75,6 +75,8 @@ class UnitGroup:
         touched: Sites whose factors are parts of the units' log-densities, in program order.
         scales: The units' scales, where their plates subsample. A factor counts in a unit's
             log-density by its site's scale over the unit's own.
+        is_subsampled: Whether the units lie outside of a plate that subsamples their children, so
+            that their log-densities are estimates.
         is_discrete: Whether the latents are discrete, so that there is no score.
     """
 
@@ -93,6 +95,7 @@ class UnitGroup:
         self.touched = [name for name in graph.sites if name in selected]
         self._factors = program.select(self.touched, for_score=True)
         self.scales = {graph.sites[unit.sites[0]].scale for unit in units}
+        self.is_subsampled = any(graph.sites[n].scale not in self.scales for n in self.touched)
 
     @property
     def name(self) -> str:

@@ -205,6 +205,16 @@ class Metropolis(Correction):
 
 
 @dataclass(frozen=True)
+class LocalMetropolis(Metropolis):
+    """Metropolis of the latents of a subsample, given global ones that only approach the posterior.
+
+    Particles then carry no log-joint, and weights do not move.
+    """
+
+    is_exact: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
 class Weight(Correction):
     """Multiplies the weight by `exp a`: annealed importance sampling's move.
 
