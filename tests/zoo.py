@@ -36,11 +36,10 @@ class Case:
 
 
 def data(*shape: int) -> Tensor:
-    """Fixed data in the default dtype."""
+    """Fixed data in the default dtype, on the default device."""
     generator = torch.Generator().manual_seed(17)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(
-        torch.get_default_dtype()
-    )
+    values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return values.to(torch.get_default_device(), torch.get_default_dtype())
 
 
 def chain():

@@ -23,6 +23,7 @@ from dcpc.divide.handlers import (
     layers,
     plate_scale,
     quiet,
+    running,
 )
 from dcpc.divide.masking import is_masked, selected
 from dcpc.divide.supports import transform_of
@@ -188,7 +189,7 @@ def _nodes(
 ) -> dict[str, Any]:
     """The messages of one ordinary run of the program, by site."""
     handler = TensorObservations() if handler is None else handler
-    with torch.no_grad(), quiet(), pyro.validation_enabled(True):
+    with torch.no_grad(), running(model, args, kwargs, validates=True):
         handled = pyro.poutine.trace(InitialiseFlat()(handler(model)))
         return handled.get_trace(*args, **kwargs).nodes
 
