@@ -87,7 +87,9 @@ def eight_schools():
 
 def deep_generative():
     torch.manual_seed(3)
-    hidden, decoder = nn.Linear(2, 3), nn.Linear(3, 4)
+    with torch.device("cpu"):  # the same weights on every device
+        hidden, decoder = nn.Linear(2, 3), nn.Linear(3, 4)
+    hidden, decoder = (layer.to(torch.get_default_device()) for layer in (hidden, decoder))
 
     def model(x):
         pyro.module("hidden", hidden)

@@ -77,6 +77,7 @@ LIGHTNING_REMARKS = (
     ".*callbacks used to create the checkpoint need to be provided",
     ".*Checkpoint directory .* exists and is not empty",
     ".*The dirpath has changed from",
+    "GPU available but not used",
     r"\s*By default only one JsonargparseDeprecationWarning",
     r"(?s).* was deprecated in v4\.\d+\.\d+ and will\s+be\s+removed\s+in\s+v5",
 )

@@ -91,7 +91,7 @@ def test_training_on_the_gpu_learns_what_it_learns_on_the_cpu(tmp_path):
         annealed = held_out_inference(model, 8).anneal(images, num_temperatures=30, seed=0)
         found[accelerator] = float(annealed.log_evidence.mean())
     assert found["cpu"] > 60.0
-    assert found["gpu"] == pytest.approx(found["cpu"], abs=5.0)  # of seeds, they differ by 2
+    assert found["gpu"] == pytest.approx(found["cpu"], abs=3.0)  # seeds differ by .5
 
 
 @pytest.mark.parametrize("algorithm", ["dcpc-smc", "dcpc-paper", "pgd", "mcpc", "pc"])
