@@ -8,7 +8,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from oracles import conjugate_pairs, gaussian_chain, kalman
+from discrete_models import models as discrete_models
+from oracles import conjugate_pairs, enumerate_posterior, gaussian_chain, kalman
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -225,6 +226,27 @@ def test_every_part_runs(part):
         *on_gpu(*exact.args), num_sweeps=10, **QUIET
     )
     assert devices(posterior.samples) == {"cuda"}
+
+
+DISCRETE = [case.name for case in discrete_models() if case.args]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", DISCRETE)
+def test_discrete_latents_have_the_probabilities_of_enumeration(name):
+    case = next(case for case in discrete_models() if case.name == name)
+    exact = enumerate_posterior(case.model, case.args, case.values)
+    engine = DCPC(case.model, num_particles=500, **case.options)
+    posterior = engine.run(*on_gpu(*case.args), num_sweeps=80, **QUIET)
+    assert devices((posterior.samples, posterior.history)) == {"cuda"}
+    for latent, shares in exact.probabilities.items():
+        found = posterior.probabilities(latent).cpu()
+        if name == "one_hot":  # probabilities of the entries, not of zero and one in each
+            shares = shares[..., 1]
+        seen = min(found.shape[-1], shares.shape[-1])
+        off = (found[..., :seen] - shares[..., :seen]).abs()
+        is_latent = ~case.args[1] if latent.endswith("_unobserved") else ...
+        assert float(off[is_latent].max()) < 0.03
 
 
 def test_masks_initial_values_and_missing_data():
