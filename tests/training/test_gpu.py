@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from resumable_runs import SETTINGS, assert_continues, run
@@ -48,6 +52,51 @@ def test_a_run_on_the_gpu_resumes_bit_for_bit(name, tmp_path):
     run(tmp_path / "stopped", name, ON_GPU, "--trainer.max_steps=7")
     last = tmp_path / "stopped" / "last.ckpt"
     assert_continues(whole, run(tmp_path / "stopped", name, ON_GPU, f"--ckpt_path={last}"))
+
+
+def test_a_run_of_a_convolutional_model_resumes_bit_for_bit(tmp_path):
+    images = np.random.default_rng(0).integers(256, size=(40, 3, 16, 16), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    model = {"latent_size": 4, "image_shape": [3, 16, 16], "likelihood": "normal"}
+    config = {
+        "model": {
+            "model": {"class_path": "dcpc.models.ConvolutionalGenerator", "init_args": model},
+            "num_particles": 2,
+            "guide": "encoder",
+            "start": {"warm_up_epochs": 1},
+        },
+        "data": {
+            "class_path": "dcpc.training.ArrayData",
+            "init_args": {
+                "folder": str(tmp_path),
+                "batch_size": 8,
+                "num_held_out": 8,
+            },
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def fit(folder: str, *options: str) -> dict[str, Any]:
+        path = tmp_path / folder
+        main(
+            [
+                "fit",
+                f"--config={tmp_path / 'config.json'}",
+                f"--trainer.default_root_dir={path}",
+                "--trainer.limit_val_batches=0",
+                "--trainer.max_epochs=4",
+                "--trainer.log_every_n_steps=1",
+                ON_GPU,
+                *options,
+            ]
+        )
+        return torch.load(path / "last.ckpt", weights_only=True)
+
+    whole = fit("whole")
+    fit("stopped", "--trainer.max_steps=10")
+    resumed = fit("stopped", f"--ckpt_path={tmp_path / 'stopped' / 'last.ckpt'}")
+    assert_continues(whole, resumed)
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_a_run_of_the_gpu_is_tested_predicted_and_read_on_the_cpu(tmp_path, capsys):
