@@ -249,6 +249,30 @@ def test_discrete_latents_have_the_probabilities_of_enumeration(name):
         assert float(off[is_latent].max()) < 0.03
 
 
+@pytest.mark.usefixtures("float64")
+def test_discrete_latents_are_summed_out_and_drawn_as_on_the_cpu():
+    def model(x):
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        with pyro.plate("components", 2):
+            loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(share), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc[z.long()], 1.0), obs=x)
+
+    x, engine = EFFECTS.double() / 10, DCPC(model, num_particles=20)
+    on_cpu, here = engine.bind(x), engine.bind(x.cuda())
+    state = here.init()
+    latents = {name: u.cpu() for name, u in state.latents.items()}
+    assert set(latents) == {"share", "loc"}
+    expected = on_cpu.density.log_joint(latents)
+    torch.testing.assert_close(here.log_joint(state).cpu(), expected)
+    drawn, probabilities = here.completed(state.latents)
+    assert drawn["z"].is_cuda
+    torch.testing.assert_close(probabilities["z"].cpu(), on_cpu.completed(latents)[1]["z"])
+    posterior = engine.run(x.cuda(), num_sweeps=10, **QUIET)
+    assert devices((posterior.samples, posterior.probabilities("z"))) == {"cuda"}
+
+
 def test_masks_initial_values_and_missing_data():
     x = torch.tensor([1.0, torch.nan, 3.0, torch.nan, 2.0]).cuda()
 
