@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from dcpc.errors import FileError
 
@@ -55,8 +56,9 @@ def write_tensors(content: Mapping[str, Any], path: str | Path) -> None:
     """Writes a dictionary with `torch.save`, so that the file is there as a whole or as it was.
 
     It is written into a file beside the target, which it then replaces; both survive a crash of the
-    machine. Tensors go to the disk one by one, without a copy of all in memory. A view takes all
-    that it was cut from along: copy it first.
+    machine. Tensors go to the disk one by one, without a copy of all in memory, but for those of an
+    accelerator: a machine without one is to read them. A view takes all that it was cut from along:
+    copy it first.
 
     Args:
         content: What `torch.load(..., weights_only=True)` reads: tensors, numbers, strings, and
@@ -72,7 +74,7 @@ def write_tensors(content: Mapping[str, Any], path: str | Path) -> None:
         _check_space(content, target)
         with _replacing(target) as file:
             _allocate(file, num_bytes(content))
-            torch.save(content, file)
+            torch.save(_on_cpu(content), file)
             file.truncate()
     except (OSError, RuntimeError) as error:
         raise FileError(_describe(_cause(error), content, path)) from error
@@ -234,6 +236,13 @@ def describe_misfit(parameters: Mapping[str, Tensor], module: nn.Module) -> str 
                 "this model"
             )
     return None
+
+
+def _on_cpu(content: Any) -> Any:
+    tensors = [value for _, value in entries(content) if isinstance(value, Tensor)]
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return content
+    return pytree.tree_map_only(Tensor, Tensor.cpu, content)
 
 
 @contextmanager

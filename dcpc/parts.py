@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from dcpc.conquer import DualAveraging, Move, Preconditioner
@@ -22,6 +23,13 @@ class Adaptation:
 
     preconditioner: dict[str, Tensor]
     step_size: dict[str, Tensor]
+
+    def to(self, device: torch.device) -> Adaptation:
+        """The state on a device."""
+        return Adaptation(
+            {name: value.to(device) for name, value in self.preconditioner.items()},
+            {name: value.to(device) for name, value in self.step_size.items()},
+        )
 
 
 @dataclass(frozen=True)

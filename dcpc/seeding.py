@@ -59,6 +59,8 @@ def random_state() -> dict[str, Tensor]:
 def continued(state: Mapping[str, Tensor]) -> Iterator[None]:
     """A block of code that goes on from a random state; an empty one draws from the global ones.
 
+    States of devices that this machine lacks are left out.
+
     Raises:
         ThreadError: Another thread is in such a block, or in an inference.
     """
@@ -68,7 +70,7 @@ def continued(state: Mapping[str, Tensor]) -> Iterator[None]:
     with random_state_kept():
         torch.set_rng_state(state["cpu"].cpu())
         for device, generator in state.items():
-            if device != "cpu":
+            if device != "cpu" and torch.device(device).index < torch.cuda.device_count():
                 torch.cuda.set_rng_state(generator.cpu(), device)
         yield
 

@@ -16,7 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from dcpc.divide import Arguments, Density, Division, Reference, prior_particles
-from dcpc.divide.handlers import layers, quiet, transform_of
+from dcpc.divide.handlers import layers, running, transform_of
 from dcpc.divide.model import Model, constrained_shapes, unconstrain
 from dcpc.divide.program import map_particles
 from dcpc.divide.unit import sum_to_plates
@@ -94,7 +94,7 @@ def _unconstrained(
     tensors = {}
     for name, value in values.items():
         try:
-            tensor = torch.as_tensor(value)
+            tensor = torch.as_tensor(value, device=division.program.example[name].device)
         except (TypeError, ValueError, RuntimeError):
             raise OptionError(
                 f"initial_values['{name}'] must be a tensor or a number, got {value!r}"
@@ -152,7 +152,7 @@ def draw_from_guide(
     args, kwargs = arguments.rebuild(arguments.tensors)
 
     def draw(_: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad(), pyro.validation_enabled(False):
+        with torch.no_grad(), running(guide, args, kwargs):
             trace = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
             missing = set(division.latents) - set(trace.nodes)
             if missing:
@@ -174,7 +174,8 @@ def draw_from_guide(
             terms.append(_by_cell(log_det, division))
         return {**drawn, "_log_guide": torch.stack(torch.broadcast_tensors(*terms)).sum(0)}
 
-    guide(*args, **kwargs)  # an autoguide sets itself up in its first call
+    with running(guide, args, kwargs):
+        guide(*args, **kwargs)  # an autoguide sets itself up in its first call
     latents = map_particles(draw, torch.zeros(num_particles))
     log_guide = latents.pop("_log_guide")
     return SweepState(latents, LogWeights(torch.zeros_like(log_guide)), log_guide)
@@ -189,7 +190,7 @@ def guide_refusal(guide: Model, division: Division, arguments: Arguments) -> str
     one.
     """
     args, kwargs = arguments.rebuild(arguments.tensors)
-    with torch.no_grad(), random_state_kept(), quiet(), pyro.validation_enabled(False):
+    with torch.no_grad(), random_state_kept(), running(guide, args, kwargs):
         guide(*args, **kwargs)  # an autoguide sets itself up in its first call
         nodes: dict[str, Any] = pyro.poutine.trace(guide).get_trace(*args, **kwargs).nodes
     random = {

@@ -22,6 +22,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)  # the tensors are small, and test processes share the cores
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what needs a CUDA device where there is none."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def clean_pyro():
     """An empty parameter store, seeded generators, and the default dtype put back."""

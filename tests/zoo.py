@@ -36,11 +36,10 @@ class Case:
 
 
 def data(*shape: int) -> Tensor:
-    """Fixed data in the default dtype."""
+    """Fixed data in the default dtype, on the default device."""
     generator = torch.Generator().manual_seed(17)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(
-        torch.get_default_dtype()
-    )
+    values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return values.to(torch.get_default_device(), torch.get_default_dtype())
 
 
 def chain():
@@ -88,7 +87,9 @@ def eight_schools():
 
 def deep_generative():
     torch.manual_seed(3)
-    hidden, decoder = nn.Linear(2, 3), nn.Linear(3, 4)
+    with torch.device("cpu"):  # the same weights on every device
+        hidden, decoder = nn.Linear(2, 3), nn.Linear(3, 4)
+    hidden, decoder = (layer.to(torch.get_default_device()) for layer in (hidden, decoder))
 
     def model(x):
         pyro.module("hidden", hidden)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dcpc.divide.doubled import double_precision, doubled
 from dcpc.divide.graph import SiteGraph
-from dcpc.divide.handlers import TensorObservations, Undetached, quiet
+from dcpc.divide.handlers import TensorObservations, Undetached, running
 from dcpc.divide.masking import filled_value
 from dcpc.divide.model import Latents, Model
 from dcpc.divide.program import Arguments, Program
@@ -152,7 +152,7 @@ class _Joint:
         """Change of the joint by element, and the size of the terms in it."""
         changes, sizes = [], []
         for unit in group.units:
-            change = size = torch.zeros(group.plate_shape, dtype=torch.float64)
+            change = size = torch.zeros(group.plate_shape, dtype=torch.float64, device="cpu")
             for name in self.graph.factors(unit.sites):
                 site, frames = self.program.sites[name], before.frames[name]
                 scale = self.scale(unit)
@@ -211,7 +211,7 @@ def _plain_terms(
     """The terms of the joint by an ordinary run of the model, for one particle."""
     args, kwargs = arguments.rebuild(arguments.tensors)
     values = _AtUnconstrained(latents)
-    with quiet(), pyro.validation_enabled(False):
+    with running(model, args, kwargs):
         traced = pyro.poutine.trace(values(TensorObservations()(model)))
         trace = traced.get_trace(*args, **kwargs)
         nodes: dict[str, Any] = trace.nodes

@@ -326,7 +326,7 @@ def _capture(
     """
     tensors = arguments.tensors
     particles = prior_particles(model, sites, arguments, NUM_EXAMPLES)
-    rows = torch.arange(num_particles) % NUM_EXAMPLES
+    rows = torch.arange(num_particles, device="cpu") % NUM_EXAMPLES
     example = {name: u[rows] for name, u in particles.items()}
     program = _build_program(model, sites, arguments, example, backend, summed_out)
     if isinstance(program, GraphProgram):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from dcpc.divide.masking import element_mask, layers, masked, masked_log_prob
 from dcpc.divide.supports import draw, log_density, transform_of
@@ -267,6 +269,31 @@ def _nested(fn: Any) -> Iterator[Any]:
     for part in list(vars(fn).values()):
         if isinstance(part, torch.distributions.Distribution):
             yield from _nested(part)
+
+
+@contextmanager
+def running(model: Any, args: tuple, kwargs: dict, *, validates: bool = False) -> Iterator[None]:
+    """A run of a program: without Pyro's warnings, and on the device that its data are on.
+
+    What the program makes of plain numbers (`Normal(0.0, 1.0)`, `torch.zeros(3)`) is on the
+    accelerator of its arguments or parameters, if they are on one.
+
+    Args:
+        model: The Pyro program.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        validates: Whether distributions check their parameters and values.
+    """
+    with quiet(), pyro.validation_enabled(validates), accelerator_of(model, args, kwargs):
+        yield
+
+
+def accelerator_of(model: Any, args: tuple, kwargs: dict) -> AbstractContextManager[Any]:
+    """A block of code that makes tensors on the accelerator of a program, if it has one."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    devices = (tensor.device for tensor in (*tensors, *parameters))
+    return next((device for device in devices if device.type != "cpu"), nullcontext())
 
 
 @contextmanager

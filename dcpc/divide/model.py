@@ -20,7 +20,7 @@ from dcpc.divide.handlers import (
     Substitute,
     is_random,
     mean_of,
-    quiet,
+    running,
     transform_of,
 )
 from dcpc.divide.sites import Site
@@ -60,7 +60,7 @@ def log_factors_and_masks(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The log-factors, and for the latents `masked` which batch elements their densities have."""
     substitute = Substitute(latents, sites, masked)
-    with substitute, quiet(), pyro.validation_enabled(False):
+    with substitute, running(model, args, kwargs):
         model(*args, **kwargs)
     missing = [name for name in sites if name not in substitute.log_factors]
     if missing:
@@ -80,7 +80,7 @@ def sample_prior(
 
     Flat priors are replaced by a uniform distribution of half-width `handlers.INITIAL_RADIUS`.
     """
-    with torch.no_grad(), quiet(), pyro.validation_enabled(False), drawing():
+    with torch.no_grad(), running(model, args, kwargs), drawing():
         draws = Draw()
         draws(InitialiseFlat()(Substitute(given or {}, None)(model)))(*args, **kwargs)
         return draws.unconstrained
@@ -89,7 +89,7 @@ def sample_prior(
 def constrain(model: Model, latents: Latents, args: tuple, kwargs: dict) -> dict[str, Tensor]:
     """Constrained values `T(u)` of one particle's latents, and its deterministic values."""
     substitute = Substitute(latents, None)
-    with torch.no_grad(), quiet(), pyro.validation_enabled(False), substitute:
+    with torch.no_grad(), running(model, args, kwargs), substitute:
         model(*args, **kwargs)
     return substitute.values
 
@@ -98,7 +98,7 @@ def observation_means(
     model: Model, latents: Latents, args: tuple, kwargs: dict
 ) -> dict[str, Tensor]:
     """Means of the observed sites' distributions given one particle's latents."""
-    with torch.no_grad(), quiet(), pyro.validation_enabled(False):
+    with torch.no_grad(), running(model, args, kwargs):
         substituted = pyro.poutine.trace(Substitute(latents, None)(model))
         trace = substituted.get_trace(*args, **kwargs)
         return {
@@ -112,7 +112,7 @@ def unconstrain(
     model: Model, values: Latents, args: tuple, kwargs: dict, names: set[str]
 ) -> dict[str, Tensor]:
     """Unconstrained values `T^-1(z)` of one particle's constrained latents."""
-    with torch.no_grad(), quiet(), pyro.validation_enabled(False):
+    with torch.no_grad(), running(model, args, kwargs):
         substituted = pyro.poutine.condition(model, data=dict(values))
         trace = pyro.poutine.trace(InitialiseFlat()(substituted)).get_trace(*args, **kwargs)
         return {
@@ -126,7 +126,7 @@ def constrained_shapes(
     model: Model, args: tuple, kwargs: dict, names: Collection[str]
 ) -> dict[str, tuple[torch.Size, Any]]:
     """Shapes of latents' constrained values, and their supports, in one run of the model."""
-    with torch.no_grad(), quiet(), pyro.validation_enabled(False):
+    with torch.no_grad(), running(model, args, kwargs):
         trace = pyro.poutine.trace(InitialiseFlat()(model)).get_trace(*args, **kwargs)
         nodes: dict[str, Any] = trace.nodes
         return {

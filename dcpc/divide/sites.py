@@ -24,6 +24,7 @@ from dcpc.divide.handlers import (
     layers,
     plate_scale,
     quiet,
+    running,
 )
 from dcpc.divide.masking import is_masked, selected
 from dcpc.divide.supports import transform_of
@@ -158,11 +159,13 @@ def read_sites(
 
     Raises:
         ModelError: A latent's support has no bijection to the reals, or is a discrete one that is
-            not known or depends on a latent, or there are no latents, or no observations.
+            not known or depends on a latent, or there are no latents, or no observations, or
+            latents and observations on different devices.
         DataError: An observed value that is not masked out is NaN, or lies outside its
             distribution's support.
     """
     nodes = _nodes(model, args, kwargs, handler)
+    _check_devices(nodes)
     again = cache(lambda: [_nodes(model, args, kwargs) for _ in range(NUM_RUNS)])
     with torch.no_grad(), quiet():
         for site in nodes.values():
@@ -190,9 +193,26 @@ def _nodes(
 ) -> dict[str, Any]:
     """The messages of one ordinary run of the program, by site."""
     handler = TensorObservations() if handler is None else handler
-    with torch.no_grad(), quiet(), pyro.validation_enabled(True):
+    with torch.no_grad(), running(model, args, kwargs, validates=True):
         handled = pyro.poutine.trace(InitialiseFlat()(handler(model)))
         return handled.get_trace(*args, **kwargs).nodes
+
+
+def _check_devices(nodes: Mapping[str, Any]) -> None:
+    """Latents on the CPU do not meet data on an accelerator: one number may, particles may not."""
+    places = {
+        name: (msg["value"].device, msg["is_observed"])
+        for name, msg in nodes.items()
+        if is_random(msg) and isinstance(msg["value"], Tensor)
+    }
+    latent = next((n for n, (at, seen) in places.items() if at.type == "cpu" and not seen), None)
+    other = next((n for n, (at, _) in places.items() if at.type != "cpu"), None)
+    if latent is not None and other is not None:
+        raise ModelError(
+            f"the model has site '{latent}' on cpu and site '{other}' on {places[other][0]}; pass "
+            "the data as arguments, which a model of plain numbers follows, make its constants on "
+            "the same device, or call torch.set_default_device"
+        )
 
 
 def _check_some(sites: Mapping[str, Site]) -> None:

@@ -77,6 +77,7 @@ LIGHTNING_REMARKS = (
     ".*callbacks used to create the checkpoint need to be provided",
     ".*Checkpoint directory .* exists and is not empty",
     ".*The dirpath has changed from",
+    "GPU available but not used",
     r"\s*By default only one JsonargparseDeprecationWarning",
     r"(?s).* was deprecated in v4\.\d+\.\d+ and will\s+be\s+removed\s+in\s+v5",
 )
@@ -147,6 +148,13 @@ class TrainingCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
+        """Sets what the whole process has one of: threads, and how convolutions are computed.
+
+        By default a GPU rounds their factors to TF32, ten binary digits, and may sum them in
+        another order every time: densities would be off, and runs would not resume bit for bit.
+        """
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
         num_threads = self.config[self.subcommand].num_threads
         if num_threads is not None:
             torch.set_num_threads(num_threads)

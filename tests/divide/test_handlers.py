@@ -5,7 +5,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from dcpc.divide import read_sites
+from dcpc.divide.handlers import accelerator_of, running
 from dcpc.divide.model import sample_prior
+from dcpc.errors import ModelError
 
 PRIORS = [
     dist.Exponential(1.0),
@@ -32,3 +35,33 @@ def test_an_extreme_uniform_variate_is_no_infinite_latent(
     monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.full(*a, extreme, **k))
     draws = torch.vmap(lambda _: sample_prior(model, (), {}), randomness="different")(torch.ones(2))
     assert bool(draws["z"].isfinite().all())
+
+
+# The device `meta`, which every machine has, stands for an accelerator in the following.
+
+
+@pytest.mark.parametrize("where", ["argument", "keyword", "parameter"])
+def test_a_program_makes_tensors_where_its_data_or_parameters_are(where: str) -> None:
+    data = {"x": torch.zeros(2, device="meta"), "y": 1.0}
+    model = torch.nn.Linear(2, 2, device="meta" if where == "parameter" else "cpu")
+    args, kwargs = ((data,) if where == "argument" else ()), (data if where == "keyword" else {})
+    with running(model, args, kwargs):
+        assert dist.Normal(0.0, 1.0).loc.device.type == "meta"
+        assert torch.zeros(3).device.type == "meta"
+    assert torch.zeros(3).device.type == "cpu"
+
+
+def test_a_program_on_the_cpu_leaves_the_default_device_alone() -> None:
+    with torch.device("meta"), accelerator_of(torch.zeros, (torch.zeros(1, device="cpu"),), {}):
+        assert torch.zeros(3).device.type == "meta"
+
+
+def test_data_that_are_elsewhere_than_the_latents_are_refused_by_name() -> None:
+    x = torch.zeros((), device="meta")
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ModelError, match=r"'z' on cpu and site 'x' on meta; pass the data as arg"):
+        read_sites(model, (), {})

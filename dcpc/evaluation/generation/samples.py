@@ -10,7 +10,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from dcpc.divide.handlers import Substitute, is_random, mean_of, transform_of
+from dcpc.divide.handlers import Substitute, is_random, mean_of, running, transform_of
 from dcpc.divide.model import Model
 from dcpc.errors import DataError, OptionError
 from dcpc.seeding import seeded
@@ -50,8 +50,8 @@ def decode(
 
     Args:
         model: A Pyro program of `x`.
-        latents: Unconstrained values `(N, *event)` by site. The others are drawn from their
-            conditional distributions, top down.
+        latents: Unconstrained values `(N, *event)` by site, on any device. The others are drawn
+            from their conditional distributions, top down.
         x: Data to match in number, shape, type and device; their values do not matter.
         seed: Seed of the draws; the global random state is left as it was.
         at_means: Whether the other latents take their conditional means instead.
@@ -60,12 +60,13 @@ def decode(
         OptionError: A value that is no latent of the model, or of another shape.
         DataError: No observed site of the model is `x`.
     """
+    latents = {name: u.to(x.device) for name, u in latents.items()}
     program = Substitute(latents, None)(pyro.poutine.uncondition(model))
     if at_means:
         program = _AtMeans()(program)
     if latents:
         _check(model, latents, x)
-    with seeded(seed), torch.no_grad(), pyro.validation_enabled(False):
+    with seeded(seed), torch.no_grad(), running(model, (x,), {}):
         nodes = pyro.poutine.trace(program).get_trace(x).nodes
     observed: dict[str, Any] = {n: site for n, site in nodes.items() if _was_observed(site)}
     return Decoded(
@@ -119,7 +120,7 @@ def latent_shapes(model: Model, x: Tensor) -> dict[str, torch.Size]:
 
     Runs the model once; the values of `x` do not matter, and the global random state stays.
     """
-    with seeded(0), torch.no_grad(), pyro.validation_enabled(False):
+    with seeded(0), torch.no_grad(), running(model, (x,), {}):
         nodes = pyro.poutine.trace(pyro.poutine.uncondition(model)).get_trace(x).nodes
     return {
         name: transform_of(site["fn"]).inv(site["value"]).shape

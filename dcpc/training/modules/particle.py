@@ -134,6 +134,8 @@ class ParticleModule(GenerativeModule):
     def on_train_start(self) -> None:
         """Opens the particle store, with the checkpoint's particles if there are any."""
         super().on_train_start()
+        # Checkpoints are read on the CPU.
+        self.adaptation = {name: kept.to(self.device) for name, kept in self.adaptation.items()}
         self.store = self._open_store()
         for is_turn in (self.trainer.is_global_zero, not self.trainer.is_global_zero):
             if is_turn and self._saved_particles is not None:
