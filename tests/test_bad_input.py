@@ -95,22 +95,70 @@ def test_support_without_a_bijection_is_refused():
     )
 
 
-@pytest.mark.parametrize(
-    "prior", [dist.Bernoulli(0.5), dist.Poisson(3.0), dist.Categorical(torch.ones(3))]
-)
-def test_discrete_latent_is_refused_for_now(prior):
+def test_support_that_depends_on_a_latent_is_refused():
     def model(x):
-        z = pyro.sample("switch", prior)
-        pyro.sample("x", dist.Normal(z.float(), 1.0), obs=x)
+        n = pyro.sample("n", dist.Poisson(5.0))
+        k = pyro.sample("k", dist.Binomial(n, torch.tensor(0.5)))
+        pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+    refused(ModelError, "'k'", "discrete", "depends on another latent", of=lambda: run(model, X))
+
+
+def test_scaled_prior_of_a_discrete_latent_is_refused():
+    def model(x):
+        with pyro.poutine.scale(scale=0.5):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    refused(ModelError, "'z'", "discrete", "handler", "pyro.factor", of=lambda: run(model, X))
+
+
+def test_block_of_discrete_and_continuous_latents_is_refused():
+    def model(x):
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        loc = pyro.sample("loc", dist.Normal(z, 1.0))
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
     refused(
-        ModelError,
-        "'switch'",
-        "discrete",
-        type(prior).__name__,
-        "MixtureSameFamily",
-        of=lambda: run(model, X),
+        OptionError,
+        r"\['z'\]",
+        "continuous",
+        "block",
+        of=lambda: run(model, X, blocks=[("z", "loc")]),
     )
+
+
+def test_initial_value_of_a_discrete_latent_is_refused():
+    def model(x):
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    engine = DCPC(model, num_particles=4)
+    refused(
+        OptionError,
+        "'z'",
+        "discrete",
+        "leave it out",
+        of=lambda: engine.run(X, initial_values={"z": 1.0}, progress=False),
+    )
+
+
+def test_mask_that_does_not_fit_is_refused():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3), pyro.poutine.mask(mask=torch.tensor([True, False])):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(3))
+
+    refused(DataError, "'x'", r"\(2,\)", r"\(3,\)", of=lambda: run(model, X))
+
+
+def test_category_outside_of_the_support_is_refused():
+    def model(x):
+        p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Categorical(p), obs=torch.tensor([0, 3, 1]))
+
+    refused(DataError, "'x'", "Categorical", "3", of=lambda: run(model, X))
 
 
 def test_model_without_latents_is_refused():
