@@ -611,7 +611,7 @@ FAULTS = [
     Fault("what was summed out is drawn from the example",
           "everything |= group.unpack(drawn.value)", "pass"),
     Fault("steps on noisy scores inject all of the noise",
-          "injected = (due - step_size.squeeze(-1).square() * values)", "injected = (due + 0 * values)"),
+          "(due - step_size.squeeze(-1).square() * values)", "(due + 0 * values)"),
     Fault("latents of single data are not kept",
           "self._kept[name].index_copy_(axis, minibatch.index, state.latents[name])", "pass"),
     Fault("two threads infer at once",
