@@ -12,7 +12,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from dcpc.divide.supports.discrete import INTEGERS, ONE_HOT, DiscreteSupport
+from dcpc.divide.supports.discrete import ONE_HOT, DiscreteSupport
 
 if TYPE_CHECKING:
     from dcpc.posterior import Posterior
@@ -105,8 +105,8 @@ def _discrete_rows(posterior: Posterior, room: int) -> tuple[list[str], list[lis
 
 
 def _by_element(values: Tensor, support: DiscreteSupport, column: str) -> Tensor:
-    """A statistic of each element; of a vector's entries, the one that is known least."""
-    if support.kind == INTEGERS:
+    """A statistic of each element; of a one-hot vector, that of the entry known least."""
+    if support.kind != ONE_HOT:
         return values.double()
     values = values.double().nan_to_num(nan=math.inf if column == "ess_bulk" else -math.inf)
     return values.amin(-1) if column == "ess_bulk" else values.amax(-1)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import replace
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from discrete_models import Discrete, models
 from oracles import Enumerated, enumerate_posterior
 
-from dcpc import DCPC
+from dcpc import DCPC, Posterior
+from dcpc.errors import OptionError
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -86,3 +91,93 @@ def test_posterior_and_evidence_are_those_of_enumeration(case, algorithm):
 def masked(case: Discrete, name: str) -> torch.Tensor:
     """Elements that are data, and no part of the posterior."""
     return case.args[1] if name.endswith("_unobserved") else torch.tensor(False)
+
+
+# -- what users see --------------------------------------------------------------------------------
+
+
+def counts_and_categories(x):
+    p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+    m = pyro.sample("m", dist.Multinomial(4, p))
+    c = pyro.sample("c", dist.OneHotCategorical(p))
+    n = pyro.sample("n", dist.Poisson(3.0))
+    with pyro.plate("data", 3):
+        k = pyro.sample("k", dist.Categorical(p))
+        pyro.sample("x", dist.Normal(1.0 * k + n, 1.0), obs=x)
+    pyro.sample("y", dist.Normal(m, 1.0).to_event(1), obs=x)
+    pyro.sample("z", dist.Normal(c, 0.5).to_event(1), obs=x)
+
+
+@pytest.fixture(scope="module")
+def posterior():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x = torch.tensor([2.0, 1.0, 1.0])
+        engine = DCPC(counts_and_categories, num_particles=100)
+        return engine.run(x, num_sweeps=60, seed=0, progress=False)
+
+
+def test_a_summary_lists_modes_and_probabilities(posterior):
+    text = posterior.format_summary()
+    labels = ["m[0]", "m[1]", "m[2]", "c", "n", "k[0]", "k[1]", "k[2]"]
+    assert any({"mode", "probabilities"} <= set(line.split()) for line in text.splitlines())
+    found = {line.split()[0]: line.split()[1] for line in text.splitlines() if line[:1] in "mcnk"}
+    modes = [*posterior.mode("m").tolist(), posterior.mode("c").item(), posterior.mode("n").item()]
+    modes += posterior.mode("k").tolist()
+    assert [found[label] for label in labels] == [str(mode) for mode in modes]
+    assert "mean" not in "".join(line for line in text.splitlines() if line.startswith("k["))
+
+
+def test_probabilities_agree_with_the_draws(posterior):
+    """Within five standard errors of the frequencies of the kept draws."""
+    for name in ("n", "k"):
+        shares, mcse = posterior.probabilities(name), posterior.statistics()[name]["mcse"]
+        values = torch.arange(shares.shape[-1], dtype=torch.float32)
+        mean = (shares * values).sum(-1)
+        assert bool(((mean - posterior.mean()[name]).abs() < 5 * mcse + 1e-6).all())
+    for name in ("c", "m", "k"):
+        total = posterior.probabilities(name).sum(-1)
+        torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def test_a_posterior_with_discrete_latents_is_saved(posterior, tmp_path):
+    posterior.save(tmp_path / "posterior.pt")
+    again = Posterior.load(tmp_path / "posterior.pt")
+    assert again.format_summary() == posterior.format_summary()
+    assert torch.equal(again.probabilities("k"), posterior.probabilities("k"))
+
+
+def test_arviz_gets_integers(posterior):
+    assert posterior.to_arviz().posterior["k"].dtype == "int64"
+
+
+def test_probabilities_of_a_continuous_latent_are_refused(posterior):
+    with pytest.raises(OptionError, match=r"'p' is not a discrete latent.*'m', 'c', 'n', 'k'"):
+        posterior.probabilities("p")
+
+
+@pytest.mark.parametrize("algorithm", ["dcpc-paper", "pgd", "lpc", "mcpc", "pc", "ipc"])
+def test_inexact_presets_move_discrete_latents(algorithm):
+    """Without noise, to the most probable value: of `1.9 ~ N(2 z, 1)` that is one."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(2 * z, 1.0), obs=x)
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=x)
+
+    count = 1 if algorithm in ("mcpc", "pc", "ipc") else 400
+    engine = DCPC(model, num_particles=count, algorithm=algorithm)
+    problem = engine.bind(torch.tensor(1.9))
+    state = problem.init()
+    shares = []
+    for _ in range(20):
+        state, info = problem.sweep(state)
+        shares.append(info.probabilities["z"][1])
+    odds = 0.3 / 0.7 * math.exp(-0.5 * 0.1**2 + 0.5 * 1.9**2)
+    torch.testing.assert_close(shares[-1], torch.tensor(odds / (1 + odds)))
+    if algorithm in ("pc", "ipc"):
+        assert state.latents["z"].tolist() == [1.0]
+    elif count > 1:
+        found = float((state.log_weight.normalized() * state.latents["z"]).sum())
+        assert abs(found - odds / (1 + odds)) < 0.1
