@@ -121,7 +121,8 @@ def test_a_summary_lists_modes_and_probabilities(posterior):
     text = posterior.format_summary()
     labels = ["m[0]", "m[1]", "m[2]", "c", "n", "k[0]", "k[1]", "k[2]"]
     assert any({"mode", "probabilities"} <= set(line.split()) for line in text.splitlines())
-    found = {line.split()[0]: line.split()[1] for line in text.splitlines() if line[:1] in "mcnk"}
+    words = [line.split() for line in text.splitlines()]
+    found = {line[0]: line[1] for line in words if line and line[0] in labels}
     modes = [*posterior.mode("m").tolist(), posterior.mode("c").item(), posterior.mode("n").item()]
     modes += posterior.mode("k").tolist()
     assert [found[label] for label in labels] == [str(mode) for mode in modes]
