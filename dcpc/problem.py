@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 from dcpc.annealing import Annealed, Rung, anneal, spaced_ladder
 from dcpc.completion import complete
 from dcpc.divide import Arguments, Density, Division, constrained_particles
+from dcpc.divide.batches import in_batches
 from dcpc.divide.cache import Divisions
-from dcpc.divide.model import Model, observation_means
+from dcpc.divide.model import Latents, Model, observation_means
 from dcpc.divide.program import map_particles
 from dcpc.errors import DataError, EvidenceError, OptionError
 from dcpc.parts import Parts
@@ -238,8 +239,10 @@ class Problem:
 
         Latents that are summed out are drawn given the others.
         """
-        return constrained_particles(
-            self._divisions.model, self.arguments, self.completed(latents)[0]
+        model = self._divisions.model
+        return self._in_batches(
+            lambda batch: constrained_particles(model, self.arguments, batch),
+            self.completed(latents)[0],
         )
 
     def completed(
@@ -254,7 +257,7 @@ class Problem:
             All latents, and the conditional probabilities `(n K, *batch, *event, S)` of those that
             are summed out.
         """
-        return complete(self.division, self.density.tensors, latents)
+        return complete(self.division, self.density.tensors, latents, self.num_particles)
 
     @exclusive("Problem.observation_means")
     def observation_means(self, state: SweepState) -> dict[str, Tensor]:
@@ -268,8 +271,10 @@ class Problem:
         self._check_state(state)
         division, model = self.division, self._divisions.model
         args, kwargs = self.arguments.rebuild(self.arguments.tensors)
-        means = map_particles(
-            lambda latents: observation_means(model, latents, args, kwargs),
+        means = self._in_batches(
+            lambda batch: map_particles(
+                lambda latents: observation_means(model, latents, args, kwargs), dict(batch)
+            ),
             self.completed(state.latents)[0],
         )
         weights = state.log_weight.normalized()
@@ -308,6 +313,13 @@ class Problem:
         """Why particles from the guide have no proper weights; empty if they have."""
         assert self.guide is not None
         return guide_refusal(self.guide, self.division, self.arguments)
+
+    def _in_batches(
+        self, function: Callable[[Latents], dict[str, Tensor]], latents: Latents
+    ) -> dict[str, Tensor]:
+        """Values by plain runs of the model, for as many particles at once as the user allows."""
+        size = self._divisions.batch_size
+        return function(latents) if size is None else in_batches(function, latents, size=size)
 
     def _find(self, thorough: bool) -> Density:
         division = self._divisions.find(self.arguments, thorough=thorough)

@@ -33,7 +33,9 @@ def test_an_extreme_uniform_variate_is_no_infinite_latent(
         pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(()))
 
     monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.full(*a, extreme, **k))
-    draws = torch.vmap(lambda _: sample_prior(model, (), {}), randomness="different")(torch.ones(2))
+    draws = torch.vmap(lambda _: sample_prior(model, (), {}, ["z"]), randomness="different")(
+        torch.ones(2)
+    )
     assert bool(draws["z"].isfinite().all())
 
 

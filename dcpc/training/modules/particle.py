@@ -60,6 +60,10 @@ class ParticleModule(GenerativeModule):
         guide: A Pyro program, a torch module, that draws the same latents from a batch of data;
             `encoder` for the one that `model.encoder()` makes, null for none.
         num_particles: K, particles per datum.
+        particle_batch_size: Particles of a datum that the model is evaluated for at once, here and
+            on held-out data; null for all of them. The model's activations then take the memory of
+            so many particles, and the loss is evaluated once more in the backward pass; the draws
+            are the same, and the results up to rounding.
         algorithm: Preset of `DCPC`: dcpc, dcpc-smc, dcpc-paper, pgd, lpc, mcpc, pc or ipc.
         sweeps_per_step: Sweeps per batch and step of the parameters.
         step_size: Step size of the sweeps, or step sizes by algorithm; null, like an algorithm
@@ -88,6 +92,7 @@ class ParticleModule(GenerativeModule):
         model: nn.Module,
         guide: Guide = None,
         num_particles: int = 4,
+        particle_batch_size: int | None = None,
         algorithm: str = "dcpc",
         sweeps_per_step: int = 1,
         step_size: float | dict[str, float] | None = None,
@@ -101,7 +106,9 @@ class ParticleModule(GenerativeModule):
         learning_rate_schedule: LearningRateSchedule | None = None,
         store_folder: str | None = None,
     ) -> None:
-        super().__init__(model, guide, held_out, learning_rate, learning_rate_schedule)
+        super().__init__(
+            model, guide, held_out, learning_rate, learning_rate_schedule, particle_batch_size
+        )
         require_at_least("model.sweeps_per_step", sweeps_per_step, 1)
         if self.guide is None:
             start.check_guide()
@@ -115,6 +122,7 @@ class ParticleModule(GenerativeModule):
             model,
             self.guide,
             num_particles=num_particles,
+            particle_batch_size=particle_batch_size,
             algorithm=algorithm,
             move=move,
             correction=correction,
