@@ -27,7 +27,8 @@ STATE_KEY = "dcpc"
 PROCESS = 1_000_003
 """Keeps streams of other processes apart from those of other keys."""
 
-PRECISIONS = ("32-true", "64-true")
+DOUBLE = "64-true"
+PRECISIONS = ("32-true", DOUBLE)
 
 
 class MeasuredModule(LightningModule):
@@ -110,16 +111,22 @@ class MeasuredModule(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
     def setup(self, stage: str) -> None:
-        """Refuses precisions that captured programs are not certified in.
+        """Refuses precisions that captured programs are not certified in; applies the others.
+
+        Lightning would apply them only after it has loaded the weights of a checkpoint, and round
+        these to the model's precision before.
 
         Raises:
             OptionError: `trainer.precision` is neither single nor double.
         """
-        if str(self.trainer.precision) not in PRECISIONS:
+        precision = str(self.trainer.precision)
+        if precision not in PRECISIONS:
             raise OptionError(
                 f"trainer.precision must be one of {', '.join(PRECISIONS)}, got "
-                f"{str(self.trainer.precision)!r}: log-densities cancel in half precision"
+                f"{precision!r}: log-densities cancel in half precision"
             )
+        if precision == DOUBLE:
+            self.double()
 
     def on_train_start(self) -> None:
         has_guide = getattr(self, "guide", None) is not None

@@ -42,15 +42,24 @@ def assert_same(one: object, other: object, where: str = "") -> None:
         assert one == other, where
 
 
-@pytest.mark.parametrize("parts", [{}, {"move": "underdamped"}], ids=str)
+@pytest.mark.parametrize(
+    ("parts", "precision"),
+    [({}, "32-true"), ({"move": "underdamped"}, "32-true"), ({}, "64-true")],
+    ids=str,
+)
 def test_a_resumed_run_continues_bit_for_bit(
-    deep_module: Callable, images: type, trainer: Callable, tmp_path: Path, parts: dict
+    deep_module: Callable,
+    images: type,
+    trainer: Callable,
+    tmp_path: Path,
+    parts: dict,
+    precision: str,
 ) -> None:
     whole, first, second = Record(), Record(), Record()
 
     def fit(epochs: int, record: Record, **options: object) -> Trainer:
         torch.manual_seed(11 if not options else 99)  # the second process starts elsewhere
-        run = trainer(max_epochs=epochs, callbacks=[record])
+        run = trainer(max_epochs=epochs, callbacks=[record], precision=precision)
         module = deep_module(sweeps_per_step=2, **parts)
         run.fit(module, datamodule=images(batch_size=6), **options)
         return run
@@ -71,6 +80,40 @@ def test_a_resumed_run_continues_bit_for_bit(
     for run, checkpoint in zip((uninterrupted, resumed), checkpoints, strict=True):
         run.model.on_save_checkpoint(checkpoint)
     assert_same(*checkpoints)
+
+
+@pytest.mark.parametrize("algorithm", ["dcpc", "dcpc-smc", "dcpc-paper", "pgd", "lpc"])
+def test_training_does_not_depend_on_how_many_particles_are_evaluated_at_once(
+    deep_module: Callable, images: type, trainer: Callable, tmp_path: Path, algorithm: str
+) -> None:
+    """Five particles in batches of two, with an encoder; the resumed half has them all at once."""
+
+    def fit(epochs: int, record: Record, size: int | None, **options: object) -> Trainer:
+        torch.manual_seed(11)
+        run = trainer(max_epochs=epochs, callbacks=[record], precision="64-true")
+        module = deep_module(
+            guide="encoder",
+            algorithm=algorithm,
+            num_particles=5,
+            particle_batch_size=size,
+            sweeps_per_step=2,
+        )
+        run.fit(module, datamodule=images(batch_size=6), **options)
+        return run
+
+    whole, first, second = Record(), Record(), Record()
+    expected = fit(2, whole, None)
+    fit(1, first, 2).save_checkpoint(tmp_path / "half.ckpt")
+    resumed = fit(2, second, None, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert first.losses + second.losses == pytest.approx(whole.losses, rel=1e-10)
+    torch.testing.assert_close(
+        dict(resumed.model.state_dict()),
+        dict(expected.model.state_dict()),
+        rtol=1e-10,
+        atol=1e-10,
+    )
+    found, kept = (run.model.store.state_dict()["latents"] for run in (resumed, expected))
+    torch.testing.assert_close(found, kept, rtol=1e-10, atol=1e-10)
 
 
 def test_a_checkpoint_holds_the_particles_without_pickled_objects(
@@ -244,6 +287,7 @@ def test_unusable_checkpoints_are_told_apart(deep_module: Callable, tmp_path: Pa
     ("options", "message"),
     [
         ({"num_particles": 0}, "num_particles must be at least 1, got 0"),
+        ({"particle_batch_size": 0}, "particle_batch_size must be at least 1, got 0"),
         ({"sweeps_per_step": 0}, r"model\.sweeps_per_step must be at least 1, got 0"),
         ({"start": Start(2)}, r"model\.start\.warm_up_epochs=2 needs a guide .* model\.guide"),
         (
