@@ -225,7 +225,9 @@ class Until(Messenger):
         self._left = set(self.names)
         return super().__enter__()
 
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> bool:
+    def __exit__(  # type: ignore[override]
+        self, kind: Any, error: Any, traceback: Any
+    ) -> bool:
         super().__exit__(kind, error, traceback)
         return kind is _ReachedError
 

@@ -1,4 +1,4 @@
-"""Benchmark (h): peak memory and time of a training step by `particle_batch_size`.
+"""Benchmark (i): peak memory and time of a training step by `particle_batch_size`.
 
     python -m experiments.benchmarks.particle_batches
     python -m experiments.benchmarks.particle_batches --device cuda --num_particles 1024

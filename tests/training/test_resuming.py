@@ -118,6 +118,18 @@ def test_a_run_that_a_callback_stops_within_an_epoch_goes_on_as_if_it_had_not(
     assert_continues(whole(name), fit(name, "stopped", *SCHEDULER, link))
 
 
+def test_a_run_in_double_precision_goes_on_as_if_it_had_not_stopped(
+    fit: Callable, tmp_path: Path
+) -> None:
+    """Its weights are loaded into a model that was made in single precision."""
+    double = "--trainer.precision=64-true"
+    whole = fit("dcpc", "whole", double)
+    assert all(value.dtype == torch.float64 for value in whole["state_dict"].values())
+    fit("dcpc", "stopped", double, callback=Stopping(6))
+    link = f"--ckpt_path={tmp_path / 'stopped' / 'last.ckpt'}"
+    assert_continues(whole, fit("dcpc", "stopped", double, link))
+
+
 @pytest.mark.parametrize("name", ["dcpc", "ipc"])
 def test_a_run_that_has_its_steps_goes_on_as_if_it_had_more(
     name: str, fit: Callable, whole: Callable, tmp_path: Path
