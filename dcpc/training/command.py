@@ -163,6 +163,12 @@ class TrainingCLI(LightningCLI):
         """Parses, and checks what can be checked before anything is built."""
         self.config = parser.parse_args(args)
         options = self.config[self.config.subcommand]
+        if options.trainer.barebones:
+            raise OptionError(
+                "trainer.barebones: expected false, got true: it refuses logs, checkpoints and "
+                "progress bars, without which dcpc keeps and shows nothing; switch off what you "
+                "do not need by trainer.logger and trainer.enable_checkpointing"
+            )
         given = options.trainer.default_root_dir or _run_folder(options.config or [])
         folder = local_path("trainer.default_root_dir", given)
         options.trainer.default_root_dir = str(folder)

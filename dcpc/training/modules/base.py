@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal
@@ -31,7 +31,7 @@ DOUBLE = "64-true"
 PRECISIONS = ("32-true", DOUBLE)
 
 
-class MeasuredModule(LightningModule):
+class MeasuredModule(LightningModule, ABC):
     """Base class: something that learns, and is measured on data that it never saw.
 
     A checkpoint holds a seed and a step count, of which alone the randomness of every training
