@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,7 +17,14 @@ from dcpc.errors import OptionError
 from dcpc.parts import Adaptation
 from dcpc.training.data import EpochBatches
 
-__all__ = ["average", "check_strategy", "is_first_to_fail", "let_others_fail", "share"]
+__all__ = [
+    "average",
+    "check_strategy",
+    "is_first_process",
+    "is_first_to_fail",
+    "let_others_fail",
+    "share",
+]
 
 UNUSED = "ddp_find_unused_parameters_true"
 
@@ -68,6 +76,11 @@ def check_strategy(trainer: Trainer, has_guide: bool, averages_gradients: bool =
             "particles would be of other data in every epoch; use a LabelledData, with "
             "trainer.use_distributed_sampler false"
         )
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first of those that train, from when they are started on."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def num_processes() -> int:
