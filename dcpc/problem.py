@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from dcpc.errors import DataError, EvidenceError, OptionError
 from dcpc.parts import Parts
 from dcpc.presets import Algorithm
 from dcpc.progress import ProgressBar
+from dcpc.recombine import LogWeights
 from dcpc.start import (
     draw_from_guide,
     draw_from_prior,
@@ -96,6 +98,17 @@ class Problem:
         return self._at_rest(
             draw_from_guide(self.guide, self.division, self.arguments, self.num_particles)
         )
+
+    def blank(self) -> SweepState:
+        """A state of the shapes and types that particles have here, all of them at zero."""
+        shapes = self.division.program.example
+        latents = {
+            name: u.new_zeros((self.num_particles, *u.shape[1:])) for name, u in shapes.items()
+        }
+        dtype = reduce(torch.promote_types, (u.dtype for u in latents.values()))
+        like = next(iter(latents.values()))
+        zeros = like.new_zeros((self.num_particles, *self.division.population_shape), dtype=dtype)
+        return self._at_rest(SweepState(latents, LogWeights(zeros), zeros))
 
     @exclusive("Problem.sweep")
     def sweep(
