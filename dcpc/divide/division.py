@@ -388,9 +388,7 @@ def _is_split(graph: SiteGraph, unit: Members, plates: tuple[Plate, ...]) -> boo
     return set(plates) != set(graph.sites[unit[0]].plates)
 
 
-def _group(
-    units: Sequence[Unit], program: Program, graph: SiteGraph, population: int
-) -> UnitGroup:
+def _group(units: Sequence[Unit], program: Program, graph: SiteGraph, population: int) -> UnitGroup:
     kind = DiscreteGroup if graph.is_discrete(units[0].sites) else UnitGroup
     return kind(units, program, graph, population)
 

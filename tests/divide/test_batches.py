@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from discrete_models import models
 from oracles import plain_log_factors
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -153,6 +155,38 @@ def test_runs_with_evidence_do_not_depend_on_the_batches() -> None:
     one, other = (
         DCPC(decoder(), num_particles=8, particle_batch_size=size).run(
             x, num_sweeps=6, seed=2, progress=False
+        )
+        for size in (None, 3)
+    )
+    torch.testing.assert_close(other.samples, one.samples, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(other.history, one.history, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(other.log_evidence, one.log_evidence, rtol=1e-9, atol=1e-9)
+
+
+def summed(x: Tensor) -> None:
+    share = pyro.sample("share", dist.Beta(2.0, 2.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(share), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=x)
+
+
+DISCRETE = [(case.name, case.model, case.args, case.options) for case in models()]
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "options"),
+    [
+        *(pytest.param(*case, id=name) for name, *case in DISCRETE),
+        pytest.param(summed, (torch.tensor([0.3, 2.2, -0.4]),), {}, id="summed out"),
+    ],
+)
+@pytest.mark.usefixtures("float64")
+def test_draws_of_discrete_latents_do_not_depend_on_the_batches(
+    model: Callable, args: tuple, options: dict
+) -> None:
+    one, other = (
+        DCPC(model, num_particles=8, particle_batch_size=size, **options).run(
+            *args, num_sweeps=4, seed=2, progress=False
         )
         for size in (None, 3)
     )
