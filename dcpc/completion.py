@@ -12,7 +12,7 @@ from dcpc.divide import Density, Division
 
 
 def complete(
-    division: Division, tensors: Sequence[Tensor], latents: Mapping[str, Tensor]
+    division: Division, tensors: Sequence[Tensor], latents: Mapping[str, Tensor], count: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Draws the latents that a division sums out from their complete conditionals.
 
@@ -20,6 +20,7 @@ def complete(
         division: The division.
         tensors: Tensors among the model's arguments.
         latents: The other latents, unconstrained `(n K, *batch, *event)`.
+        count: K, for which values are drawn at a time.
 
     Returns:
         All latents, and the conditional probabilities `(n K, *batch, *event, S)` of the drawn ones.
@@ -27,7 +28,6 @@ def complete(
     whole = division.completion
     if whole is None:
         return dict(latents), {}
-    count = division.program.num_particles
     clouds = [
         _complete(
             whole, division.summed_out, tensors, {n: u[i : i + count] for n, u in latents.items()}
@@ -44,7 +44,8 @@ def _complete(
     whole: Division, names: Sequence[str], tensors: Sequence[Tensor], latents: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     count = len(next(iter(latents.values())))
-    start = {name: whole.program.example[name][:count] for name in names}
+    rows = torch.arange(count, device="cpu") % whole.program.num_particles
+    start = {name: whole.program.example[name][rows] for name in names}
     everything = {**latents, **start}
     probabilities: dict[str, Tensor] = {}
     density = Density(whole, tuple(tensors))

@@ -96,6 +96,9 @@ class DCPC:
         guide: A Pyro program (encoder, autoguide) over the same latents that the particles are
             drawn from, with proper weights, instead of annealing from the prior.
         num_particles: K.
+        particle_batch_size: Particles that the model is evaluated for at once: fewer take less
+            memory, and more time; None for all of them. The draws are the same, and the results up
+            to rounding.
         algorithm: A preset: `dcpc`, `dcpc-smc`, `sgld`, `dcpc-paper`, `pgd`, `lpc`, `mcpc`, `pc`,
             `ipc`.
         schedule: `sequential`, `coloured` or `joint`; None for the preset's.
@@ -121,6 +124,7 @@ class DCPC:
         guide: Model | None = None,
         *,
         num_particles: int,
+        particle_batch_size: int | None = None,
         algorithm: str = "dcpc",
         schedule: str | Schedule | None = None,
         move: str | Move | None = None,
@@ -137,10 +141,9 @@ class DCPC:
         refuse(unknown, "DCPC")
         if not callable(model):
             raise OptionError(f"model must be a Pyro program (a callable), got {model!r}")
-        if isinstance(num_particles, bool) or not isinstance(num_particles, int):
-            raise OptionError(f"num_particles must be an integer, got {num_particles!r}")
-        if num_particles < 1:
-            raise OptionError(f"num_particles must be at least 1, got {num_particles}")
+        _require_count("num_particles", num_particles)
+        if particle_batch_size is not None:
+            _require_count("particle_batch_size", particle_batch_size)
         self.model = model
         self.guide = guide
         self.num_particles = num_particles
@@ -165,6 +168,7 @@ class DCPC:
         self._divide = partial(
             Divisions,
             num_particles=num_particles,
+            batch_size=particle_batch_size,
             schedule=self.algorithm.schedule,
             blocks=self.blocks,
             backend=backend,
@@ -465,6 +469,13 @@ class DCPC:
         if self._posterior is None:
             raise OptionError("there is no posterior yet; call run(...) first")
         return self._posterior
+
+
+def _require_count(option: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise OptionError(f"{option} must be an integer, got {value!r}")
+    if value < 1:
+        raise OptionError(f"{option} must be at least 1, got {value}")
 
 
 __all__ = ["DCPC", "Units"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -11,13 +12,15 @@ from torch import Tensor
 from dcpc.annealing import Annealed, Rung, anneal, spaced_ladder
 from dcpc.completion import complete
 from dcpc.divide import Arguments, Density, Division, constrained_particles
+from dcpc.divide.batches import in_batches
 from dcpc.divide.cache import Divisions
-from dcpc.divide.model import Model, observation_means
+from dcpc.divide.model import Latents, Model, observation_means
 from dcpc.divide.program import map_particles
 from dcpc.errors import DataError, EvidenceError, OptionError
 from dcpc.parts import Parts
 from dcpc.presets import Algorithm
 from dcpc.progress import ProgressBar
+from dcpc.recombine import LogWeights
 from dcpc.start import (
     draw_from_guide,
     draw_from_prior,
@@ -95,6 +98,17 @@ class Problem:
         return self._at_rest(
             draw_from_guide(self.guide, self.division, self.arguments, self.num_particles)
         )
+
+    def blank(self) -> SweepState:
+        """A state of the shapes and types that particles have here, all of them at zero."""
+        shapes = self.division.program.example
+        latents = {
+            name: u.new_zeros((self.num_particles, *u.shape[1:])) for name, u in shapes.items()
+        }
+        dtype = reduce(torch.promote_types, (u.dtype for u in latents.values()))
+        like = next(iter(latents.values()))
+        zeros = like.new_zeros((self.num_particles, *self.division.population_shape), dtype=dtype)
+        return self._at_rest(SweepState(latents, LogWeights(zeros), zeros))
 
     @exclusive("Problem.sweep")
     def sweep(
@@ -238,8 +252,10 @@ class Problem:
 
         Latents that are summed out are drawn given the others.
         """
-        return constrained_particles(
-            self._divisions.model, self.arguments, self.completed(latents)[0]
+        model = self._divisions.model
+        return self._in_batches(
+            lambda batch: constrained_particles(model, self.arguments, batch),
+            self.completed(latents)[0],
         )
 
     def completed(
@@ -254,7 +270,7 @@ class Problem:
             All latents, and the conditional probabilities `(n K, *batch, *event, S)` of those that
             are summed out.
         """
-        return complete(self.division, self.density.tensors, latents)
+        return complete(self.division, self.density.tensors, latents, self.num_particles)
 
     @exclusive("Problem.observation_means")
     def observation_means(self, state: SweepState) -> dict[str, Tensor]:
@@ -268,8 +284,10 @@ class Problem:
         self._check_state(state)
         division, model = self.division, self._divisions.model
         args, kwargs = self.arguments.rebuild(self.arguments.tensors)
-        means = map_particles(
-            lambda latents: observation_means(model, latents, args, kwargs),
+        means = self._in_batches(
+            lambda batch: map_particles(
+                lambda latents: observation_means(model, latents, args, kwargs), dict(batch)
+            ),
             self.completed(state.latents)[0],
         )
         weights = state.log_weight.normalized()
@@ -308,6 +326,13 @@ class Problem:
         """Why particles from the guide have no proper weights; empty if they have."""
         assert self.guide is not None
         return guide_refusal(self.guide, self.division, self.arguments)
+
+    def _in_batches(
+        self, function: Callable[[Latents], dict[str, Tensor]], latents: Latents
+    ) -> dict[str, Tensor]:
+        """Values by plain runs of the model, for as many particles at once as the user allows."""
+        size = self._divisions.batch_size
+        return function(latents) if size is None else in_batches(function, latents, size=size)
 
     def _find(self, thorough: bool) -> Density:
         division = self._divisions.find(self.arguments, thorough=thorough)

@@ -16,7 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from dcpc.divide import Arguments, Density, Division, Reference, prior_particles
-from dcpc.divide.handlers import layers, running, transform_of
+from dcpc.divide.handlers import Until, layers, running, transform_of
 from dcpc.divide.model import Model, constrained_shapes, unconstrain
 from dcpc.divide.program import map_particles
 from dcpc.divide.unit import sum_to_plates
@@ -160,7 +160,8 @@ def draw_from_guide(
                     f"the guide does not sample latent site(s) {sorted(missing)}; it samples "
                     f"{list(trace.stochastic_nodes)}"
                 )
-            replayed = pyro.poutine.trace(pyro.poutine.replay(division.program.model, trace))
+            until_drawn = Until(division.latents)(division.program.model)
+            replayed = pyro.poutine.trace(pyro.poutine.replay(until_drawn, trace))
             nodes = replayed.get_trace(*args, **kwargs).nodes
             terms = [_log_density(trace, division)]
         drawn = {}

@@ -306,8 +306,7 @@ def loss(density: Density, state: SweepState) -> Tensor:
     the model apply, so that a plate that subsamples counts for the whole dataset.
     """
     latents = {name: u.detach() for name, u in state.latents.items()}
-    log_joint = density.division.over_population(density.log_factors(latents), scaled=True)
-    return -(state.log_weight.normalized() * log_joint).sum()
+    return -(state.log_weight.normalized() * density.learnable_log_joint(latents)).sum()
 
 
 def _take(evaluation: ScoredDensity, ancestors: Tensor) -> ScoredDensity:

@@ -26,6 +26,7 @@ class Divisions:
     Args:
         model: The Pyro program.
         num_particles: K.
+        batch_size: Particles that the model is evaluated for at once; None for all of them.
         schedule: Order in which units move.
         blocks: Latents to move jointly.
         backend: `auto`, `graph`, `vmap` or `loop`.
@@ -37,6 +38,7 @@ class Divisions:
         model: Model,
         num_particles: int,
         *,
+        batch_size: int | None = None,
         schedule: Schedule,
         blocks: Sequence[Sequence[str]] = (),
         backend: str = "auto",
@@ -44,6 +46,7 @@ class Divisions:
     ) -> None:
         self.model = model
         self.num_particles = num_particles
+        self.batch_size = batch_size
         self._schedule = schedule
         self._blocks = blocks
         self._backend = backend
@@ -81,7 +84,7 @@ class Divisions:
                 self.model,
                 arguments,
                 read_sites(self.model, *arguments.rebuild(arguments.tensors)),
-                self.num_particles,
+                min(self.batch_size or self.num_particles, self.num_particles),
                 schedule=self._schedule,
                 blocks=self._blocks,
                 backend=self._backend,

@@ -37,7 +37,7 @@ class Density:
 
     def log_factors(self, latents: Latents) -> Factors:
         """Tempered log-factors of all sites at `K` particles, each `(K, *batch_shape)`."""
-        return self._temper(self.division.log_factors(latents, self.tensors), latents)
+        return self.division.in_batches(self._log_factors, latents)
 
     def log_joint(self, latents: Latents) -> Tensor:
         """Log-density by population cell, `(K, *population)`, without gradients.
@@ -45,7 +45,21 @@ class Density:
         Where the population plate subsamples, a cell's density is that of its own datum.
         """
         with torch.no_grad():
-            return self.division.over_population(self.log_factors(latents))
+            return self.division.in_batches(
+                lambda batch: self.division.over_population(self._log_factors(batch)), latents
+            )
+
+    def learnable_log_joint(self, latents: Latents) -> Tensor:
+        """Log-density `(K, *population)` whose gradient reaches the model's parameters.
+
+        Where the population plate subsamples, a cell's density counts for the whole dataset.
+        Particles that are evaluated in batches are evaluated again in the backward pass.
+        """
+        return self.division.in_batches(
+            lambda batch: self.division.over_population(self._log_factors(batch), scaled=True),
+            latents,
+            recompute=True,
+        )
 
     def slope(self, latents: Latents) -> Tensor:
         """Derivative of the log-density in the temperature, `(K, *population)`.
@@ -53,12 +67,16 @@ class Density:
         The log-likelihood, plus the log-ratio of prior to reference of latents that have one.
         """
         ends = self.at(0.0), self.at(1.0)
-        with torch.no_grad():
-            factors = self.division.log_factors(latents, self.tensors)
+
+        def difference(batch: Latents) -> Tensor:
+            factors = self.division.log_factors(batch, self.tensors)
             start, end = (
-                self.division.over_population(density._temper(factors, latents)) for density in ends
+                self.division.over_population(density._temper(factors, batch)) for density in ends
             )
-        return end - start
+            return end - start
+
+        with torch.no_grad():
+            return self.division.in_batches(difference, latents)
 
     def evaluate_leading(self, latents: Latents) -> tuple[dict[str, ScoredDensity], Tensor]:
         """The groups that move first, evaluated where they are, and the log-density of everything.
@@ -74,10 +92,9 @@ class Density:
             evaluation = group.evaluate(group.pack(latents), latents, self.tensors, self.tempering)
             evaluations[group.name] = evaluation
             log_joint = log_joint + group.over_population(evaluation.log_density)
-        with torch.no_grad():
-            rest = self.division.log_factors_apart_from_leading(latents, self.tensors)
-            if rest:
-                log_joint = log_joint + self.division.over_population(self._temper(rest, latents))
+        if self.division.has_rest:
+            with torch.no_grad():
+                log_joint = log_joint + self.division.in_batches(self._log_rest, latents)
         return evaluations, log_joint
 
     def conditional(
@@ -110,6 +127,14 @@ class Density:
             or name in activity.flat
             or (sites[name].is_rescaled and activity.has_active(name))
         ]
+
+    def _log_factors(self, batch: Latents) -> Factors:
+        return self._temper(self.division.log_factors(batch, self.tensors), batch)
+
+    def _log_rest(self, batch: Latents) -> Tensor:
+        """Log-density of what the groups that move first do not touch."""
+        rest = self.division.log_factors_apart_from_leading(batch, self.tensors)
+        return self.division.over_population(self._temper(rest, batch))
 
     def _temper(self, factors: Factors, latents: Latents) -> Factors:
         return self.tempering.weigh(factors, latents, self.division.sites)

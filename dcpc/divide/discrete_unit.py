@@ -12,6 +12,7 @@ import networkx as nx
 import torch
 from torch import Tensor
 
+from dcpc.divide.batches import in_batches
 from dcpc.divide.graph import Members, SiteGraph
 from dcpc.divide.model import Latents
 from dcpc.divide.program import Program
@@ -215,15 +216,24 @@ class DiscreteGroup(UnitGroup):
         Returns:
             By unit and site, `(C, K, *plates)`.
         """
-        at_once = max(1, MAX_AT_ONCE // values[0].numel())
-        chunks = [
-            self._log_terms_at(chunk, latents, tensors, tempering)
-            for chunk in values.split(at_once)
-        ]
-        return [
-            {name: torch.cat([chunk[i][name] for chunk in chunks]) for name in chunks[0][i]}
-            for i in range(len(self.units))
-        ]
+
+        def by_particle(rows: Tensor, latents: Latents) -> list[dict[str, Tensor]]:
+            values = rows.movedim(1, 0)
+            at_once = max(1, MAX_AT_ONCE // values[0].numel())
+            chunks = [
+                self._log_terms_at(chunk, latents, tensors, tempering)
+                for chunk in values.split(at_once)
+            ]
+            return [
+                {
+                    name: torch.cat([c[i][name] for c in chunks]).movedim(0, 1)
+                    for name in chunks[0][i]
+                }
+                for i in range(len(self.units))
+            ]
+
+        terms = in_batches(by_particle, values.movedim(0, 1), latents, size=self._batch_size)
+        return [{name: value.movedim(1, 0) for name, value in term.items()} for term in terms]
 
     def _log_terms_at(
         self, values: Tensor, latents: Latents, tensors: Sequence[Tensor], tempering: Tempering

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dcpc.divide.activity import Activity, find_activity
+from dcpc.divide.batches import in_batches
 from dcpc.divide.certify import (
     certify_graph,
     certify_values,
@@ -79,6 +81,11 @@ class Division:
         rest = [name for name in program.sites if name not in leading]
         self._rest = program.select(rest) if rest else None
         self._active: tuple[DataIdentity, dict[str, Tensor], Activity] | None = None
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether there are factors that no unit of the schedule's first step touches."""
+        return self._rest is not None
 
     @property
     def sites(self) -> Sites:
@@ -174,15 +181,28 @@ class Division:
             for unit, number in zip(group.units, values[group.name].tolist(), strict=True)
         }
 
+    def in_batches(
+        self, function: Callable[[Latents], Any], latents: Latents, *, recompute: bool = False
+    ) -> Any:
+        """Values of a function of latents, by calls with as many particles as a program takes.
+
+        Args:
+            function: From the latents of one batch of particles to tensors by particle.
+            latents: Unconstrained latents `(K, *batch, *event)`.
+            recompute: Whether the backward pass evaluates a batch again, instead of keeping it.
+        """
+        return in_batches(function, latents, size=self.program.num_particles, recompute=recompute)
+
     def log_factors(self, latents: Latents, tensors: Sequence[Tensor]) -> Factors:
-        """Log-factors of all sites at `K` particles, each `(K, *batch_shape)`."""
+        """Log-factors of all sites at one batch of particles, each `(K, *batch_shape)`."""
         return self._whole(latents, tensors)
 
     def log_factors_apart_from_leading(
         self, latents: Latents, tensors: Sequence[Tensor]
     ) -> Factors:
-        """Log-factors that no unit of the schedule's first step touches."""
-        return self._rest(latents, tensors) if self._rest is not None else {}
+        """Log-factors, likewise, that no unit of the schedule's first step touches."""
+        assert self._rest is not None
+        return self._rest(latents, tensors)
 
     def over_population(self, factors: Factors, *, scaled: bool = False) -> Tensor:
         """Sum of log-factors by population cell, `(K, *population)`.
@@ -221,7 +241,7 @@ def divide(
         model: The Pyro program.
         arguments: Its arguments; the division serves all arguments of the same key.
         sites: Its sites, from `read_sites`.
-        num_particles: Size K of the particle axis.
+        num_particles: Particles that its programs take at once.
         schedule: Order in which units move.
         blocks: Latents to move jointly.
         backend: `"auto"`, `"graph"`, `"vmap"` or `"loop"`.

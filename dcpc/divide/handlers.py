@@ -203,6 +203,40 @@ class Draw(Messenger):
             self.unconstrained[msg["name"]] = transform_of(msg["fn"]).inv(msg["value"])
 
 
+class _ReachedError(Exception):
+    """All sites that a run was made for have been sampled."""
+
+
+class Until(Messenger):
+    """Ends a run of a program as soon as some sites have been sampled.
+
+    To draw latents, nothing after the last of them is needed; a decoder costs most of the memory.
+
+    Args:
+        names: The sites. A run in which one of them does not appear goes on to its end.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
+        self._left: set[str] = set()
+
+    def __enter__(self) -> Until:
+        self._left = set(self.names)
+        return super().__enter__()
+
+    def __exit__(  # type: ignore[override]
+        self, kind: Any, error: Any, traceback: Any
+    ) -> bool:
+        super().__exit__(kind, error, traceback)
+        return kind is _ReachedError
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self._left.discard(msg["name"])
+        if not self._left:
+            raise _ReachedError
+
+
 def is_random(msg: Any) -> bool:
     """A site with a density: not a deterministic, not a plate's subsample."""
     return msg["type"] == "sample" and not site_is_subsample(msg) and not is_deterministic(msg)

@@ -18,6 +18,7 @@ from dcpc.divide.handlers import (
     Draw,
     InitialiseFlat,
     Substitute,
+    Until,
     is_random,
     mean_of,
     running,
@@ -74,15 +75,24 @@ def log_factors_and_masks(
 
 
 def sample_prior(
-    model: Model, args: tuple, kwargs: dict, given: Latents | None = None
+    model: Model,
+    args: tuple,
+    kwargs: dict,
+    names: Collection[str],
+    given: Latents | None = None,
 ) -> dict[str, Tensor]:
-    """One ancestral sample of the latents, unconstrained; `given` ones have their values.
+    """One ancestral sample of the latents, unconstrained; the model runs as far as that takes.
 
     Flat priors are replaced by a uniform distribution of half-width `handlers.INITIAL_RADIUS`.
+
+    Args:
+        names: The latents.
+        given: Values that some of them have.
     """
     with torch.no_grad(), running(model, args, kwargs), drawing():
         draws = Draw()
-        draws(InitialiseFlat()(Substitute(given or {}, None)(model)))(*args, **kwargs)
+        start = Substitute(given or {}, None)
+        draws(InitialiseFlat()(start(Until(names)(model))))(*args, **kwargs)
         return draws.unconstrained
 
 

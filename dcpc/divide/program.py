@@ -389,7 +389,7 @@ def prior_particles(
 
     def draw(particle: dict[str, Tensor]) -> dict[str, Tensor]:
         known = {name: particle[name] for name in given or {}}
-        drawn = sample_prior(model, args, kwargs, known)
+        drawn = sample_prior(model, args, kwargs, sites.latents, known)
         return {name: drawn[name] for name in sites.latents}
 
     return map_particles(draw, {**(given or {}), "": torch.zeros(num_particles)})

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dcpc.divide.batches import in_batches
 from dcpc.divide.graph import Members, SiteGraph
 from dcpc.divide.model import Latents
 from dcpc.divide.program import Factors, Program
@@ -94,6 +95,7 @@ class UnitGroup:
         selected = {name for names in self._touched for name in names}
         self.touched = [name for name in graph.sites if name in selected]
         self._factors = program.select(self.touched, for_score=True)
+        self._batch_size = program.num_particles
         self.scales = {graph.sites[unit.sites[0]].scale for unit in units}
         self.is_subsampled = any(graph.sites[n].scale not in self.scales for n in self.touched)
 
@@ -147,10 +149,12 @@ class UnitGroup:
         Returns:
             `(K, *plates, n)`, up to a constant in `value`.
         """
-        terms = self.log_terms(value, latents, tensors, tempering)
-        densities = [sum_terms(by_site.values()) for by_site in terms]
-        stacked = torch.stack(densities, -1) if len(densities) > 1 else densities[0].unsqueeze(-1)
-        return stacked.to(value.dtype)  # data and other latents may have another precision
+        return in_batches(
+            lambda value, latents: self._log_density(value, latents, tensors, tempering),
+            value,
+            latents,
+            size=self._batch_size,
+        )
 
     def log_terms(
         self,
@@ -164,9 +168,11 @@ class UnitGroup:
         Returns:
             By unit and site, `(K, *plates)`.
         """
-        everything = {**latents, **self.unpack(value)}
-        return self.reduced(
-            tempering.weigh(self._factors(everything, tensors), everything, self._sites)
+        return in_batches(
+            lambda value, latents: self._log_terms(value, latents, tensors, tempering),
+            value,
+            latents,
+            size=self._batch_size,
         )
 
     def reduced(self, factors: Factors) -> list[dict[str, Tensor]]:
@@ -187,15 +193,37 @@ class UnitGroup:
         tempering: Tempering = POSTERIOR,
     ) -> ScoredDensity:
         """Log-density and its gradient with respect to the value, the prediction error."""
-        with torch.enable_grad():
-            leaf = value.detach().requires_grad_()
-            log_density = self.log_density(leaf, latents, tensors, tempering)
-            (score,) = torch.autograd.grad(log_density.sum(), leaf)
-        return ScoredDensity(log_density.detach(), score)
+
+        def evaluate(value: Tensor, latents: Latents) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                leaf = value.detach().requires_grad_()
+                log_density = self._log_density(leaf, latents, tensors, tempering)
+                (score,) = torch.autograd.grad(log_density.sum(), leaf)
+            return log_density.detach(), score
+
+        return ScoredDensity(*in_batches(evaluate, value, latents, size=self._batch_size))
 
     def over_population(self, value: Tensor) -> Tensor:
         """Sums `(K, *plates, n)` over the units and all but the population plates."""
         return value.flatten(1 + self.population).sum(-1)
+
+    def _log_density(
+        self, value: Tensor, latents: Latents, tensors: Sequence[Tensor], tempering: Tempering
+    ) -> Tensor:
+        """Log-densities of one batch of particles."""
+        terms = self._log_terms(value, latents, tensors, tempering)
+        densities = [sum_terms(by_site.values()) for by_site in terms]
+        stacked = torch.stack(densities, -1) if len(densities) > 1 else densities[0].unsqueeze(-1)
+        return stacked.to(value.dtype)  # data and other latents may have another precision
+
+    def _log_terms(
+        self, value: Tensor, latents: Latents, tensors: Sequence[Tensor], tempering: Tempering
+    ) -> list[dict[str, Tensor]]:
+        """Terms of the log-densities of one batch of particles."""
+        everything = {**latents, **self.unpack(value)}
+        return self.reduced(
+            tempering.weigh(self._factors(everything, tensors), everything, self._sites)
+        )
 
     def _reduce(self, factors: Factors, name: str, own_scale: float) -> Tensor:
         reduced = sum_to_plates(factors[name], self.plates)

@@ -20,6 +20,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch.multiprocessing import ProcessRaisedException
 
 from dcpc.errors import DCPCError, OptionError
 from dcpc.training.callbacks import (
@@ -38,6 +39,7 @@ from dcpc.training.modules import (
 )
 from dcpc.training.parser import ConfigParser, Threads, fail, narrow_types
 from dcpc.training.paths import local_path
+from dcpc.training.processes import is_first_to_fail, let_others_fail
 from dcpc.training.refusals import refusal
 from dcpc.training.signals import Signals
 
@@ -67,6 +69,9 @@ REFUSALS = (TypeError, ValueError, ImportError, MisconfigurationException)
 
 LOST_PROCESS = re.compile("Connection (closed|reset) by peer|NCCL|gloo", re.IGNORECASE)
 """Errors of torch where another process of a training does not answer any more."""
+
+REFUSED_ELSEWHERE = re.compile(r"^dcpc\.[\w.]+Error: (?P<message>.+)\s*\Z", re.MULTILINE)
+"""End of the traceback of a process that has refused something."""
 
 CONFIG_OPTIONS = ("--config", "-c")
 
@@ -163,6 +168,12 @@ class TrainingCLI(LightningCLI):
         """Parses, and checks what can be checked before anything is built."""
         self.config = parser.parse_args(args)
         options = self.config[self.config.subcommand]
+        if options.trainer.barebones:
+            raise OptionError(
+                "trainer.barebones: expected false, got true: it refuses logs, checkpoints and "
+                "progress bars, without which dcpc keeps and shows nothing; switch off what you "
+                "do not need by trainer.logger and trainer.enable_checkpointing"
+            )
         given = options.trainer.default_root_dir or _run_folder(options.config or [])
         folder = local_path("trainer.default_root_dir", given)
         options.trainer.default_root_dir = str(folder)
@@ -245,16 +256,28 @@ def main(args: Sequence[str] | None = None) -> None:
 def one_line_errors() -> Iterator[None]:
     """Makes bad input one line on standard error and exit status 2, for a command's whole run.
 
-    The death of another process is one line too, and exit status 1.
+    The death of another process is one line too, and exit status 1. Of several processes, the
+    first that fails speaks for all.
     """
     try:
         yield
+    except ProcessRaisedException as error:  # of a process that was forked or spawned
+        refused = REFUSED_ELSEWHERE.search(str(error))
+        if refused is None:
+            raise
+        fail(refused["message"])
     except RuntimeError as error:
         if not (distributed.is_initialized() and LOST_PROCESS.search(str(error))):
             raise
+        if is_first_to_fail() is False:
+            raise SystemExit(1) from error
         fail("another process of this training has died; go on from last.ckpt", status=1)
     except (DCPCError, OSError, MisconfigurationException) as error:
-        fail(str(error))
+        if not is_first_to_fail():
+            raise SystemExit(2) from error
+        print(f"dcpc: error: {error}", file=sys.stderr)
+        let_others_fail()
+        raise SystemExit(2) from error
 
 
 def _find_configs(arguments: Sequence[str]) -> list[str]:

@@ -39,11 +39,13 @@ REQUIRED = re.compile(r"the following arguments are required: (?P<keys>.+)")
 CLASSES = (
     re.compile(r"Problem with given class_path '(?P<path>[^']*)':\s+(?P<reason>[^\n]+)"),
     re.compile(r"Import path (?P<path>\S+) does not (?P<reason>correspond|implement)"),
-    re.compile(r"Expected an instantiatable class, but (?P<path>\S+) is (?:a )?(?P<reason>\w+)"),
+    re.compile(
+        r"Expected an instantiatable class, but (?:(?P<path>\S+) )?is (?:a )?(?P<reason>\w+)"
+    ),
 )
 """Class paths that name nothing, a class of another kind, or one that cannot be built."""
 KINDS = {
-    "abstract": "an abstract class",
+    "abstract": "an abstract class; name one that derives from it",
     "correspond": "a class of another kind",
     "implement": "a class of another kind",
     "protocol": "a protocol",
@@ -127,7 +129,8 @@ def _complaint(expected_type: Any, message: str) -> str:
     expected = f": expected {describe_type(expected_type)}"
     if found := next(filter(None, (pattern.search(message) for pattern in CLASSES)), None):
         reason = KINDS.get(found["reason"], found["reason"])
-        return f"{expected}, got '{found['path']}' ({reason})"
+        path = found["path"] or _given(message)
+        return f"{expected}, got '{path}' ({reason})"
     text = _given(message)
     if text is None:
         return f"{expected} ({' '.join(KEYED.sub('', message).split())})"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 
@@ -15,9 +17,22 @@ from dcpc.errors import OptionError
 from dcpc.parts import Adaptation
 from dcpc.training.data import EpochBatches
 
-__all__ = ["average", "check_strategy", "share"]
+__all__ = [
+    "average",
+    "check_strategy",
+    "is_first_process",
+    "is_first_to_fail",
+    "let_others_fail",
+    "share",
+]
 
 UNUSED = "ddp_find_unused_parameters_true"
+
+FAILURES = "dcpc_failures"
+"""Key of the number of processes that have failed."""
+
+PATIENCE = 10.0
+"""Seconds for which the first process stays, after it has failed, for others to do so too."""
 
 
 def check_strategy(trainer: Trainer, has_guide: bool, averages_gradients: bool = True) -> None:
@@ -63,10 +78,40 @@ def check_strategy(trainer: Trainer, has_guide: bool, averages_gradients: bool =
         )
 
 
+def is_first_process() -> bool:
+    """Whether this process is the first of those that train, from when they are started on."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def num_processes() -> int:
     """Number of processes that train together."""
     is_one = not (distributed.is_available() and distributed.is_initialized())
     return 1 if is_one else distributed.get_world_size()
+
+
+def is_first_to_fail() -> bool | None:
+    """Whether no other process of the training has asked this before; None if nobody can say.
+
+    The processes count in the store by which torch connects them. The first process keeps it, so
+    that nobody can say once that one has ended.
+    """
+    if num_processes() == 1:
+        return True
+    try:
+        return distributed.distributed_c10d._get_default_store().add(FAILURES, 1) == 1
+    except RuntimeError:
+        return None
+
+
+def let_others_fail() -> None:
+    """Ends what others wait for from the first process, and lets them ask `is_first_to_fail`."""
+    if num_processes() == 1 or distributed.get_rank() > 0 or distributed.get_backend() != "gloo":
+        return
+    store, total = distributed.distributed_c10d._get_default_store(), num_processes()
+    distributed.destroy_process_group()
+    until = time.monotonic() + PATIENCE
+    while store.add(FAILURES, 0) < total and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def share(data: Tensor) -> float:

@@ -8,6 +8,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from dcpc.training.processes import is_first_process
+
 __all__ = ["Signals"]
 
 HANDLED = tuple(
@@ -18,18 +20,21 @@ HANDLED = tuple(
 class Signals:
     """Notes SIGTERM, SIGINT and SIGHUP for as long as the block of code lasts.
 
-    While nobody waits for them, the first one ends the process by `SystemExit`. The exit status is
-    the shell's, 128 plus the signal's number. Only the main thread may handle signals; in any other
-    one this does nothing.
+    While nobody waits for them, the first one ends the process by `SystemExit`, and a line says so.
+    The exit status is the shell's, 128 plus the signal's number. Only the main thread may handle
+    signals; in any other one this does nothing.
 
     Attributes:
         received: The first signal; None before.
         are_awaited: Whether somebody looks at `received` and stops in time.
+        have_saved: Whether the run has saved a checkpoint.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.are_awaited = False
+        self.have_saved = False
+        self._ended_at_once = False
         self._before: dict[int, Any] = {}
 
     @property
@@ -51,10 +56,15 @@ class Signals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._ended_at_once and is_first_process():
+            assert self.received is not None
+            when = "after the last checkpoint" if self.have_saved else "before anything was saved"
+            print(f"stopped by {self.received.name} {when}")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             os._exit(128 + number)
         self.received = signal.Signals(number)
         if not self.are_awaited:
+            self._ended_at_once = True
             raise SystemExit(self.exit_status)

@@ -40,8 +40,8 @@ class StoreError(DCPCError):
 class ParticleStore:
     """Particles of `num_data` data: latents, weights, and the log-joint that the weights refer to.
 
-    The files are made at the first write, when shapes are known, and take their space on the disk
-    at once. What outlives a run is the checkpoint, which holds `state_dict()`.
+    The files are made when shapes are known, by `reserve` or at the first write, and take their
+    space on the disk at once. What outlives a run is the checkpoint, which holds `state_dict()`.
 
     Processes on one machine may share a store: each reads and writes its own data.
 
@@ -50,6 +50,7 @@ class ParticleStore:
             left there is removed.
         num_data: Number of data, N.
         shared: The own folder of another process's store, to be shared with it.
+        checkpoints: Where checkpoints go, which need as much space again; None for `folder`.
 
     Attributes:
         folder: The store's own folder. It disappears with the store that made it, or when that is
@@ -59,8 +60,15 @@ class ParticleStore:
         StoreError: `folder` cannot be written.
     """
 
-    def __init__(self, folder: str | Path, num_data: int, shared: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        num_data: int,
+        shared: str | Path | None = None,
+        checkpoints: str | Path | None = None,
+    ) -> None:
         self.num_data = num_data
+        self.checkpoints = Path(folder if checkpoints is None else checkpoints)
         self._own: weakref.finalize | None = None
         if shared is None:
             try:
@@ -77,6 +85,19 @@ class ParticleStore:
         self._log_weight = self._log_joint = torch.empty(0)
         self._visited = self._map("visited", (num_data,), torch.bool)
         self._fits_model = False
+
+    def reserve(self, state: SweepState, axes: Mapping[str, int]) -> None:
+        """Makes the files for particles such as these, unless they are there.
+
+        Args:
+            state: Particles of some data.
+            axes: By latent, the axis of its value that runs over the data.
+
+        Raises:
+            StoreError: The disk is too small for the particles, or for a checkpoint of them.
+        """
+        if self._log_weight.numel() == 0:
+            self._create(state, axes)
 
     def read(
         self, index: Tensor, draw: Callable[[], SweepState], axes: Mapping[str, int]
@@ -124,8 +145,7 @@ class ParticleStore:
             StoreError: As `read`; or the disk is too small.
         """
         index = self._check_index(index)
-        if self._log_weight.numel() == 0:
-            self._create(state, axes)
+        self.reserve(state, axes)
         self._check(state, axes)
         if not _is_finite(state):
             usable = _usable(state, axes)
@@ -223,11 +243,11 @@ class ParticleStore:
         shape = (self.num_data, *joint.shape)
         self._log_weight = self._map("log_weight", shape, joint.dtype)
         self._log_joint = self._map("log_joint", shape, joint.dtype)
-        needed, free = self._num_bytes(), shutil.disk_usage(self.folder).free
+        needed, free = self._num_bytes(), shutil.disk_usage(self.checkpoints).free
         if free < needed:
             raise StoreError(
                 f"a checkpoint of the particles needs {needed / 1e6:,.0f} MB, but the disk of "
-                f"'{self.folder}' has {free / 1e6:,.0f} MB left; lower model.num_particles or "
+                f"'{self.checkpoints}' has {free / 1e6:,.0f} MB left; lower model.num_particles or "
                 "choose another trainer.default_root_dir"
             )
 
@@ -254,6 +274,8 @@ class ParticleStore:
         """Some rows of a file's tensor, in a file of their own, or the tensor if these are all."""
         if len(rows) == len(value):
             return value
+        if len(rows) == 0:
+            return torch.empty((0, *value.shape[1:]), dtype=value.dtype)
         if not self.folder.exists():  # the store has been closed
             return value[rows]
         path = self.folder / f"compact-{value.data_ptr()}.bin"

@@ -43,6 +43,10 @@ class Visit:
         """Stores the particles."""
         self.store.write(self.index, state, self.axes)
 
+    def reserve(self, state: SweepState) -> None:
+        """Takes the space of all data's particles on the disk, given those of the batch."""
+        self.store.reserve(state, self.axes)
+
 
 class TiedVisit(Visit):
     """A batch whose data share one density, as under batch normalisation, and so one weight."""
@@ -55,6 +59,9 @@ class TiedVisit(Visit):
     def keep(self, state: SweepState) -> None:
         """Stores the particles, every datum's with the weights of the batch."""
         super().keep(self._spread(state))
+
+    def reserve(self, state: SweepState) -> None:
+        super().reserve(self._spread(state))
 
     def _spread(self, state: SweepState) -> SweepState:
         num_data = len(self.index)

@@ -33,7 +33,9 @@ def test_an_extreme_uniform_variate_is_no_infinite_latent(
         pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(()))
 
     monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.full(*a, extreme, **k))
-    draws = torch.vmap(lambda _: sample_prior(model, (), {}), randomness="different")(torch.ones(2))
+    draws = torch.vmap(lambda _: sample_prior(model, (), {}, ["z"]), randomness="different")(
+        torch.ones(2)
+    )
     assert bool(draws["z"].isfinite().all())
 
 
@@ -65,3 +67,27 @@ def test_data_that_are_elsewhere_than_the_latents_are_refused_by_name() -> None:
 
     with pytest.raises(ModelError, match=r"'z' on cpu and site 'x' on meta; pass the data as arg"):
         read_sites(model, (), {})
+
+
+def test_prior_draws_run_a_model_as_far_as_its_last_latent() -> None:
+    """They are those of the whole program, in whatever contexts it ends."""
+    decoded = []
+
+    def model() -> None:
+        with pyro.plate("n", 3):
+            top = pyro.sample("top", dist.Gamma(2.0, 1.0))
+            z = pyro.sample("z", dist.Normal(top, 1.0))
+            decoded.append(z.exp())
+            pyro.sample("x", dist.Normal(decoded[-1], 1.0), obs=torch.zeros(3))
+
+    def draw(names: list[str]) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        return sample_prior(model, (), {}, names)
+
+    whole = draw(["top", "z", "absent"])  # a site that never comes: the model runs to its end
+    assert len(decoded) == 1
+    early = draw(["top", "z"])
+    assert len(decoded) == 1
+    assert early.keys() == whole.keys() == {"top", "z"}
+    assert all(torch.equal(early[name], whole[name]) for name in whole)
+    assert pyro.poutine.runtime._PYRO_STACK == []

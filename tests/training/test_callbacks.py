@@ -178,7 +178,7 @@ def test_the_monitor_needs_no_tensorboard(
 class Regression(GenerativeModule):
     """Learns without particles: the shift is the data's mean."""
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+    def learn(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return (batch[0].flatten(1) - self.model.shift).square().mean()
 
 

@@ -252,6 +252,14 @@ def test_an_optimizer_and_a_schedule_can_be_given(command: Callable, tmp_path: P
         (["--model.model.class_path=experiments.nowhere.Model"], "experiments.nowhere.Model"),
         (["--data=nowhere.Data"], "nowhere.Data"),
         (["--model.num_particles=0"], "num_particles must be at least 1, got 0"),
+        (
+            ["--model.particle_batch_size=-1"],
+            r"model\.particle_batch_size must be at least 1, got -1\n$",
+        ),
+        (
+            ["--model.particle_batch_size=1.5"],
+            r"model\.particle_batch_size: expected a whole number or null, got 1\.5\n$",
+        ),
         (["--model.algorithm=sgd"], "unknown algorithm 'sgd'"),
         (["--num_threads=0"], "num_threads"),
         (["--data.batch_size=0"], "data.batch_size must be at least 1, got 0"),

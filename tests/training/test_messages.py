@@ -107,6 +107,13 @@ def test_the_mistakes_cover_every_shipped_config() -> None:
         ("model.step_size", {"pgd": -1}, "model.step_size.pgd: .* positive number, got -1.0"),
         ("model.class_path", "dcpc.training.DigitsData", "model: .* of another kind.*"),
         ("data.class_path", "dcpc.training.LabelledData", "data: .* abstract.*"),
+        (
+            "model.class_path",
+            "dcpc.training.modules.GenerativeModule",
+            "model: expected .*, got 'dcpc.training.modules.GenerativeModule' "
+            r"\(an abstract class; name one that derives from it\)",
+        ),
+        ("model.class_path", "dcpc.training.modules.MeasuredModule", "model: .* abstract class.*"),
         ("model.model.class_path", "dcpc.nowhere.Model", "model.model: .*'dcpc.nowhere.Model'.*"),
         ("model.model.class_path", "torch.optim.Adam", "model.model: .* of another kind.*"),
         ("data", "nowhere.Data", "data: expected a class_path .*'nowhere.Data'.*"),
@@ -123,6 +130,7 @@ def test_the_mistakes_cover_every_shipped_config() -> None:
         ("trainer.max_steps", None, "trainer.max_steps: expected a whole number, got null"),
         ("trainer.accelerator", "tpuu", "trainer.accelerator: .*'tpuu'.*"),
         ("trainer.devices", 0, "trainer.devices: .*0.*"),
+        ("trainer.barebones", True, "trainer.barebones: expected false, got true: it refuses .*"),
         ("trainer.max_time", "soon", "trainer.max_time: .*'soon'.*"),
         ("trainer.limit_val_batches", -1, "trainer.limit_val_batches: .*-1.*"),
         (
@@ -166,6 +174,7 @@ def test_a_wrong_value_of_a_layer_is_one_line(
         (["--optimizer=SGD", "--optimizer.lr=-1"], "optimizer.lr: .*-1.0"),
         (["--optimizer=SGD", "--optimizer.momentu=1"], ".*did you mean 'optimizer.momentum'.*"),
         (["--trainer.max_epocs=3"], "trainer.max_epocs: .*did you mean 'trainer.max_epochs'.*"),
+        (["--model=GenerativeModule"], "model: .*, got 'GenerativeModule' .an abstract class; .*"),
         (["--config="], "--config: there is no file ''"),
         (["--ckpt_path=s3://runs/last.ckpt"], "--ckpt_path .*'s3://runs/last.ckpt'"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -194,6 +195,34 @@ def test_one_of_two_processes_that_is_killed_ends_the_run(tmp_path: Path) -> Non
     more = f"--trainer.max_epochs={done['epoch'] + 2}"
     resumed = run(tmp_path / "again", "dcpc", more, f"--ckpt_path={link.resolve()}")
     assert resumed["epoch"] == done["epoch"] + 1
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "ddp",
+        pytest.param("ddp_fork", marks=pytest.mark.slow),
+        pytest.param("ddp_spawn", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--model.guide=encoder"], "trainer.strategy: with model.guide, some steps leave .*"),
+        (["--model.store_folder=/dev/null/x"], "the particle store cannot write to .*"),
+    ],
+    ids=["by all", "by the first"],
+)
+def test_a_refusal_is_one_line_of_one_process(
+    strategy: str, options: list[str], line: str, tmp_path: Path
+) -> None:
+    process = start(tmp_path, "--trainer.devices=2", f"--trainer.strategy={strategy}", *options)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    errors = re.findall(r"^dcpc: error: (.*)$", err, re.MULTILINE)
+    assert len(errors) == 1
+    assert re.fullmatch(line, errors[0])
+    assert strategy != "ddp" or "Traceback" not in err
 
 
 def test_processes_have_random_numbers_of_their_own(

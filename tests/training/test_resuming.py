@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,18 @@ def test_a_run_that_a_callback_stops_within_an_epoch_goes_on_as_if_it_had_not(
     assert_continues(whole(name), fit(name, "stopped", *SCHEDULER, link))
 
 
+def test_a_run_in_double_precision_goes_on_as_if_it_had_not_stopped(
+    fit: Callable, tmp_path: Path
+) -> None:
+    """Its weights are loaded into a model that was made in single precision."""
+    double = "--trainer.precision=64-true"
+    whole = fit("dcpc", "whole", double)
+    assert all(value.dtype == torch.float64 for value in whole["state_dict"].values())
+    fit("dcpc", "stopped", double, callback=Stopping(6))
+    link = f"--ckpt_path={tmp_path / 'stopped' / 'last.ckpt'}"
+    assert_continues(whole, fit("dcpc", "stopped", double, link))
+
+
 @pytest.mark.parametrize("name", ["dcpc", "ipc"])
 def test_a_run_that_has_its_steps_goes_on_as_if_it_had_more(
     name: str, fit: Callable, whole: Callable, tmp_path: Path
@@ -154,3 +167,31 @@ def test_an_interrupt_from_the_keyboard_saves_too(fit: Callable, tmp_path: Path)
     saved = torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)
     assert saved["dcpc"]["num_steps"] == 3
     assert not list((tmp_path / "stopped").rglob("particles-*"))
+
+
+@pytest.mark.parametrize(
+    ("hook", "number", "status", "line"),
+    [
+        ("setup", signal.SIGTERM, 143, "stopped by SIGTERM before anything was saved"),
+        ("on_validation_start", signal.SIGINT, 130, "stopped by SIGINT before anything was saved"),
+        ("on_train_end", signal.SIGHUP, 129, "stopped by SIGHUP after step 15, epoch 3; go on .*"),
+        ("on_fit_end", signal.SIGHUP, 129, "stopped by SIGHUP after the last checkpoint"),
+    ],
+)
+def test_a_signal_while_nothing_is_learned_is_one_line(
+    hook: str,
+    number: int,
+    status: int,
+    line: str,
+    fit: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """While the model is set up or first measured, or when all was saved."""
+    callback = Callback()
+    setattr(callback, hook, lambda *_, **__: os.kill(os.getpid(), number))
+    assert exit_status(lambda: fit("dcpc", "stopped", callback=callback)) == status
+    said = capsys.readouterr()
+    assert re.fullmatch(line, said.out.splitlines()[-1])
+    assert "Traceback" not in said.err
+    assert (tmp_path / "stopped" / "last.ckpt").exists() == (hook in ("on_train_end", "on_fit_end"))

@@ -111,6 +111,7 @@ def complete(
     seed: int = 0,
     intensity_range: IntensityRange = (0.0, 1.0),
     batch_size: int = BATCH_SIZE,
+    particle_batch_size: int | None = None,
 ) -> Completion:
     """Infers latents by annealing on the visible pixels, and predicts the hidden ones.
 
@@ -126,6 +127,8 @@ def complete(
         seed: Seed of the annealing.
         intensity_range: The data's intensities of black and of white.
         batch_size: Images completed at once.
+        particle_batch_size: Particles of an image that the model is evaluated for at once; None for
+            all of them.
 
     Raises:
         ModelError: The likelihood does not factor over the pixels.
@@ -133,7 +136,9 @@ def complete(
         OptionError: A mask of another shape or type, or that hides nothing of an image.
     """
     visible = _checked_mask(visible, x)
-    inference = held_out_inference(MaskedModel(model), num_particles)
+    inference = held_out_inference(
+        MaskedModel(model), num_particles, particle_batch_size=particle_batch_size
+    )
     means, ess = [], []
     with gradients_allowed():
         shown = torch.where(visible, x, intensity_range[0])

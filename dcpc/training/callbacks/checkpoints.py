@@ -46,6 +46,8 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.signals.are_awaited = False
+        if self._is_signalled(trainer):  # since the last epoch's end
+            self._exit(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self._is_signalled(trainer):
@@ -70,6 +72,7 @@ class RunCheckpoint(Checkpoint):
         folder = trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir)
         self.path = Path(folder) / "checkpoints" / NAME
         trainer.save_checkpoint(self.path)
+        self.signals.have_saved = True
         if trainer.is_global_zero:
             _link(self.link(trainer), self.path)
 

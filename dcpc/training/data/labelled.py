@@ -25,6 +25,9 @@ __all__ = [
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
+AT_ONCE = 1024
+"""Data that are fetched at once for the sake of their labels."""
+
 
 def check_finite(batch: Batch) -> None:
     """Checks that a batch's data are finite.
@@ -51,6 +54,11 @@ class LabelledSet(Dataset[Batch], ABC):
     @abstractmethod
     def __getitems__(self, index: Sequence[int]) -> Batch:
         """The data of a batch, their labels, and `index` itself."""
+
+    def all_labels(self) -> Tensor:
+        """Labels of all data, `(N,)`; by fetching these, where a set knows no shorter way."""
+        parts = torch.arange(len(self)).split(AT_ONCE)
+        return torch.cat([self.__getitems__(part.tolist())[1] for part in parts])
 
     def first(self, count: int) -> Batch:
         """The first `count` data as one batch, or all there are."""
@@ -103,6 +111,9 @@ class TensorSet(LabelledSet):
 
     def __len__(self) -> int:
         return len(self.tensors[0])
+
+    def all_labels(self) -> Tensor:
+        return self.tensors[1]
 
     def __getitems__(self, index: Sequence[int]) -> Batch:
         rows = torch.as_tensor(index)

@@ -69,6 +69,9 @@ class PixelSet(LabelledSet):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def all_labels(self) -> Tensor:
+        return self.labels[self.rows]
+
     def __getitems__(self, index: Sequence[int]) -> Batch:
         indices = torch.as_tensor(index)
         rows = self.rows[indices]

@@ -33,6 +33,8 @@ class AmortisedModule(GenerativeModule):
         learning_rate_schedule: `cosine` lowers the rate to zero over the run, by
             `trainer.max_epochs`, `trainer.max_steps` or `trainer.max_time`, whichever is nearest;
             null keeps it.
+        particle_batch_size: Particles of a held-out datum that the model is evaluated for at once;
+            null for all of them.
 
     Raises:
         OptionError: A number out of range, or a model without an encoder of its own.
@@ -46,8 +48,11 @@ class AmortisedModule(GenerativeModule):
         held_out: HeldOut = HeldOut(),
         learning_rate: float = 1e-3,
         learning_rate_schedule: LearningRateSchedule | None = None,
+        particle_batch_size: int | None = None,
     ) -> None:
-        super().__init__(model, guide, held_out, learning_rate, learning_rate_schedule)
+        super().__init__(
+            model, guide, held_out, learning_rate, learning_rate_schedule, particle_batch_size
+        )
         require_at_least("model.num_samples", num_samples, 1)
         self.num_samples = num_samples
 

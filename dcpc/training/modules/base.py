@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal
@@ -27,10 +27,11 @@ STATE_KEY = "dcpc"
 PROCESS = 1_000_003
 """Keeps streams of other processes apart from those of other keys."""
 
-PRECISIONS = ("32-true", "64-true")
+DOUBLE = "64-true"
+PRECISIONS = ("32-true", DOUBLE)
 
 
-class MeasuredModule(LightningModule):
+class MeasuredModule(LightningModule, ABC):
     """Base class: something that learns, and is measured on data that it never saw.
 
     A checkpoint holds a seed and a step count, of which alone the randomness of every training
@@ -110,16 +111,22 @@ class MeasuredModule(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
     def setup(self, stage: str) -> None:
-        """Refuses precisions that captured programs are not certified in.
+        """Refuses precisions that captured programs are not certified in; applies the others.
+
+        Lightning would apply them only after it has loaded the weights of a checkpoint, and round
+        these to the model's precision before.
 
         Raises:
             OptionError: `trainer.precision` is neither single nor double.
         """
-        if str(self.trainer.precision) not in PRECISIONS:
+        precision = str(self.trainer.precision)
+        if precision not in PRECISIONS:
             raise OptionError(
                 f"trainer.precision must be one of {', '.join(PRECISIONS)}, got "
-                f"{str(self.trainer.precision)!r}: log-densities cancel in half precision"
+                f"{precision!r}: log-densities cancel in half precision"
             )
+        if precision == DOUBLE:
+            self.double()
 
     def on_train_start(self) -> None:
         has_guide = getattr(self, "guide", None) is not None

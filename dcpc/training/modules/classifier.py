@@ -63,15 +63,19 @@ class ClassifierModule(MeasuredModule):
         self._is_right: list[Tensor] = []
 
     def setup(self, stage: str) -> None:
-        """Predicts a datum, so that data which do not fit the network are an error at once.
+        """Looks at the labels, and predicts a datum: data that do not fit are an error at once.
 
         Raises:
-            DataError: The network takes data of another size.
+            DataError: The network takes data of another size, or has no class of a label.
         """
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, LabelledData) or data.held_out_set is None:
             return
+        if stage != "predict":  # which does not look at labels
+            for name, part in (("training", data.training_set), ("held-out", data.held_out_set)):
+                if part is not None:
+                    self._check_labels(part.all_labels(), torch.arange(len(part)), name)
         x = data.held_out_set.first(1)[0]
         try:
             with random_state_kept():
@@ -89,7 +93,8 @@ class ClassifierModule(MeasuredModule):
 
     def learn(self, batch: Batch) -> None:
         """Lets the rule learn from a batch."""
-        x, labels, _ = batch
+        x, labels, index = batch
+        self._check_labels(labels, index, "training")
         # Lightning's wrapper has an optimiser's methods, and counts its steps.
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         learned = self.rule.learn(self.network, self._input(x), self._targets(labels), optimizer)
@@ -138,11 +143,22 @@ class ClassifierModule(MeasuredModule):
     def _input(self, x: Tensor) -> Tensor:
         return x.flatten(1) if self.flatten else x
 
-    def _targets(self, labels: Tensor) -> Tensor:
+    def _check_labels(self, labels: Tensor, index: Tensor, name: str) -> None:
+        """Refuses labels that are no class, naming the first one and its datum."""
+        wrong = (labels < 0) | (labels >= self.num_classes)
+        if not bool(wrong.any()):
+            return
+        first = int(wrong.nonzero()[0])
         highest = int(labels.max())
-        if highest >= self.num_classes:
-            raise DataError(
-                f"the data have a label {highest}, but model.num_classes is {self.num_classes}; "
-                f"raise it to {highest + 1}, and the size of the network's output with it"
-            )
+        fix = (
+            "number the classes from 0"
+            if int(labels[first]) < 0
+            else f"raise it to {highest + 1}, and the size of the network's output with it"
+        )
+        raise DataError(
+            f"datum {int(index[first])} of the {name} set has the label {int(labels[first])}, but "
+            f"model.num_classes is {self.num_classes}; {fix}"
+        )
+
+    def _targets(self, labels: Tensor) -> Tensor:
         return F.one_hot(labels, self.num_classes).to(self.network.weights()[0].dtype)

@@ -80,6 +80,8 @@ class GenerativeModule(MeasuredModule):
         learning_rate_schedule: `cosine` lowers the rate to zero over the run, by
             `trainer.max_epochs`, `trainer.max_steps` or `trainer.max_time`, whichever is nearest;
             null keeps it.
+        particle_batch_size: Particles of a datum that the model is evaluated for at once; null for
+            all of them.
 
     Attributes:
         evaluations: Evaluations of the last round over the held-out data.
@@ -98,12 +100,16 @@ class GenerativeModule(MeasuredModule):
         held_out: HeldOut = HeldOut(),
         learning_rate: float = 1e-3,
         learning_rate_schedule: LearningRateSchedule | None = None,
+        particle_batch_size: int | None = None,
     ) -> None:
         super().__init__(learning_rate, learning_rate_schedule)
         self.model = model
         self.guide = _own_encoder(model) if guide == "encoder" else guide
         self.held_out = held_out
-        self.held_out_inference = held_out_inference(model, held_out.num_particles)
+        self.particle_batch_size = particle_batch_size
+        self.held_out_inference = held_out_inference(
+            model, held_out.num_particles, particle_batch_size=particle_batch_size
+        )
         self.intensity_range = (0.0, 1.0)
         self.evaluations: list[Evaluation] = []
         self._estimates: dict[str, list[Tensor]] = {}
@@ -188,6 +194,7 @@ class GenerativeModule(MeasuredModule):
                 bottom_half(x.shape[1:]),
                 num_particles=self.held_out.num_particles,
                 num_temperatures=self.held_out.test_temperatures,
+                particle_batch_size=self.particle_batch_size,
                 seed=batch_idx,
                 intensity_range=self.intensity_range,
             )

@@ -23,14 +23,15 @@ from dcpc.recombine.correction import Correction
 from dcpc.sweep import SweepInfo, SweepState
 from dcpc.training.checkpoint import CheckpointError
 from dcpc.training.contents import describe_difference
-from dcpc.training.data import Batch
+from dcpc.training.data import Batch, EpochBatches, check_finite
+from dcpc.training.divergence import failures_told
 from dcpc.training.modules.base import STATE_KEY, LearningRateSchedule
 from dcpc.training.modules.generative import GenerativeModule, Guide, HeldOut
 from dcpc.training.modules.warm_start import Start, guide_objective
 from dcpc.training.paths import local_path
 from dcpc.training.processes import average, share
 from dcpc.training.store import ParticleStore
-from dcpc.training.visits import TiedVisit, visit
+from dcpc.training.visits import TiedVisit, Visit, visit
 
 __all__ = ["ParticleModule"]
 
@@ -60,6 +61,10 @@ class ParticleModule(GenerativeModule):
         guide: A Pyro program, a torch module, that draws the same latents from a batch of data;
             `encoder` for the one that `model.encoder()` makes, null for none.
         num_particles: K, particles per datum.
+        particle_batch_size: Particles of a datum that the model is evaluated for at once, here and
+            on held-out data; null for all of them. The model's activations then take the memory of
+            so many particles, and the loss is evaluated once more in the backward pass; the draws
+            are the same, and the results up to rounding.
         algorithm: Preset of `DCPC`: dcpc, dcpc-smc, dcpc-paper, pgd, lpc, mcpc, pc or ipc.
         sweeps_per_step: Sweeps per batch and step of the parameters.
         step_size: Step size of the sweeps, or step sizes by algorithm; null, like an algorithm
@@ -88,6 +93,7 @@ class ParticleModule(GenerativeModule):
         model: nn.Module,
         guide: Guide = None,
         num_particles: int = 4,
+        particle_batch_size: int | None = None,
         algorithm: str = "dcpc",
         sweeps_per_step: int = 1,
         step_size: float | dict[str, float] | None = None,
@@ -101,7 +107,9 @@ class ParticleModule(GenerativeModule):
         learning_rate_schedule: LearningRateSchedule | None = None,
         store_folder: str | None = None,
     ) -> None:
-        super().__init__(model, guide, held_out, learning_rate, learning_rate_schedule)
+        super().__init__(
+            model, guide, held_out, learning_rate, learning_rate_schedule, particle_batch_size
+        )
         require_at_least("model.sweeps_per_step", sweeps_per_step, 1)
         if self.guide is None:
             start.check_guide()
@@ -115,6 +123,7 @@ class ParticleModule(GenerativeModule):
             model,
             self.guide,
             num_particles=num_particles,
+            particle_batch_size=particle_batch_size,
             algorithm=algorithm,
             move=move,
             correction=correction,
@@ -143,6 +152,33 @@ class ParticleModule(GenerativeModule):
                 self.store.load_state_dict(self._saved_particles, is_filled=is_filled)
             self.trainer.strategy.barrier("particles")
         self._saved_particles = None
+        self._reserve()
+
+    def _reserve(self) -> None:
+        """Captures the model for the first batch, and takes the particles' space on the disk.
+
+        What the model or the disk cannot do is then an error before anything is learned.
+        """
+        loader = self.trainer.train_dataloader
+        batches = getattr(loader, "batch_sampler", None)
+        if loader is None or not isinstance(batches, EpochBatches):
+            return
+        batch = loader.dataset.__getitems__(next(iter(batches)))
+        precision = self.trainer.precision_plugin
+        batch = self.trainer.strategy.batch_to_device(precision.convert_input(batch), self.device)
+        check_finite(batch)
+        x, _, index = batch
+        told = failures_told(self._num_steps)
+        with precision.train_step_context(), self.stream(self._num_steps, 3), told:
+            problem = self.inference.bind(x)
+            self._visit_of(problem, index).reserve(problem.blank())
+
+    def _visit_of(self, problem: Problem, index: Tensor) -> Visit:
+        assert self.store is not None
+        here = visit(problem, self.store, index)
+        if isinstance(here, TiedVisit):
+            self._check_tied(len(index))
+        return here
 
     def _open_store(self) -> ParticleStore:
         """The store, of which the first process makes the files."""
@@ -150,9 +186,11 @@ class ParticleModule(GenerativeModule):
         loader = self.trainer.train_dataloader
         assert loader is not None
         num_data = len(loader.dataset)
-        own = ParticleStore(folder, num_data) if self.trainer.is_global_zero else None
+        root = self.trainer.default_root_dir
+        is_first = self.trainer.is_global_zero
+        own = ParticleStore(folder, num_data, checkpoints=root) if is_first else None
         shared = self.trainer.strategy.broadcast(None if own is None else str(own.folder))
-        return ParticleStore(folder, num_data, shared) if own is None else own
+        return ParticleStore(folder, num_data, shared, root) if own is None else own
 
     def configure_callbacks(self) -> list[Callback]:
         """Removes the store's files when training ends, however it does."""
@@ -181,11 +219,8 @@ class ParticleModule(GenerativeModule):
 
     def _visit(self, x: Tensor, index: Tensor) -> dict[str, Tensor]:
         """Sweeps the particles of a batch; the losses after the last sweep."""
-        assert self.store is not None
         problem = self.inference.bind(x)
-        here = visit(problem, self.store, index)
-        if isinstance(here, TiedVisit):
-            self._check_tied(len(x))
+        here = self._visit_of(problem, index)
         weight = share(x)
         num_sweeps = self.sweeps_per_step + (self.start.first_sweeps if here.is_first else 0)
         draw = partial(self._draw, problem)

@@ -184,10 +184,56 @@ def test_a_boundary_of_images_is_refused() -> None:
         draw_decision_boundary(module, data)
 
 
-def test_a_label_beyond_the_classes_is_named() -> None:
+class Labels(MoonsData):
+    """Two moons, of which some data have other labels."""
+
+    def __init__(self, part: str, labels: dict[int, int]) -> None:
+        super().__init__()
+        self.part = part
+        self.labels = labels
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        labels = getattr(self, f"{self.part}_set").tensors[1]
+        for index, label in self.labels.items():
+            labels[index] = label
+
+
+@pytest.mark.parametrize(
+    ("part", "labels", "message"),
+    [
+        (
+            "training",
+            {700: 2, 900: 3},
+            "datum 700 of the training set has the label 2, but model.num_classes is 2; "
+            "raise it to 4, and the size of the network's output with it",
+        ),
+        (
+            "held_out",
+            {5: -1},
+            "datum 5 of the held-out set has the label -1, but model.num_classes is 2; "
+            "number the classes from 0",
+        ),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused_before_anything_is_learned(
+    tmp_path: Path, part: str, labels: dict[int, int], message: str
+) -> None:
     module = ClassifierModule(separator(), Backpropagation(), num_classes=2)
-    with pytest.raises(DataError, match=r"label 3, but model\.num_classes is 2; raise it to 4"):
-        module._targets(torch.tensor([0, 3]))
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, default_root_dir=tmp_path, **QUIET
+    )
+    for run in (trainer.fit, trainer.validate):
+        with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+            run(module, datamodule=Labels(part, labels))
+    assert module._num_steps == 0
+
+
+def test_labels_of_data_without_a_module_of_their_own_are_refused_at_their_batch() -> None:
+    module = ClassifierModule(separator(), Backpropagation(), num_classes=2)
+    batch = torch.randn(2, 2), torch.tensor([0, 3]), torch.tensor([40, 41])
+    with pytest.raises(DataError, match=r"datum 41 of the training set has the label 3, .* to 4"):
+        module.learn(batch)
 
 
 def test_predictions_are_made_in_evaluation_mode() -> None:

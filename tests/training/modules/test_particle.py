@@ -4,6 +4,7 @@ import gc
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -18,6 +19,7 @@ from dcpc.presets import PRESETS
 from dcpc.problem import Problem
 from dcpc.training import HeldOut, ParticleModule, Start
 from dcpc.training.checkpoint import CheckpointError, read_checkpoint
+from dcpc.training.store import StoreError
 
 
 class Record(Callback):
@@ -71,6 +73,83 @@ def test_a_resumed_run_continues_bit_for_bit(
     for run, checkpoint in zip((uninterrupted, resumed), checkpoints, strict=True):
         run.model.on_save_checkpoint(checkpoint)
     assert_same(*checkpoints)
+
+
+@pytest.mark.parametrize("algorithm", ["dcpc", "dcpc-smc", "dcpc-paper", "pgd", "lpc"])
+def test_training_does_not_depend_on_how_many_particles_are_evaluated_at_once(
+    deep_module: Callable, images: type, trainer: Callable, tmp_path: Path, algorithm: str
+) -> None:
+    """Five particles in batches of two, with an encoder; the resumed half has them all at once."""
+
+    def fit(epochs: int, record: Record, size: int | None, **options: object) -> Trainer:
+        torch.manual_seed(11)
+        run = trainer(max_epochs=epochs, callbacks=[record], precision="64-true")
+        module = deep_module(
+            guide="encoder",
+            algorithm=algorithm,
+            num_particles=5,
+            particle_batch_size=size,
+            sweeps_per_step=2,
+        )
+        run.fit(module, datamodule=images(batch_size=6), **options)
+        return run
+
+    whole, first, second = Record(), Record(), Record()
+    expected = fit(2, whole, None)
+    fit(1, first, 2).save_checkpoint(tmp_path / "half.ckpt")
+    resumed = fit(2, second, None, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert first.losses + second.losses == pytest.approx(whole.losses, rel=1e-10)
+    torch.testing.assert_close(
+        dict(resumed.model.state_dict()),
+        dict(expected.model.state_dict()),
+        rtol=1e-10,
+        atol=1e-10,
+    )
+    found, kept = (run.model.store.state_dict()["latents"] for run in (resumed, expected))
+    torch.testing.assert_close(found, kept, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("folder", ["particles", None])
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_anything_is_learned(
+    deep_module: Callable,
+    images: type,
+    trainer: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str | None,
+) -> None:
+    """3 particles of 20 data: 2 + 3 numbers, a weight and a log-joint, of 4 bytes: 1680 in all."""
+    free = {"checkpoints": 1679}
+    monkeypatch.setattr(
+        "shutil.disk_usage",
+        lambda path: SimpleNamespace(free=free["checkpoints"] if Path(path) == tmp_path else 10**9),
+    )
+    store = None if folder is None else str(tmp_path / folder)
+    learned, learn = [], ParticleModule.learn
+    monkeypatch.setattr(
+        ParticleModule, "learn", lambda self, batch: (learned.append(batch), learn(self, batch))[1]
+    )
+    with pytest.raises(StoreError, match=rf"needs 0 MB, but the disk of '{tmp_path}' has 0 MB"):
+        trainer().fit(deep_module(num_particles=3, store_folder=store), datamodule=images())
+    assert not learned
+    free["checkpoints"] = 1680
+    trainer().fit(deep_module(num_particles=3, store_folder=store), datamodule=images())
+    assert len(learned) == 3
+
+
+@pytest.mark.parametrize("warm_up_epochs", [0, 2])
+def test_what_is_captured_before_training_serves_the_first_batch(
+    deep_module: Callable, images: type, trainer: Callable, tmp_path: Path, warm_up_epochs: int
+) -> None:
+    """20 data in batches of 10: one shape. A checkpoint of the warm-up has no particles."""
+    module = deep_module(guide="encoder", start=Start(warm_up_epochs=warm_up_epochs))
+    run = trainer(max_epochs=2)
+    run.fit(module, datamodule=images(batch_size=10))
+    assert len(module.inference._divisions) == 1
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    saved = read_checkpoint(tmp_path / "a.ckpt")["dcpc"]["particles"]
+    assert saved["visited"].tolist() == [warm_up_epochs == 0] * 20
+    assert all(len(u) == (0 if warm_up_epochs else 20) for u in saved["latents"].values())
 
 
 def test_a_checkpoint_holds_the_particles_without_pickled_objects(
@@ -244,6 +323,7 @@ def test_unusable_checkpoints_are_told_apart(deep_module: Callable, tmp_path: Pa
     ("options", "message"),
     [
         ({"num_particles": 0}, "num_particles must be at least 1, got 0"),
+        ({"particle_batch_size": 0}, "particle_batch_size must be at least 1, got 0"),
         ({"sweeps_per_step": 0}, r"model\.sweeps_per_step must be at least 1, got 0"),
         ({"start": Start(2)}, r"model\.start\.warm_up_epochs=2 needs a guide .* model\.guide"),
         (
