@@ -1,247 +1,46 @@
-"""Runs over minibatches: latents of each datum are kept, global ones move on noisy scores."""
+"""Sweeps over minibatches: latents of single data are kept, global ones move on noisy scores."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
-import pyro
 import torch
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from dcpc.continuation import SweepSums
 from dcpc.convergence import SweepRecord, find_problems
-from dcpc.divide import Conditional, Density, prior_particles
-from dcpc.divide.handlers import quiet
-from dcpc.divide.model import Model
+from dcpc.divide import Density, prior_particles
 from dcpc.divide.sites import Plate
 from dcpc.errors import DataError, OptionError
+from dcpc.minibatches.ascent import START_SPREAD, Ascent
+from dcpc.minibatches.length import Length
+from dcpc.minibatches.source import Minibatch, Source
 from dcpc.posterior import Evidence, Posterior, Samples
 from dcpc.problem import Problem
 from dcpc.progress import ProgressBar
 from dcpc.recombine import LogWeights
 from dcpc.sweep import SweepInfo, SweepState, sweep
 
-LOCAL_SWEEPS = 5
-"""Moves of the latents of single data per minibatch by default."""
 
-MIN_SPREAD = 0.1
-"""Smallest spread of the prior, in unconstrained space, that an ascent reckons with."""
-
-MOMENT_DECAY = 0.95
-"""Decay of the running mean of squared scores in an ascent, per step."""
-
-START_SPREAD = 0.1
-"""Spread of the global latents' first values around the prior's mean, over that of the prior."""
-
-REACH = 4.0
-"""How far an ascent may go, in spreads of the prior."""
-
-SHORTENED = 1e-3
-"""Length of an ascent's last step, over that of its first one."""
-
-MAX_KEPT = 200
-"""Sweeps that are kept of each particle by default."""
-
-
-class _Indices(Messenger):
-    """Gives plates their subsamples."""
-
-    def __init__(self, indices: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.indices = indices
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["name"] in self.indices:
-            msg["value"], msg["done"] = self.indices[msg["name"]], True
-            msg["infer"]["is_given"] = True
-
-
-class Subsampled:
-    """A model that takes the subsamples of its plates as its first argument.
+def run_over(
+    bind: Callable[[Minibatch], Problem], source: Source, length: Length, bar: ProgressBar
+) -> Posterior:
+    """Makes the sweeps of a run, one per minibatch.
 
     Args:
-        model: A Pyro program whose plates draw subsamples (`subsample_size=`).
+        bind: Makes a problem of a minibatch.
+        source: Where minibatches come from.
+        length: Length of the run.
+        bar: Where progress is shown.
     """
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-
-    def __call__(self, indices: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        with _Indices(indices):
-            return self.model(*args, **kwargs)
-
-
-@dataclass(frozen=True)
-class Minibatch:
-    """Arguments of one sweep.
-
-    Attributes:
-        args: Arguments of the model.
-        kwargs: Keyword arguments.
-        index: Indices of the data among all, `(B)`; None where the model has no latents of single
-            data.
-    """
-
-    args: tuple
-    kwargs: dict[str, Any]
-    index: Tensor | None
-
-
-def drawn_subsamples(model: Model, args: tuple, kwargs: dict) -> dict[str, tuple[int, int]]:
-    """Plates of a model that draw a subsample, with their sizes and those of the subsample."""
-    with torch.no_grad(), quiet():
-        nodes: dict[str, Any] = pyro.poutine.trace(model).get_trace(*args, **kwargs).nodes
-    return {
-        name: (int(node["fn"].size), int(node["fn"].subsample_size))
-        for name, node in nodes.items()
-        if site_is_subsample(node) and (node["fn"].subsample_size or math.inf) < node["fn"].size
-    }
-
-
-class Source(ABC):
-    """Where minibatches come from."""
-
-    @abstractmethod
-    def endless(self) -> Iterator[Minibatch]:
-        """Minibatches without end, epoch after epoch."""
-
-    @abstractmethod
-    def once(self) -> Iterator[Minibatch]:
-        """Minibatches that show all data."""
-
-
-@dataclass(frozen=True)
-class Drawn(Source):
-    """Subsamples for a `Subsampled` model, independent of each other.
-
-    The noise of subsamples that divide an epoch among them sums to zero over it, so that it would
-    not be the noise that moves on noisy scores reckon with.
-
-    Attributes:
-        plates: Sizes of the plates that draw subsamples, and of these.
-        args: Arguments of the model.
-        kwargs: Keyword arguments.
-
-    Raises:
-        OptionError: Several plates draw subsamples.
-    """
-
-    plates: Mapping[str, tuple[int, int]]
-    args: tuple
-    kwargs: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        if len(self.plates) > 1:
-            raise OptionError(
-                f"the plates {sorted(self.plates)} all draw subsamples; one may, and the others "
-                "take all of their elements"
-            )
-
-    def endless(self) -> Iterator[Minibatch]:
-        ((_, (size, batch_size)),) = self.plates.items()
-        while True:
-            yield self._minibatch(torch.randperm(size)[:batch_size])
-
-    def once(self) -> Iterator[Minibatch]:
-        """Minibatches that show all data; the last two may overlap."""
-        ((_, (size, batch_size)),) = self.plates.items()
-        for start in range(0, size, batch_size):
-            yield self._minibatch(torch.arange(batch_size) + min(start, size - batch_size))
-
-    def _minibatch(self, index: Tensor) -> Minibatch:
-        ((name, _),) = self.plates.items()
-        return Minibatch(({name: index}, *self.args), self.kwargs, index)
-
-
-@dataclass(frozen=True)
-class Loaded(Source):
-    """Minibatches of a loader.
-
-    Attributes:
-        loader: Gives tuples of the model's arguments, or dictionaries of its keyword arguments.
-        index: Which of them are the indices of the data.
-    """
-
-    loader: Iterable[Any]
-    index: str | int | None
-
-    def endless(self) -> Iterator[Minibatch]:
-        while True:
-            yield from self.once()
-
-    def once(self) -> Iterator[Minibatch]:
-        """The minibatches of one pass.
-
-        Raises:
-            DataError: The loader is empty, or an item has no argument with indices.
-        """
-        batch = None
-        for batch in self.loader:
-            named = dict(batch) if isinstance(batch, Mapping) else {}
-            args = () if named else tuple(batch) if isinstance(batch, list | tuple) else (batch,)
-            yield Minibatch(args, named, _indices(args, named, self.index))
-        if batch is None:
-            raise DataError(
-                "the loader gives no minibatch; it must be possible to go through it many times"
-            )
-
-
-def _indices(args: tuple, kwargs: Mapping[str, Any], index: str | int | None) -> Tensor | None:
-    if index is None:
-        return None
-    known: Mapping[Any, Any] = kwargs if isinstance(index, str) else dict(enumerate(args))
-    if index not in known:
-        raise DataError(
-            f"index={index!r} is none of the arguments {list(known)} of a minibatch; name the one "
-            "that holds the indices of its data"
-        )
-    return known[index]
-
-
-@dataclass
-class Ascent:
-    """Steps of global latents up their noisy log-density, to where its noise is what counts.
-
-    From far away the second moment of the scores says nothing of the scale of the posterior. Steps
-    are those of RMSprop (Tieleman & Hinton 2012); they shorten by a thousand, and reach as far as
-    four times the spread of the prior in all.
-
-    Attributes:
-        num_steps: Number of steps in all.
-        scale: Spread of the prior, `(1, n, d)`.
-        moment: Running mean of squared scores, of the same shape for each particle.
-        num_done: Steps that were made.
-    """
-
-    num_steps: int
-    scale: Tensor
-    moment: Tensor
-    num_done: int = 0
-
-    @classmethod
-    def begin(cls, unit: Conditional, num_steps: int) -> Ascent:
-        """The start, from particles of the prior."""
-        value = unit.value
-        spread = value.std(0, correction=0, keepdim=True) if len(value) > 1 else value.abs()
-        return cls(num_steps, spread.clamp(min=MIN_SPREAD), torch.zeros_like(value))
-
-    def step(self, unit: Conditional) -> Tensor:
-        """The value after one more step."""
-        score = unit.score(unit.value)
-        self.num_done += 1
-        self.moment = torch.lerp(score.square(), self.moment, MOMENT_DECAY)
-        mass = 1.0 - MOMENT_DECAY**self.num_done
-        first = REACH * self.scale / self.num_steps * -math.log(SHORTENED)
-        length = first * SHORTENED ** (self.num_done / self.num_steps)
-        root = (self.moment / mass).sqrt()
-        return unit.value + length * score / root.clamp(min=torch.finfo(root.dtype).tiny ** 0.5)
+    run = MinibatchRun(bind, length)
+    bar.stage("sweeps", length.num_sweeps)
+    for minibatch in itertools.islice(source.endless(), length.num_sweeps):
+        bar.advance(run.sweep(minibatch))
+    return run.posterior(source.once())
 
 
 class MinibatchRun:
@@ -505,63 +304,3 @@ def check_minibatch_problem(problem: Problem) -> None:
             f"move {parts.move} remembers every particle's last move, which latents of single data "
             "do not keep from visit to visit; use move='langevin'"
         )
-
-
-@dataclass(frozen=True)
-class Length:
-    """Length of a run over minibatches.
-
-    Attributes:
-        num_sweeps: Minibatches to visit.
-        num_warmup: Number of sweeps that adapt.
-        keep_every: Interval between sweeps that are kept; 0 for none, None for some 200 of them.
-        local_sweeps: Moves of the latents of single data per visit.
-
-    Raises:
-        OptionError: A number out of range.
-    """
-
-    num_sweeps: int
-    num_warmup: int
-    keep_every: int | None = None
-    local_sweeps: int = LOCAL_SWEEPS
-
-    def __post_init__(self) -> None:
-        if self.num_sweeps < 1 or not 0 <= self.num_warmup <= self.num_sweeps:
-            raise OptionError(
-                "num_sweeps must be at least 1 and num_warmup between 0 and num_sweeps, got "
-                f"num_sweeps={self.num_sweeps}, num_warmup={self.num_warmup}"
-            )
-        if self.local_sweeps < 1:
-            raise OptionError(f"local_sweeps must be at least 1, got {self.local_sweeps}")
-
-    @property
-    def num_ascent(self) -> int:
-        """Sweeps of the warm-up in which global latents ascend."""
-        return self.num_warmup // 2
-
-    def keeps(self, number: int) -> bool:
-        """Whether the global latents after a sweep are kept; sweeps count from one."""
-        kept, recorded = number - self.num_warmup, self.num_sweeps - self.num_warmup
-        every = self.keep_every
-        if every is None:
-            every = max(1, math.ceil(recorded / MAX_KEPT))
-        return kept > 0 and every > 0 and kept % every == 0
-
-
-def run_over(
-    bind: Callable[[Minibatch], Problem], source: Source, length: Length, bar: ProgressBar
-) -> Posterior:
-    """Makes the sweeps of a run, one per minibatch.
-
-    Args:
-        bind: Makes a problem of a minibatch.
-        source: Where minibatches come from.
-        length: Length of the run.
-        bar: Where progress is shown.
-    """
-    run = MinibatchRun(bind, length)
-    bar.stage("sweeps", length.num_sweeps)
-    for minibatch in itertools.islice(source.endless(), length.num_sweeps):
-        bar.advance(run.sweep(minibatch))
-    return run.posterior(source.once())
