@@ -1,7 +1,8 @@
 """Divide: a Pyro program becomes complete-conditional units, each with its own program."""
 
 from dcpc.divide.density import Conditional, Density
-from dcpc.divide.division import Division, divide
+from dcpc.divide.dividing import divide
+from dcpc.divide.division import Division
 from dcpc.divide.program import Arguments, constrained_particles, prior_particles
 from dcpc.divide.sites import read_sites
 from dcpc.divide.tempering import POSTERIOR, Reference, Tempering

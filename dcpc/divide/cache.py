@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dcpc.divide.division import DataIdentity, Division, divide
+from dcpc.divide.dividing import divide
+from dcpc.divide.division import DataIdentity, Division
 from dcpc.divide.graph import Schedule
 from dcpc.divide.model import Model
 from dcpc.divide.program import Arguments

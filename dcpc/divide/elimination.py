@@ -8,14 +8,84 @@ in a run of the model; here, tables of many particles are at hand.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import networkx as nx
 import torch
 from torch import Tensor
 
-from dcpc.divide.discrete_unit import EliminationPlan
+MAX_EVALUATIONS = 256
+"""Evaluations of its factors that a block of discrete latents may take in a sweep."""
+
+MAX_TABLE = 1 << 16
+"""Numbers per particle and plate element in the largest table of an elimination."""
+
+
+@dataclass(frozen=True)
+class EliminationPlan:
+    """How the variables of a block are summed out.
+
+    Attributes:
+        sizes: Number of values of each variable.
+        scopes: Variables of each factor, by site, in increasing order.
+        order: Order in which variables are summed out.
+        colours: Variables of one colour have no factor in common, and are enumerated together.
+        table_size: Size of the largest table on the way.
+    """
+
+    sizes: tuple[int, ...]
+    scopes: Mapping[str, tuple[int, ...]]
+    order: tuple[int, ...]
+    colours: tuple[int, ...]
+    table_size: int
+
+    @property
+    def colour_sizes(self) -> list[int]:
+        """Values that each colour is enumerated over."""
+        return [
+            max(size for size, own in zip(self.sizes, self.colours, strict=True) if own == colour)
+            for colour in range(max(self.colours) + 1)
+        ]
+
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations of the factors that the tables take."""
+        return math.prod(self.colour_sizes)
+
+    @property
+    def is_cheap(self) -> bool:
+        """Whether the block may be moved in this way."""
+        return self.num_evaluations <= MAX_EVALUATIONS and self.table_size <= MAX_TABLE
+
+
+def plan_elimination(
+    sizes: Sequence[int], scopes: Mapping[str, tuple[int, ...]]
+) -> EliminationPlan:
+    """A plan that sums the variable with the fewest neighbours out first.
+
+    Args:
+        sizes: Number of values of each variable.
+        scopes: Variables of each factor.
+    """
+    graph = nx.Graph()
+    graph.add_nodes_from(range(len(sizes)))
+    for scope in scopes.values():
+        graph.add_edges_from(itertools.combinations(scope, 2))
+    colour = nx.greedy_color(graph, strategy="DSATUR")
+    order, table_size = [], 1
+    rest = graph.copy()
+    while rest:
+        variable = min(rest, key=lambda v: (rest.degree(v), v))
+        neighbours = list(rest.neighbors(variable))
+        table_size = max(table_size, math.prod(sizes[v] for v in (variable, *neighbours)))
+        rest.add_edges_from(itertools.combinations(neighbours, 2))
+        rest.remove_node(variable)
+        order.append(variable)
+    colours = tuple(colour[variable] for variable in range(len(sizes)))
+    return EliminationPlan(tuple(sizes), scopes, tuple(order), colours, table_size)
 
 
 @dataclass(frozen=True)

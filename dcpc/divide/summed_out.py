@@ -15,8 +15,8 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from dcpc.divide.discrete_unit import MAX_EVALUATIONS, MAX_TABLE, Block, plan_members
-from dcpc.divide.elimination import log_normaliser
+from dcpc.divide.discrete_blocks import Block, plan_members
+from dcpc.divide.elimination import MAX_EVALUATIONS, MAX_TABLE, log_normaliser
 from dcpc.divide.graph import Members, SiteGraph
 from dcpc.divide.sites import Plate, Site, Sites
 from dcpc.divide.unit import sum_to_plates
