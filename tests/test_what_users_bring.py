@@ -232,7 +232,7 @@ def subsampled(x, with_global=True):
 def test_local_latents_of_a_subsample_next_to_global_ones_are_refused_by_exact_algorithms():
     for algorithm in ("dcpc", "dcpc-smc"):
         dcpc = DCPC(subsampled, num_particles=4, algorithm=algorithm)
-        with pytest.raises(OptionError, match=r"\['z'\] are latents in a plate .*\['m'\]"):
+        with pytest.raises(OptionError, match=r"\['z', 'x'\] are in a plate .*\['m'\]"):
             dcpc.init(X)
     DCPC(subsampled, num_particles=4, algorithm="pgd").init(X)
 

@@ -23,6 +23,8 @@ from dcpc.divide.supports import draw, log_density, transform_of
 from dcpc.divide.supports.discrete import bounded_value
 from dcpc.errors import ModelError
 
+_IS_GIVEN = "_dcpc_is_given"
+
 INITIAL_RADIUS = 2.0
 """Half-width of the uniform distribution (unconstrained space) that flat priors start from."""
 
@@ -49,11 +51,24 @@ def plate_scale(msg: Any) -> tuple[float, bool]:
 
 
 class TensorObservations(Messenger):
-    """Turns observations that are numpy arrays, pandas objects or numbers into tensors."""
+    """Turns observations that are numpy arrays, pandas objects or numbers into tensors.
+
+    It also notes which plates are given their subsample (see `draws_subsample`).
+    """
 
     def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            msg["infer"][_IS_GIVEN] = msg["value"] is not None
         if msg["is_observed"] and not isinstance(msg["value"], Tensor | None):
             msg["value"] = torch.as_tensor(np.asarray(msg["value"]))
+
+
+def draws_subsample(msg: Any) -> bool:
+    """Whether a plate draws a subsample, in a run under `TensorObservations`."""
+    if not site_is_subsample(msg) or msg["infer"][_IS_GIVEN]:
+        return False
+    fn = msg["fn"]
+    return fn.subsample_size is not None and fn.subsample_size < fn.size
 
 
 class Substitute(TensorObservations):

@@ -10,13 +10,13 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
 from dcpc.divide.handlers import (
     InitialiseFlat,
     TensorObservations,
+    draws_subsample,
     improper,
     is_deterministic,
     is_identity,
@@ -249,10 +249,8 @@ def _check_subsample(msg: Any) -> None:
     Raises:
         ModelError: It does.
     """
-    if not site_is_subsample(msg) or msg["infer"].get("is_given"):
-        return
-    fn = msg["fn"]
-    if fn.subsample_size is not None and fn.subsample_size < fn.size:
+    if draws_subsample(msg):
+        fn = msg["fn"]
         raise ModelError(
             f"plate '{msg['name']}' draws a subsample of {fn.subsample_size} of {fn.size} "
             "in every run of the model (subsample_size=), so that the density is "

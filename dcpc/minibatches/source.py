@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from dcpc.divide.handlers import quiet
+from dcpc.divide.handlers import TensorObservations, draws_subsample, quiet
 from dcpc.divide.model import Model
 from dcpc.errors import DataError, OptionError
 
@@ -29,7 +28,6 @@ class _Indices(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg) and msg["name"] in self.indices:
             msg["value"], msg["done"] = self.indices[msg["name"]], True
-            msg["infer"]["is_given"] = True
 
 
 class Subsampled:
@@ -66,11 +64,12 @@ class Minibatch:
 def drawn_subsamples(model: Model, args: tuple, kwargs: dict) -> dict[str, tuple[int, int]]:
     """Plates of a model that draw a subsample, with their sizes and those of the subsample."""
     with torch.no_grad(), quiet():
-        nodes: dict[str, Any] = pyro.poutine.trace(model).get_trace(*args, **kwargs).nodes
+        traced = pyro.poutine.trace(TensorObservations()(model))
+        nodes: dict[str, Any] = traced.get_trace(*args, **kwargs).nodes
     return {
         name: (int(node["fn"].size), int(node["fn"].subsample_size))
         for name, node in nodes.items()
-        if site_is_subsample(node) and (node["fn"].subsample_size or math.inf) < node["fn"].size
+        if draws_subsample(node)
     }
 
 
