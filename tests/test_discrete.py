@@ -148,6 +148,19 @@ def test_a_posterior_with_discrete_latents_is_saved(posterior, tmp_path):
     assert torch.equal(again.probabilities("k"), posterior.probabilities("k"))
 
 
+def test_values_that_are_masked_out_keep_their_draws_of_the_prior():
+    def model(seen):
+        with pyro.plate("data", 3), pyro.poutine.mask(mask=seen):
+            z = pyro.sample("z", dist.Bernoulli(0.15))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor([0.2, 3.0, 1.0]))
+
+    engine = DCPC(model, num_particles=500)
+    posterior = engine.run(torch.tensor([True, False, False]), num_sweeps=20, progress=False)
+    found = posterior.probabilities("z")[1:, 1]
+    torch.testing.assert_close(found, posterior.mean()["z"][1:])
+    assert bool(((found - 0.15).abs() < 4.5 * (0.15 * 0.85 / 500) ** 0.5).all())
+
+
 def test_arviz_gets_integers(posterior):
     assert posterior.to_arviz().posterior["k"].dtype == "int64"
 

@@ -191,6 +191,15 @@ def test_what_continuous_latents_depend_on_is_drawn():
     assert "z" in problem.init().latents
 
 
+def test_latents_are_drawn_where_none_would_be_left():
+    def model(x):
+        z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "sequential"})
+        pyro.sample("x", dist.Normal(2 * z, 1.0), obs=x)
+
+    problem = DCPC(model, num_particles=3).bind(SERIES[0])
+    assert list(problem.init().latents) == ["z"]
+
+
 def test_an_enumeration_without_end_is_refused():
     def model(x):
         n = pyro.sample("n", dist.Poisson(3.0), infer={"enumerate": "parallel"})

@@ -72,7 +72,7 @@ def draw_from_conditional(
         _note(probabilities, line, group, table)
     assert before is not None
     return ConditionalDraw(
-        value, before, after, log_normaliser, group.unpack_probabilities(probabilities)
+        value, before, after, log_normaliser, _by_latent(unit, group, probabilities)
     )
 
 
@@ -121,6 +121,23 @@ def _note(
         probabilities[index] = joint.sum(others) if others else joint
 
 
+def _by_latent(
+    unit: Conditional, group: DiscreteGroup, probabilities: Mapping[int, Tensor]
+) -> dict[str, Tensor]:
+    """Probabilities by latent; of values that are masked out and stay, one and zero."""
+    if unit.active is None:
+        return group.unpack_probabilities(probabilities)
+    value, kept, start = unit.value, {}, 0
+    for index, support in enumerate(group.supports):
+        if index in probabilities:
+            share = probabilities[index]
+            part = value[..., start : start + support.width]
+            stays = torch.nn.functional.one_hot(support.index(part), share.shape[-1]).to(share)
+            kept[index] = torch.where(unit.active[..., start, None], share, stays)
+        start += support.width
+    return group.unpack_probabilities(kept)
+
+
 def _draw_block(
     unit: Conditional, group: DiscreteGroup, greedy: bool, keep_dead: bool
 ) -> ConditionalDraw:
@@ -136,7 +153,7 @@ def _draw_block(
         before=drawn.before.unsqueeze(-1),
         after=drawn.after.unsqueeze(-1),
         log_normaliser=drawn.log_normaliser.unsqueeze(-1),
-        probabilities=group.unpack_probabilities(
-            {i: marginal.unsqueeze(-2) for i, marginal in enumerate(drawn.marginals)}
+        probabilities=_by_latent(
+            unit, group, {i: marginal.unsqueeze(-2) for i, marginal in enumerate(drawn.marginals)}
         ),
     )

@@ -163,7 +163,8 @@ def find_sums(
     """The latents that the model's author wants enumerated and that can be summed out.
 
     Those that continuous latents depend on, or whose plates hold elements that are not independent,
-    are drawn like other discrete latents: the posterior is the same.
+    are drawn like other discrete latents, and so are all where no other latent would be left: the
+    posterior is the same.
 
     Args:
         sites: The sites.
@@ -180,6 +181,8 @@ def find_sums(
     parts = [tuple(wanted[i][0] for i in sorted(part)) for part in nx.connected_components(moral)]
     sums = [_sum(graph, members, own) for members, own in plates_of(parts).items()]
     found = [part for part in sums if part is not None]
+    if sum(len(part.members) for part in found) == len(sites.latents):
+        return None
     return SummedOut(sites, found) if found else None
 
 
