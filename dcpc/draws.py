@@ -272,14 +272,17 @@ def _interpolated(ordered: Tensor, probabilities: Sequence[float]) -> Tensor:
 
 
 def _split_ess(draws: Tensor) -> Tensor:
-    """ESS of chains that are split in halves, `(n)`; positive.
+    """ESS of chains that are split in halves, `(n)`; positive, and NaN where all draws are equal.
 
     The halves are of even length: Pyro sums autocorrelations in pairs, and would leave out the last
     one, a tenth of what particles that never move have.
     """
     half = draws.shape[2] // 4 * 2
     chains = torch.cat([draws[..., :half], draws[..., -half:]], 1)
-    ess = stats.effective_sample_size(chains, chain_dim=1, sample_dim=2)
+    varies = chains.flatten(1).amax(1) > chains.flatten(1).amin(1)
+    ess = torch.full_like(chains[:, 0, 0], math.nan)
+    if bool(varies.any()):  # in Pyro's, a NaN of one value would be one of all values
+        ess[varies] = stats.effective_sample_size(chains[varies], chain_dim=1, sample_dim=2)
     return torch.where(ess < 0, math.inf, ess)
 
 

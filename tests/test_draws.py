@@ -259,3 +259,14 @@ def test_the_weakest_values_are_found_without_sorting():
     assert {7, 31} <= set(found)
     assert len(found) <= 6
     assert weakest(draws, 50).tolist() == list(range(50))
+
+
+@pytest.mark.parametrize("is_chains", [True, False])
+def test_a_value_that_never_changes_says_nothing_of_the_others(is_chains):
+    draws = torch.randn(3, 20, 40, dtype=torch.float64)
+    constant = draws.clone()
+    constant[1] = 1.0
+    alone, beside = (describe(d, (0.5,), None, is_chains) for d in (draws, constant))
+    for name in ("mcse", "ess_bulk", "ess_tail", "r_hat"):
+        torch.testing.assert_close(beside[name][[0, 2]], alone[name][[0, 2]])
+        assert name == "mcse" or bool(beside[name][1].isnan())

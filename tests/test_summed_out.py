@@ -191,6 +191,33 @@ def test_what_continuous_latents_depend_on_is_drawn():
     assert "z" in problem.init().latents
 
 
+def test_latents_of_a_plate_are_summed_out_beside_others_that_are_drawn():
+    """A global latent and those of a plate share a factor; one of the two can be summed out."""
+
+    def model(x):
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.6, 0.4])))
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(loc + z * (1.0 + k), 1.0), obs=x)
+
+    problem = DCPC(config_enumerate(model), num_particles=4).bind(SERIES)
+    state = problem.init()
+    assert list(state.latents) == ["k", "loc"]
+    normal = torch.distributions.Normal
+    for k, loc, found in zip(
+        state.latents["k"], state.latents["loc"], problem.log_joint(state), strict=True
+    ):
+        each = torch.stack(
+            [
+                normal(loc + z * (1.0 + k), 1.0).log_prob(SERIES) + math.log(0.3 if z else 0.7)
+                for z in (0, 1)
+            ]
+        )
+        prior = normal(0.0, 1.0).log_prob(loc) + math.log(0.4 if k else 0.6)
+        torch.testing.assert_close(found, prior + each.logsumexp(0).sum())
+
+
 def test_latents_are_drawn_where_none_would_be_left():
     def model(x):
         z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "sequential"})

@@ -26,6 +26,10 @@ Run = Callable[[Mapping[str, Tensor]], tuple[dict[str, Tensor], dict[str, Tensor
 """Log-factors and masks of one particle, given values of the latents that are summed out."""
 
 
+PlatesOf = Callable[[Sequence[Members]], Mapping[Members, tuple[Plate, ...]]]
+"""The plates within which units move by element."""
+
+
 @dataclass(frozen=True)
 class Sum:
     """Discrete latents that are summed out together.
@@ -158,7 +162,7 @@ def _at_all(run: Run, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
 def find_sums(
     sites: Sites,
     graph: SiteGraph,
-    plates_of: Callable[[Sequence[Members]], Mapping[Members, tuple[Plate, ...]]],
+    plates_of: PlatesOf,
 ) -> SummedOut | None:
     """The latents that the model's author wants enumerated and that can be summed out.
 
@@ -177,13 +181,36 @@ def find_sums(
     wanted = [(name,) for name in sites.latents if sites[name].is_enumerated]
     if not wanted:
         return None
-    moral = graph.moral(wanted)
-    parts = [tuple(wanted[i][0] for i in sorted(part)) for part in nx.connected_components(moral)]
-    sums = [_sum(graph, members, own) for members, own in plates_of(parts).items()]
-    found = [part for part in sums if part is not None]
+    found = []
+    for whole in _connected(graph, [unit[0] for unit in wanted]):
+        part = _sum(graph, whole, plates_of([whole])[whole])
+        found += [part] if part is not None else _sums_by_plates(graph, whole, plates_of)
     if sum(len(part.members) for part in found) == len(sites.latents):
         return None
     return SummedOut(sites, found) if found else None
+
+
+def _connected(graph: SiteGraph, names: Sequence[str]) -> list[Members]:
+    """The parts of some latents that share factors."""
+    moral = graph.moral([(name,) for name in names])
+    return [tuple(names[i] for i in sorted(part)) for part in nx.connected_components(moral)]
+
+
+def _sums_by_plates(graph: SiteGraph, members: Members, plates_of: PlatesOf) -> list[Sum]:
+    """Sums over the members of one plate each, the innermost first; the others are drawn."""
+    by_plates: dict[tuple[Plate, ...], list[str]] = {}
+    for name in members:
+        by_plates.setdefault(graph.sites[name].plates, []).append(name)
+    found: list[Sum] = []
+    taken: set[str] = set()
+    for names in sorted(by_plates.values(), key=lambda names: -len(graph.sites[names[0]].plates)):
+        for part in _connected(graph, names) if len(by_plates) > 1 else []:
+            if taken.isdisjoint(graph.factors(part)):
+                candidate = _sum(graph, part, plates_of([part])[part])
+                if candidate is not None:
+                    found.append(candidate)
+                    taken |= set(graph.factors(part))
+    return found
 
 
 def _sum(graph: SiteGraph, members: Members, plates: tuple[Plate, ...]) -> Sum | None:
