@@ -111,6 +111,28 @@ def test_python_on_data_is_captured(model):
     assert dcpc.loss(state, X, group).item() == pytest.approx(expected, rel=1e-5)
 
 
+def indices_of_a_plate(x):
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    with pyro.plate("n", 3) as index:
+        pyro.sample("x", dist.Normal(m, 1.0), obs=x[index])
+
+
+def numbers_without_an_axis(x):
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    with pyro.plate("n", 3):
+        pyro.sample("x", dist.Normal(m.squeeze(-1).flip(-1).squeeze(), 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    "model", [indices_of_a_plate, numbers_without_an_axis], ids=lambda model: model.__name__
+)
+def test_indices_of_plates_and_axes_that_numbers_lack_are_captured(model):
+    dcpc = DCPC(model, num_particles=6)
+    assert dcpc.division(X).program.name == "graph"
+    state = dcpc.init(X)
+    assert dcpc.loss(state, X).item() == pytest.approx(loss_of(state, X), rel=1e-5)
+
+
 def branch(x):
     m = pyro.sample("m", dist.Normal(0.0, 1.0))
     pyro.sample("x", dist.Normal(m if m > 0 else -m, 1.0), obs=x[0])

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from dcpc.divide.masking import element_mask, layers, masked, masked_log_prob
 from dcpc.divide.supports import draw, log_density, transform_of
 from dcpc.divide.supports.discrete import bounded_value
+from dcpc.divide.vectorised import all_of_plate
 from dcpc.errors import ModelError
 
 INITIAL_RADIUS = 2.0
@@ -84,7 +85,7 @@ class Substitute(TensorObservations):
         if site_is_subsample(msg) and msg["value"] is None:
             indices = msg["fn"]()
             whole = len(indices) == msg["fn"].size
-            msg["value"] = indices.as_subclass(_Indices) if whole else indices
+            msg["value"] = all_of_plate(indices) if whole else indices
         if msg["name"] not in self.latents:
             return
         value = transform_of(msg["fn"])(self.latents[msg["name"]])
@@ -133,18 +134,6 @@ def _probability(msg: Any, upper: float) -> Tensor:
     value, extra = bounded_value(msg["fn"], msg["value"], upper)
     log_prob = msg["fn"].log_prob(value)
     return masked(log_prob if extra is None else log_prob + extra, msg["mask"])
-
-
-class _Indices(Tensor):
-    """A plate's indices. Iterated over, as a sequential plate does, they give plain integers.
-
-    Pyro would take them out of torch one by one, which a program that is captured cannot.
-    """
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self)))
 
 
 class Undetached(TorchFunctionMode):

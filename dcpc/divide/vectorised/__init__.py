@@ -22,6 +22,7 @@ import pyro.ops.gaussian
 import pyro.ops.special
 import pyro.ops.tensor_utils
 import torch
+from pyro.poutine.indep_messenger import IndepMessenger
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -35,10 +36,10 @@ def vectorised() -> Iterator[None]:
     """Lets a model run under `torch.vmap` or `make_fx(torch.vmap(...))` that could not.
 
     Covers `nn.RNN`, `nn.LSTM` and `nn.GRU` (not packed sequences) and their cells, attention,
-    `x[mask] = number`, `OrderedLogistic`, `Multinomial`, `DiscreteHMM`, `GaussianHMM`,
-    `GaussianMRF`, `CoalescentTimesWithRate`, `SineSkewed`, and the sparse `DirichletMultinomial`
-    and `Poisson`. It replaces functions of Pyro while it is entered, so it is, like Pyro's
-    handlers, not for several threads at once.
+    `x[mask] = number`, `squeeze` and `flip` of numbers, sequential plates, `OrderedLogistic`,
+    `Multinomial`, `DiscreteHMM`, `GaussianHMM`, `GaussianMRF`, `CoalescentTimesWithRate`,
+    `SineSkewed`, and the sparse `DirichletMultinomial` and `Poisson`. It replaces functions of Pyro
+    while it is entered, so it is, like Pyro's handlers, not for several threads at once.
     """
     kept = [(owner, name, vars(owner)[name]) for owner, name, _ in _REPLACEMENTS]
     try:
@@ -62,6 +63,23 @@ def drawing() -> Iterator[None]:
     """
     with _EmptyWithParticles():
         yield
+
+
+def all_of_plate(indices: Tensor) -> Tensor:
+    """Marks indices as all those of a plate in order, which iterate as integers of Python.
+
+    Pyro takes the indices of a sequential plate out of torch one by one, which a program that is
+    captured cannot. A plate that is entered gives its indices to the model, as a plain tensor.
+    """
+    indices._dcpc_all_of_plate = True  # type: ignore[attr-defined]
+    return indices
+
+
+def _iterate(self: IndepMessenger) -> Iterator[int | float]:
+    """`IndepMessenger.__iter__` with Python's integers for all elements of a plate."""
+    if getattr(self._indices, "_dcpc_all_of_plate", False):
+        self._indices = range(len(self._indices))
+    return _ITERATE(self)
 
 
 class _EmptyWithParticles(TorchFunctionMode):
@@ -159,6 +177,16 @@ def _attention_where_batched(*args: Any, **kwargs: Any) -> Tensor:
     return (_attention if any(map(_is_batched, leaves)) else _FUSED_ATTENTION)(*args, **kwargs)
 
 
+def _squeeze(x: Tensor, *dim: Any, **kwargs: Any) -> Tensor:
+    """`squeeze`, of numbers too, whose last axis batching rules do not know."""
+    return x if x.dim() == 0 else torch.squeeze(x, *dim, **kwargs)
+
+
+def _flip(x: Tensor, *dims: Any, **kwargs: Any) -> Tensor:
+    """`flip`, of numbers too."""
+    return x if x.dim() == 0 else Tensor.flip(x, *dims, **kwargs)
+
+
 def _is_batched(value: Any) -> bool:
     return isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)
 
@@ -241,17 +269,22 @@ def _multinomial_sample(
 
 _EMPTY = frozenset(("empty", "empty_like", "new", "new_empty"))
 
+_ITERATE = IndepMessenger.__iter__
+
 _FUSED_ATTENTION = functional.scaled_dot_product_attention
 
 _BATCHED: dict[str, Callable[..., Any]] = {
     **RECURRENT,
     **CELLS,
     "clamp_": _clamp,
+    "flip": _flip,
+    "squeeze": _squeeze,
     "scaled_dot_product_attention": _attention,
 }
 """Replacements of torch functions with a batched argument, by name."""
 
 _REPLACEMENTS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+    (IndepMessenger, "__iter__", _iterate),
     (functional, "scaled_dot_product_attention", _attention_where_batched),
     (dist.OrderedLogistic, "__init__", _ordered_logistic),
     (dist.SineSkewed, "__init__", _sine_skewed),
