@@ -133,6 +133,22 @@ def test_indices_of_plates_and_axes_that_numbers_lack_are_captured(model):
     assert dcpc.loss(state, X).item() == pytest.approx(loss_of(state, X), rel=1e-5)
 
 
+def test_a_mask_counts_as_it_is_at_its_statement():
+    """`z | x_1, x_2 ~ N((x_1 + x_2) / 3, 1 / 3)`: the mask that hides x_0 is lifted afterwards."""
+    seen = torch.tensor([False, True, True])
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        mask = seen.clone()
+        with pyro.plate("n", 3), poutine.mask(mask=mask):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        mask |= True
+
+    posterior = DCPC(model, num_particles=2000).run(X, num_sweeps=40, seed=0, progress=False)
+    assert posterior.mean()["z"] == pytest.approx(2.0, abs=0.03)
+    assert posterior.std()["z"] == pytest.approx(3**-0.5, rel=0.03)
+
+
 def branch(x):
     m = pyro.sample("m", dist.Normal(0.0, 1.0))
     pyro.sample("x", dist.Normal(m if m > 0 else -m, 1.0), obs=x[0])
