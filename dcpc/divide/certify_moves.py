@@ -198,9 +198,6 @@ class _AtUnconstrained(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
-        if isinstance(msg["mask"], Tensor):
-            # As it is at this statement: a trace reads it at the end, whatever was written into it.
-            msg["mask"] = msg["mask"].clone()
         if name in self.latents:
             transform = transform_of(msg["fn"])
             msg["value"] = transform(self.latents[name])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyro
@@ -79,6 +79,7 @@ class Substitute(TensorObservations):
         self.values: dict[str, Tensor] = {}
         self.log_factors: dict[str, Tensor] = {}
         self.masks: dict[str, Tensor] = {}
+        self._messages: dict[str, Any] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         super()._pyro_sample(msg)
@@ -103,17 +104,32 @@ class Substitute(TensorObservations):
                 f"site '{name}' appeared in this run of the model but not in the first one; the "
                 "set of sites must not change between runs (static structure)"
             )
+        self._messages[name] = msg
+
+    def __exit__(self, *exception: Any) -> None:
+        """Takes the log-factors when the run is over.
+
+        A trace does so, and what the model has written in place into a mask or a value after its
+        statement counts.
+        """
+        if exception[0] is None:
+            for name, msg in self._messages.items():
+                self._record(name, msg, cast(Mapping[str, Any], self.sites)[name])
+        self._messages.clear()
+        super().__exit__(*exception)
+
+    def _record(self, name: str, msg: Any, site: Any) -> None:
         with _unvalidated(msg["fn"]):
-            if name in self.latents and self.sites[name].discrete:
-                log_prob, log_det = _probability(msg, self.sites[name].discrete.upper), None
+            if name in self.latents and site.discrete:
+                log_prob, log_det = _probability(msg, site.discrete.upper), None
             elif name in self.latents:
                 log_prob, log_det = _latent_terms(msg, self.latents[name])
             else:
                 log_prob, log_det = masked_log_prob(msg), None
-        log_factor = _rescaled(log_prob, msg["scale"], self.sites[name].scale)
+        log_factor = _rescaled(log_prob, msg["scale"], site.scale)
         self.log_factors[name] = log_factor if log_det is None else log_factor + log_det
         if name in self.masked_latents:
-            self.masks[name] = element_mask(msg, self.sites[name].batch_shape)
+            self.masks[name] = element_mask(msg, site.batch_shape)
 
 
 def _latent_terms(msg: Any, u: Tensor) -> tuple[Tensor, Tensor | None]:

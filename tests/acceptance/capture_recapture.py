@@ -1,6 +1,8 @@
 """Cormack-Jolly-Seber models of animals that are caught, marked, and caught again.
 
-Whether an animal is alive is a discrete latent from its first capture on.
+Whether an animal is alive is a discrete latent. The mask that is to leave out the years up to the
+first capture is written in place, so that Pyro takes its last state for all years: animals that are
+caught at all are alive until then, and all their years inform the chance of recapture.
 """
 
 from __future__ import annotations
@@ -133,17 +135,10 @@ SEX = torch.tensor([0.0, 1, 0, 1, 0, 1, 1, 1, 0, 0])
 NUM_ANIMALS, NUM_YEARS = CAPTURES.shape
 
 
-def unseen() -> dict[str, Tensor]:
-    """By site, animals that are not marked yet."""
-    marked = functional.pad(CAPTURES.cumsum(1) > 0, (1, 0))[:, :-1]
-    return {f"z_{t}": ~marked[:, t] for t in range(NUM_YEARS)}
-
-
 def alive_until(phi: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
     """Likelihood, and chances of being alive, over the last year that an animal lives in.
 
-    An animal is alive from its first capture to some last year, which is no earlier than its last
-    capture.
+    An animal is alive up to some last year, which is no earlier than its last capture.
 
     Args:
         phi: Chance of surviving into a year, `(*batch, animals, years)`.
@@ -161,13 +156,14 @@ def alive_until(phi: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
             if any(history[last + 1 :]):
                 continue
             term = torch.zeros_like(rho)
-            for t in range(first + 1, last + 1):
-                term = term + phi[..., i, t].log()
+            for t in range(last + 1):
+                if t > first:
+                    term = term + phi[..., i, t].log()
                 term = term + (rho.log() if history[t] else torch.log1p(-rho))
             if last + 1 < NUM_YEARS:
                 term = term + torch.log1p(-phi[..., i, last + 1])
             terms.append(term)
-            states.append([float(first <= t <= last) for t in range(NUM_YEARS)])
+            states.append([float(t <= last) for t in range(NUM_YEARS)])
         stacked = torch.stack(terms, -1)
         total = total + stacked.logsumexp(-1)
         alive.append(stacked.softmax(-1) @ torch.tensor(states, dtype=rho.dtype))
@@ -220,12 +216,12 @@ def _by_year() -> Reference:
     joint = torch.cartesian_prod(*(torch.tensor(years) for _, years in per_animal))
     years = torch.arange(NUM_YEARS)
     first = torch.tensor([start for start, _ in per_animal])
-    alive = (years <= joint.unsqueeze(-1)) & (years >= first.unsqueeze(-1))  # (M, animals, years)
+    alive = years <= joint.unsqueeze(-1)  # (M, animals, years)
     after = alive & (years > first.unsqueeze(-1))
     deaths = (years == joint.unsqueeze(-1) + 1).sum(1)
     survived = torch.stack([after.sum(1), deaths], -1).double()  # (M, years, 2)
-    caught = (after & CAPTURES.bool()).sum((1, 2))
-    missed = (after & ~CAPTURES.bool()).sum((1, 2))
+    caught = (alive & CAPTURES.bool()).sum((1, 2))
+    missed = (alive & ~CAPTURES.bool()).sum((1, 2))
     recaptures = torch.stack([caught, missed], -1).double()
     log_weight = dirichlet_evidence(unit, survived).sum(-1) + dirichlet_evidence(unit, recaptures)
     moments = {"rho": tuple(m[..., 0] for m in dirichlet_moments(unit + recaptures))}
@@ -290,6 +286,6 @@ def programs() -> list[Program]:
         ("cjs 5", by_sex_and_year, sampled, _by_sex_and_year),
     ]
     return [
-        Program(name, source, model, data, oracle, reference, unseen=unseen())
+        Program(name, source, model, data, oracle, reference)
         for name, model, oracle, reference in rows
     ]

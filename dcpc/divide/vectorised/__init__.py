@@ -75,7 +75,7 @@ def all_of_plate(indices: Tensor) -> Tensor:
     return indices
 
 
-def _iterate(self: IndepMessenger) -> Iterator[int | float]:
+def _iterate(self: Any) -> Iterator[int | float]:
     """`IndepMessenger.__iter__` with Python's integers for all elements of a plate."""
     if getattr(self._indices, "_dcpc_all_of_plate", False):
         self._indices = range(len(self._indices))
