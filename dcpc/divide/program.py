@@ -390,6 +390,12 @@ def prior_particles(
     def draw(particle: dict[str, Tensor]) -> dict[str, Tensor]:
         known = {name: particle[name] for name in given or {}}
         drawn = sample_prior(model, args, kwargs, known)
+        missing = [name for name in sites.latents if name not in drawn]
+        if missing:
+            raise ModelError(
+                f"latent '{missing[0]}' was there in the first run of the model but not in another "
+                "one; the set of sites must not change between runs (static structure)"
+            )
         return {name: drawn[name] for name in sites.latents}
 
     return map_particles(draw, {**(given or {}), "": torch.zeros(num_particles)})

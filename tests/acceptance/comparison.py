@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,9 +27,9 @@ class Row:
     Attributes:
         program: The program.
         backend: What it runs on: `graph`, `vmap` or `loop`.
-        z: Largest difference of a mean, in Monte Carlo standard errors; NaN without means.
+        z: Largest difference of a mean, in Monte Carlo standard errors; zero without means.
         sd_ratios: Smallest and largest ratio of standard deviations to those of the reference.
-        probability: Largest difference of a probability; NaN without discrete latents.
+        probability: Largest difference of a probability; zero without discrete latents.
         seconds: Wall time of division and run.
     """
 
@@ -44,11 +43,12 @@ class Row:
     @property
     def agrees(self) -> bool:
         """Whether all differences are in the bounds."""
+        low, high = self.sd_ratios
         return (
-            not self.z > LARGEST_Z
-            and not self.sd_ratios[0] < SD_RATIOS[0]
-            and not self.sd_ratios[1] > SD_RATIOS[1]
-            and not self.probability > LARGEST_DIFFERENCE
+            self.z <= LARGEST_Z
+            and SD_RATIOS[0] <= low
+            and high <= SD_RATIOS[1]
+            and self.probability <= LARGEST_DIFFERENCE
         )
 
 
@@ -66,7 +66,7 @@ def compare(program: Program, seed: int = 0) -> Row:
         **program.kwargs,
     )
     seconds = time.perf_counter() - start
-    row = Row(program, backend, math.nan, (math.nan, math.nan), math.nan, seconds)
+    row = Row(program, backend, 0.0, (1.0, 1.0), 0.0, seconds)
     return against_reference(row, posterior)
 
 
@@ -113,7 +113,8 @@ def _describe(value: Tensor, posterior: Posterior) -> dict[str, Tensor]:
     flat = value.flatten(2) if shape else value.unsqueeze(-1)
     families = None
     if posterior.families is not None and posterior.is_chains:
-        own = posterior.families
+        own = posterior.families  # of the cells that the quantity has
+        own = own[(slice(None), *map(slice, shape[: own.dim() - 1]))]
         own = own.reshape(own.shape + (1,) * (1 + len(shape) - own.dim()))
         families = own.expand(len(value), *shape).reshape(len(value), -1).T
     about = describe(flat.movedim(2, 0), [0.5], families, posterior.is_chains)

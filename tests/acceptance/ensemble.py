@@ -18,9 +18,9 @@ from torch.distributions.constraints import Constraint
 from tests.acceptance.case import Reference
 
 NUM_CHAINS = 200
-NUM_WARMUP = 400
-NUM_KEPT = 400
-NUM_LEAPFROG = 12
+NUM_WARMUP = 300
+NUM_KEPT = 200
+NUM_LEAPFROG = 7
 
 Values = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[tuple[int, ...], Constraint]]
