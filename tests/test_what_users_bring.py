@@ -142,6 +142,23 @@ def test_idioms_without_a_batching_rule_are_captured(model):
     assert dcpc.loss(state, X).item() == pytest.approx(loss_of(state, X), rel=1e-5)
 
 
+def test_a_matrix_without_a_cholesky_factor_has_density_zero():
+    """`[[1, r], [r, 1]]` has a factor where |r| < 1, which `Uniform(-1.05, 1.05)` exceeds."""
+    y = torch.tensor([1.0, 0.8])
+
+    def model(y):
+        r = pyro.sample("r", dist.Uniform(-1.05, 1.05))
+        covariance = torch.eye(2) + r * (1 - torch.eye(2))
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), covariance), obs=y)
+
+    r = (torch.arange(4000, dtype=torch.float64) + 0.5) / 2000 - 1
+    quadratic = (1.0**2 + 0.8**2 - 2 * r * 0.8) / (1 - r**2)
+    weight = (-0.5 * quadratic - 0.5 * torch.log1p(-(r**2))).softmax(0)
+    posterior = DCPC(model, num_particles=1000).run(y, num_sweeps=60, seed=0, progress=False)
+    assert posterior.mean()["r"].item() == pytest.approx(float(weight @ r), abs=0.02)
+    assert float(posterior.samples["r"].abs().max()) < 1
+
+
 def test_a_mask_counts_as_it_is_at_the_end_as_in_a_trace_of_pyro():
     """`z | x ~ N(sum(x) / 4, 1 / 4)`: the mask that hides x_0 is lifted after the statement."""
     seen = torch.tensor([False, True, True])

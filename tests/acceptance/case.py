@@ -58,8 +58,8 @@ class Program:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     quantities: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    num_particles: int = 200
-    num_sweeps: int = 400
+    num_particles: int = 300
+    num_sweeps: int = 200
     unseen: Mapping[str, Tensor] = field(default_factory=dict)
     remark: str = ""
 

@@ -426,9 +426,16 @@ def programs() -> list[Program]:
     exact = "enumeration of the states, conjugate given them"
     ends: Mapping[str, Tensor] = unseen(LENGTHS, "x")
     both: Mapping[str, Tensor] = unseen(SHORT, "w", "x")
+    many = {"num_particles": 1500, "num_sweeps": 150}  # for the modes that are far apart
     return [
         Program(
-            "hmm 0", "hmm.py", one_by_one, data, exact, lambda: _single(SEQUENCES, LENGTHS, True)
+            "hmm 0",
+            "hmm.py",
+            one_by_one,
+            data,
+            exact,
+            lambda: _single(SEQUENCES, LENGTHS, True),
+            **many,
         ),
         Program(
             "hmm 1",
@@ -437,13 +444,27 @@ def programs() -> list[Program]:
             data,
             exact,
             lambda: _single(SEQUENCES, LENGTHS),
+            **many,
             unseen=ends,
         ),
-        Program("hmm 2", "hmm.py", autoregressive, data, exact, _autoregressive, unseen=ends),
-        Program("hmm 3", "hmm.py", factorial, few, exact, lambda: _pair(False), unseen=both),
-        Program("hmm 4", "hmm.py", dynamic_network, few, exact, lambda: _pair(True), unseen=both),
         Program(
-            "hmm 5", "hmm.py", NeuralEmission(), data, exact, lambda: _neural(False), unseen=ends
+            "hmm 2", "hmm.py", autoregressive, data, exact, _autoregressive, **many, unseen=ends
+        ),
+        Program(
+            "hmm 3", "hmm.py", factorial, few, exact, lambda: _pair(False), **many, unseen=both
+        ),
+        Program(
+            "hmm 4", "hmm.py", dynamic_network, few, exact, lambda: _pair(True), **many, unseen=both
+        ),
+        Program(
+            "hmm 5",
+            "hmm.py",
+            NeuralEmission(),
+            data,
+            exact,
+            lambda: _neural(False),
+            **many,
+            unseen=ends,
         ),
         Program("hmm 6", "hmm.py", raftery, data, "enumeration", _raftery, unseen=ends),
         Program(

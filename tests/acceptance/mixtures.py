@@ -166,47 +166,45 @@ POINTS = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0])
 
 
 def _about_components(z: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    locs, order = z["locs"].sort(-1)
-    weights = z["weights"].gather(-1, order)
+    assignment = z["assignment"]
+    together = assignment[..., 0] == assignment[..., 1]
     return {
-        "locs in order": locs,
-        "weight of the lower": weights[..., 0],
+        "sum of locs": z["locs"].sum(-1),
+        "product of weights": z["weights"].prod(-1),
         "log scale": z["scale"].log(),
-        "one component for points 1 and 2": 1.0
-        * (z["assignment"][..., 0] == z["assignment"][..., 1]),
+        "one component for points 1 and 2": together.to(z["scale"].dtype),
     }
 
 
 def _gaussian_mixture() -> Reference:
     """All assignments, a grid of the log-scale; locations are Gaussian given both."""
-    from tests.acceptance.ensemble import ensemble_posterior
-
-    data = POINTS.double()
-
-    def log_density(z: Mapping[str, Tensor]) -> Tensor:
-        normal = torch.distributions.Normal
-        per = normal(z["locs"], z["scale"], validate_args=False).log_prob(data[:, None])
-        total = (per + z["weights"].log()).logsumexp(1).sum()
-        total = total - 0.5 * z["weights"].log().sum() - (z["locs"] ** 2).sum() / 200
-        return total - z["scale"].log() - z["scale"].log() ** 2 / 8
-
-    def about(z: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        per = -0.5 * ((data[:, None] - z["locs"]) / z["scale"]) ** 2 + z["weights"].log()
-        share = per.softmax(1)
-        locs, order = z["locs"].sort()
-        return {
-            "locs in order": locs,
-            "weight of the lower": z["weights"].gather(0, order)[0],
-            "log scale": z["scale"].log(),
-            "one component for points 1 and 2": (share[0] * share[1]).sum(),
-        }
-
-    sites = {
-        "weights": ((2,), constraints.simplex),
-        "scale": ((), constraints.positive),
-        "locs": ((2,), constraints.real),
+    data, z = POINTS.double(), assignments([2] * len(POINTS))
+    axis = torch.linspace(-5, 6, 2201).double()
+    noise = (2 * axis).exp()[:, None, None]  # (G, M, components)
+    member = torch.stack([(z == k).double() for k in range(2)], 1)  # (M, components, points)
+    number, total, square = member.sum(2), member @ data, member @ data**2
+    precision = 0.01 + number / noise
+    mean = total / noise / precision
+    evidence = -0.5 * (number * noise.log() + (precision / 0.01).log())
+    evidence = evidence - 0.5 * (square / noise - precision * mean**2)
+    half = torch.full((2,), 0.5).double()
+    log_weight = evidence.sum(2) + dirichlet_evidence(half, number) - axis[:, None] ** 2 / 8
+    weight = log_weight.flatten().softmax(0).reshape(log_weight.shape)
+    a, b = (half + number).unbind(1)
+    size = a + b
+    product = a * b / (size * (size + 1))
+    square = product * (a + 1) * (b + 1) / ((size + 2) * (size + 3))
+    sums = mean.sum(2)
+    together = (z[:, 0] == z[:, 1]).double()
+    moments = {
+        "sum of locs": (sums, sums**2 + (1 / precision).sum(2)),
+        "product of weights": (product, square),
+        "log scale": (axis[:, None], axis[:, None] ** 2),
+        "one component for points 1 and 2": (together, together),
     }
-    return ensemble_posterior(log_density, sites, about)
+    first = {name: (weight * m).sum() for name, (m, _) in moments.items()}
+    second = {name: (weight * s).sum() for name, (_, s) in moments.items()}
+    return Reference(first, {name: (second[name] - first[name] ** 2).sqrt() for name in first})
 
 
 # -- the same with names made by `pyro.contrib.autoname` ----------------------------------------
@@ -497,6 +495,8 @@ def programs() -> list[Program]:
             (WORDS, SIZES),
             "enumeration of the assignments, grid of the topics' weights",
             _topics,
+            num_particles=1500,
+            num_sweeps=150,
             quantities=_about_topics,
         ),
         Program(
@@ -504,8 +504,10 @@ def programs() -> list[Program]:
             f"{tutorial} gmm",
             gaussian_mixture,
             (POINTS,),
-            "Hamiltonian ensemble, assignments summed out",
+            "enumeration of the assignments, grid of the scale",
             _gaussian_mixture,
+            num_particles=2000,
+            num_sweeps=100,
             quantities=_about_components,
         ),
         Program(
@@ -523,6 +525,8 @@ def programs() -> list[Program]:
             (COUNTS, 3),
             exact,
             _dirichlet_process,
+            num_particles=6000,
+            num_sweeps=80,
         ),
         Program(
             "ss_vae",

@@ -416,7 +416,8 @@ def dual_moon():
 
 
 def _about_moons(z: Values) -> Values:
-    return {"x squared": z["z"][..., 0] ** 2, "right": 1.0 * (z["z"][..., 0] > 0), "z": z["z"]}
+    x = z["z"][..., 0]
+    return {"x squared": x**2, "right": (x > 0).to(x.dtype), "z": z["z"]}
 
 
 def _dual_moon() -> Reference:
@@ -641,6 +642,8 @@ def programs() -> list[Program]:
             bats,
             grid,
             _partially_pooled_with_logit,
+            num_particles=3000,
+            num_sweeps=100,
             quantities=_about_logits,
         ),
         Program(
@@ -659,6 +662,8 @@ def programs() -> list[Program]:
             (FEATURES, TARGETS, HYPERS),
             ensemble,
             _sparse_regression,
+            num_particles=1000,
+            num_sweeps=200,
             quantities=_logarithms,
         ),
         Program(

@@ -177,6 +177,16 @@ def _attention_where_batched(*args: Any, **kwargs: Any) -> Tensor:
     return (_attention if any(map(_is_batched, leaves)) else _FUSED_ATTENTION)(*args, **kwargs)
 
 
+def _cholesky(x: Tensor, *, upper: bool = False) -> Tensor:
+    """Cholesky factors, NaN of the particles whose matrix has none.
+
+    Their density is then NaN, which counts as zero, as in Pyro's own samplers; torch's function
+    raises for all particles.
+    """
+    factor, info = torch.linalg.cholesky_ex(x, upper=upper)
+    return torch.where((info > 0)[..., None, None], torch.nan, factor)
+
+
 def _squeeze(x: Tensor, *dim: Any, **kwargs: Any) -> Tensor:
     """`squeeze`, of numbers too, whose last axis batching rules do not know."""
     return x if x.dim() == 0 else torch.squeeze(x, *dim, **kwargs)
@@ -278,6 +288,7 @@ _BATCHED: dict[str, Callable[..., Any]] = {
     **CELLS,
     "clamp_": _clamp,
     "flip": _flip,
+    "linalg_cholesky": _cholesky,
     "squeeze": _squeeze,
     "scaled_dot_product_attention": _attention,
 }
