@@ -427,7 +427,7 @@ def _raftery() -> Reference:
 
 
 def _one_by_one() -> Reference:
-    return _single(SEQUENCES, LENGTHS, by_sequence=True)
+    return _single(FEW, SHORT, by_sequence=True)
 
 
 def _batched() -> Reference:
@@ -460,7 +460,7 @@ def programs() -> list[Program]:
     ends: Mapping[str, Tensor] = unseen(LENGTHS, "x")
     both: Mapping[str, Tensor] = unseen(SHORT, "w", "x")
     return [
-        Program("hmm 0", "hmm.py", one_by_one, data, exact, _one_by_one, **MANY),
+        Program("hmm 0", "hmm.py", one_by_one, few, exact, _one_by_one, **MANY),
         Program("hmm 1", "hmm.py", batched, data, exact, _batched, unseen=ends, **MANY),
         Program(
             "hmm 2", "hmm.py", autoregressive, data, exact, _autoregressive, unseen=ends, **MANY

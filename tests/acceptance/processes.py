@@ -179,18 +179,22 @@ def animals(group: str, individual: str):
     def model(config):
         num_effects, num_states = 2, 2
         if group == "discrete":
-            probs_g = pyro.param("probs_e_group", config["shares"], constraint=constraints.simplex)
-            theta_g = pyro.param("theta_group", config["theta_g"])
+            probs_g = pyro.param(
+                "probs_e_group", lambda: config["shares"].clone(), constraint=constraints.simplex
+            )
+            theta_g = pyro.param("theta_group", lambda: config["theta_g"].clone())
         if individual == "discrete":
             probs_i = pyro.param(
                 "probs_e_individual",
-                config["shares"].expand(2, num_effects),
+                lambda: config["shares"].expand(2, num_effects).clone(),
                 constraint=constraints.simplex,
             )
-            theta_i = pyro.param("theta_individual", config["theta_i"])
-        step_zi = pyro.param("step_zi_param", config["zero"])
-        rate = pyro.param("step_rate", config["rate"], constraint=constraints.positive)
-        turn = pyro.param("angle_loc", config["turn"])
+            theta_i = pyro.param("theta_individual", lambda: config["theta_i"].clone())
+        step_zi = pyro.param("step_zi_param", lambda: config["zero"].clone())
+        rate = pyro.param(
+            "step_rate", lambda: config["rate"].clone(), constraint=constraints.positive
+        )
+        turn = pyro.param("angle_loc", lambda: config["turn"].clone())
         gamma = torch.zeros(num_states**2)
         with pyro.plate("group", 2, dim=-1):
             if group == "discrete":
