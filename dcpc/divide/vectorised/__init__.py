@@ -118,6 +118,8 @@ def _replacement(func: Any, args: tuple) -> Callable[..., Any] | None:
     """The function to run instead of one of torch, or None."""
     if func is Tensor.__setitem__:
         return _fill if _writes_under_mask(*args) else None
+    if func == Tensor.data.__get__ and _is_batched(args[0]):  # type: ignore[attr-defined]
+        return Tensor.detach
     name = getattr(func, "__name__", "")
     if name in RECURRENT and not isinstance(args[3], bool):
         return None  # a packed sequence: its third argument is the state, and then come weights
