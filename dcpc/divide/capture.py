@@ -86,7 +86,7 @@ class _OperatorReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-_WRITES_IN_PLACE = "is not possible because there exists a Tensor `other`"
+WRITES_IN_PLACE = "is not possible because there exists a Tensor `other`"
 """What `vmap` says of an in-place operation whose target has no particle axis."""
 
 
@@ -127,7 +127,7 @@ def capture(
         try:
             module = vectorised(function)
         except RuntimeError as error:
-            if _WRITES_IN_PLACE not in str(error):
+            if WRITES_IN_PLACE not in str(error):
                 raise
             # An in-place write of a latent into a plain buffer: remove the mutation for one
             # particle first, then vectorise what is left.

@@ -470,7 +470,7 @@ def _summed_out() -> Reference:
     return _neural(own_tones=True)
 
 
-MANY = {"num_particles": 2000, "num_sweeps": 100}
+MANY = {"num_particles": 2000, "num_sweeps": 400}
 
 
 def programs() -> list[Program]:

@@ -65,6 +65,29 @@ def drawing() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def writable() -> Iterator[None]:
+    """Lets a model write what has a particle axis into tensors that it makes itself.
+
+    `torch.zeros` and its like then have the axis too. Enter it inside of `vectorised`, for what is
+    not captured: it draws random numbers, which is how a tensor gets the axis.
+    """
+    with _FactoriesWithParticles():
+        yield
+
+
+class _FactoriesWithParticles(TorchFunctionMode):
+    """Makes new tensors inside of a `vmap` have its axis."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") not in _FACTORIES or not _is_unbatched(result):
+            return result
+        return torch.where(torch.rand(result.shape, device=result.device) < 1, result, result)
+
+
 def all_of_plate(indices: Tensor) -> Tensor:
     """Marks indices as all those of a plate in order, which iterate as integers of Python.
 
@@ -96,9 +119,12 @@ class _EmptyWithParticles(TorchFunctionMode):
 
 
 def _is_unbatched_float(value: Any) -> bool:
+    return _is_unbatched(value) and value.is_floating_point()
+
+
+def _is_unbatched(value: Any) -> bool:
     return (
         isinstance(value, Tensor)
-        and value.is_floating_point()
         and torch._C._functorch.peek_interpreter_stack() is not None
         and not _is_batched(value)
     )
@@ -278,6 +304,12 @@ def _multinomial_sample(
     categories = torch.arange(self.event_shape[-1], device=draws.device)
     return (draws.unsqueeze(-1) == categories).sum(0).type_as(self.probs)
 
+
+_FACTORIES = frozenset(
+    f"{prefix}{name}{suffix}"
+    for name in ("zeros", "ones", "full")
+    for prefix, suffix in (("", ""), ("new_", ""), ("", "_like"))
+)
 
 _EMPTY = frozenset(("empty", "empty_like", "new", "new_empty"))
 
