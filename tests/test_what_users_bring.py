@@ -111,6 +111,79 @@ def test_python_on_data_is_captured(model):
     assert dcpc.loss(state, X, group).item() == pytest.approx(expected, rel=1e-5)
 
 
+def indices_of_a_plate(x):
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    with pyro.plate("n", 3) as index:
+        pyro.sample("x", dist.Normal(m, 1.0), obs=x[index])
+
+
+def scattered_into_zeros(x):
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    row = x.new_zeros(3).scatter_(0, torch.tensor([0, 2]), m.expand(2))
+    with pyro.plate("n", 3):
+        pyro.sample("x", dist.Normal(row.scatter_(0, torch.tensor([1]), m.reshape(1)), 1.0), obs=x)
+
+
+def numbers_without_an_axis(x):
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    with pyro.plate("n", 3):
+        pyro.sample("x", dist.Normal(m.squeeze(-1).flip(-1).squeeze(), 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [indices_of_a_plate, numbers_without_an_axis, scattered_into_zeros],
+    ids=lambda model: model.__name__,
+)
+def test_idioms_without_a_batching_rule_are_captured(model):
+    calls = []
+
+    def counted(x):
+        calls.append(None)
+        model(x)
+
+    dcpc = DCPC(counted, num_particles=500)
+    assert dcpc.division(X).program.name == "graph"
+    state = dcpc.init(X)
+    assert len(calls) < 100  # the prior is not drawn from particle by particle
+    assert dcpc.loss(state, X).item() == pytest.approx(loss_of(state, X), rel=1e-5)
+
+
+def test_a_matrix_without_a_cholesky_factor_has_density_zero():
+    """`[[1, r], [r, 1]]` has a factor where |r| < 1, which `Uniform(-1.05, 1.05)` exceeds."""
+    y = torch.tensor([1.0, 0.8])
+
+    def model(y):
+        r = pyro.sample("r", dist.Uniform(-1.05, 1.05))
+        covariance = torch.eye(2) + r * (1 - torch.eye(2))
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), covariance), obs=y)
+
+    r = (torch.arange(4000, dtype=torch.float64) + 0.5) / 2000 - 1
+    quadratic = (1.0**2 + 0.8**2 - 2 * r * 0.8) / (1 - r**2)
+    weight = (-0.5 * quadratic - 0.5 * torch.log1p(-(r**2))).softmax(0)
+    posterior = DCPC(model, num_particles=1000).run(y, num_sweeps=60, seed=0, progress=False)
+    assert posterior.mean()["r"].item() == pytest.approx(float(weight @ r), abs=0.02)
+    assert float(posterior.samples["r"].abs().max()) < 1
+
+
+def test_a_mask_counts_as_it_is_at_the_end_as_in_a_trace_of_pyro():
+    """`z | x ~ N(sum(x) / 4, 1 / 4)`: the mask that hides x_0 is lifted after the statement."""
+    seen = torch.tensor([False, True, True])
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        mask = seen.clone()
+        with pyro.plate("n", 3), poutine.mask(mask=mask):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        mask |= True
+
+    dcpc = DCPC(model, num_particles=2000)
+    assert dcpc.division(X).program.name == "graph"
+    posterior = dcpc.run(X, num_sweeps=40, seed=0, progress=False)
+    assert posterior.mean()["z"] == pytest.approx(7 / 4, abs=0.03)
+    assert posterior.std()["z"] == pytest.approx(0.5, rel=0.03)
+
+
 def branch(x):
     m = pyro.sample("m", dist.Normal(0.0, 1.0))
     pyro.sample("x", dist.Normal(m if m > 0 else -m, 1.0), obs=x[0])

@@ -86,6 +86,10 @@ class _OperatorReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+WRITES_IN_PLACE = "is not possible because there exists a Tensor `other`"
+"""What `vmap` says of an in-place operation whose target has no particle axis."""
+
+
 def _indexes_by_numbers(func: Any, args: tuple) -> bool:
     """Whether an operator is an index by integers, whose shape does not depend on values."""
     return func is torch.ops.aten.index.Tensor and all(
@@ -123,7 +127,7 @@ def capture(
         try:
             module = vectorised(function)
         except RuntimeError as error:
-            if "inplace arithmetic" not in str(error):
+            if WRITES_IN_PLACE not in str(error):
                 raise
             # An in-place write of a latent into a plain buffer: remove the mutation for one
             # particle first, then vectorise what is left.

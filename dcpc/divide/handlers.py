@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyro
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from dcpc.divide.masking import element_mask, layers, masked, masked_log_prob
 from dcpc.divide.supports import draw, log_density, transform_of
 from dcpc.divide.supports.discrete import bounded_value
+from dcpc.divide.vectorised import all_of_plate
 from dcpc.errors import ModelError
 
 _IS_GIVEN = "_dcpc_is_given"
@@ -93,13 +94,14 @@ class Substitute(TensorObservations):
         self.values: dict[str, Tensor] = {}
         self.log_factors: dict[str, Tensor] = {}
         self.masks: dict[str, Tensor] = {}
+        self._messages: dict[str, Any] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         super()._pyro_sample(msg)
         if site_is_subsample(msg) and msg["value"] is None:
             indices = msg["fn"]()
             whole = len(indices) == msg["fn"].size
-            msg["value"] = indices.as_subclass(_Indices) if whole else indices
+            msg["value"] = all_of_plate(indices) if whole else indices
         if msg["name"] not in self.latents:
             return
         value = transform_of(msg["fn"])(self.latents[msg["name"]])
@@ -117,17 +119,32 @@ class Substitute(TensorObservations):
                 f"site '{name}' appeared in this run of the model but not in the first one; the "
                 "set of sites must not change between runs (static structure)"
             )
+        self._messages[name] = msg
+
+    def __exit__(self, *exception: Any) -> None:
+        """Takes the log-factors when the run is over.
+
+        A trace does so, and what the model has written in place into a mask or a value after its
+        statement counts.
+        """
+        if exception[0] is None:
+            for name, msg in self._messages.items():
+                self._record(name, msg, cast(Mapping[str, Any], self.sites)[name])
+        self._messages.clear()
+        super().__exit__(*exception)
+
+    def _record(self, name: str, msg: Any, site: Any) -> None:
         with _unvalidated(msg["fn"]):
-            if name in self.latents and self.sites[name].discrete:
-                log_prob, log_det = _probability(msg, self.sites[name].discrete.upper), None
+            if name in self.latents and site.discrete:
+                log_prob, log_det = _probability(msg, site.discrete.upper), None
             elif name in self.latents:
                 log_prob, log_det = _latent_terms(msg, self.latents[name])
             else:
                 log_prob, log_det = masked_log_prob(msg), None
-        log_factor = _rescaled(log_prob, msg["scale"], self.sites[name].scale)
+        log_factor = _rescaled(log_prob, msg["scale"], site.scale)
         self.log_factors[name] = log_factor if log_det is None else log_factor + log_det
         if name in self.masked_latents:
-            self.masks[name] = element_mask(msg, self.sites[name].batch_shape)
+            self.masks[name] = element_mask(msg, site.batch_shape)
 
 
 def _latent_terms(msg: Any, u: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -148,18 +165,6 @@ def _probability(msg: Any, upper: float) -> Tensor:
     value, extra = bounded_value(msg["fn"], msg["value"], upper)
     log_prob = msg["fn"].log_prob(value)
     return masked(log_prob if extra is None else log_prob + extra, msg["mask"])
-
-
-class _Indices(Tensor):
-    """A plate's indices. Iterated over, as a sequential plate does, they give plain integers.
-
-    Pyro would take them out of torch one by one, which a program that is captured cannot.
-    """
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self)))
 
 
 class Undetached(TorchFunctionMode):

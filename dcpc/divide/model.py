@@ -61,7 +61,7 @@ def log_factors_and_masks(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The log-factors, and for the latents `masked` which batch elements their densities have."""
     substitute = Substitute(latents, sites, masked)
-    with substitute, running(model, args, kwargs):
+    with running(model, args, kwargs), substitute:
         model(*args, **kwargs)
     missing = [name for name in sites if name not in substitute.log_factors]
     if missing:

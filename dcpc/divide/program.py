@@ -25,7 +25,7 @@ from dcpc.divide import capture
 from dcpc.divide.handlers import Undetached
 from dcpc.divide.model import Latents, Model, constrain, log_factors_and_masks, sample_prior
 from dcpc.divide.sites import Sites
-from dcpc.divide.vectorised import vectorised
+from dcpc.divide.vectorised import vectorised, writable
 from dcpc.divide.watch import is_plain, plain_key
 from dcpc.errors import ModelError, OptionError
 
@@ -390,6 +390,12 @@ def prior_particles(
     def draw(particle: dict[str, Tensor]) -> dict[str, Tensor]:
         known = {name: particle[name] for name in given or {}}
         drawn = sample_prior(model, args, kwargs, sites.latents, known)
+        missing = [name for name in sites.latents if name not in drawn]
+        if missing:
+            raise ModelError(
+                f"latent '{missing[0]}' was there in the first run of the model but not in another "
+                "one; the set of sites must not change between runs (static structure)"
+            )
         return {name: drawn[name] for name in sites.latents}
 
     return map_particles(draw, {**(given or {}), "": torch.zeros(num_particles)})
@@ -410,18 +416,23 @@ def map_particles(function: Callable[[Any], dict[str, Tensor]], batched: Any) ->
         function: From one particle's tree of tensors to tensors by name.
         batched: The tree, with a leading particle axis.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with vectorised():
-                result = torch.vmap(function, randomness="different")(batched)
-    except Exception:  # a sampler with a loop inside, a write by boolean mask
-        leaves = pytree.tree_leaves(batched)
-        particles = [
-            function(pytree.tree_map(lambda leaf, k=k: leaf[k], batched))
-            for k in range(leaves[0].shape[0])
-        ]
-        result = {name: torch.stack([p[name] for p in particles]) for name in particles[0]}
+    for handler in (nullcontext(), writable()):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with vectorised(), handler:
+                    result = torch.vmap(function, randomness="different")(batched)
+        except Exception as error:  # a sampler with a loop inside, a write by boolean mask
+            if capture.WRITES_IN_PLACE not in str(error):
+                break
+        else:
+            return {name: value.detach() for name, value in result.items()}
+    leaves = pytree.tree_leaves(batched)
+    particles = [
+        function(pytree.tree_map(lambda leaf, k=k: leaf[k], batched))
+        for k in range(leaves[0].shape[0])
+    ]
+    result = {name: torch.stack([p[name] for p in particles]) for name in particles[0]}
     return {name: value.detach() for name, value in result.items()}
 
 

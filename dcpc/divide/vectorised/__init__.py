@@ -22,6 +22,7 @@ import pyro.ops.gaussian
 import pyro.ops.special
 import pyro.ops.tensor_utils
 import torch
+from pyro.poutine.indep_messenger import IndepMessenger
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -35,10 +36,10 @@ def vectorised() -> Iterator[None]:
     """Lets a model run under `torch.vmap` or `make_fx(torch.vmap(...))` that could not.
 
     Covers `nn.RNN`, `nn.LSTM` and `nn.GRU` (not packed sequences) and their cells, attention,
-    `x[mask] = number`, `OrderedLogistic`, `Multinomial`, `DiscreteHMM`, `GaussianHMM`,
-    `GaussianMRF`, `CoalescentTimesWithRate`, `SineSkewed`, and the sparse `DirichletMultinomial`
-    and `Poisson`. It replaces functions of Pyro while it is entered, so it is, like Pyro's
-    handlers, not for several threads at once.
+    `x[mask] = number`, `squeeze` and `flip` of numbers, sequential plates, `OrderedLogistic`,
+    `Multinomial`, `DiscreteHMM`, `GaussianHMM`, `GaussianMRF`, `CoalescentTimesWithRate`,
+    `SineSkewed`, and the sparse `DirichletMultinomial` and `Poisson`. It replaces functions of Pyro
+    while it is entered, so it is, like Pyro's handlers, not for several threads at once.
     """
     kept = [(owner, name, vars(owner)[name]) for owner, name, _ in _REPLACEMENTS]
     try:
@@ -64,6 +65,46 @@ def drawing() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def writable() -> Iterator[None]:
+    """Lets a model write what has a particle axis into tensors that it makes itself.
+
+    `torch.zeros` and its like then have the axis too. Enter it inside of `vectorised`, for what is
+    not captured: it draws random numbers, which is how a tensor gets the axis.
+    """
+    with _FactoriesWithParticles():
+        yield
+
+
+class _FactoriesWithParticles(TorchFunctionMode):
+    """Makes new tensors inside of a `vmap` have its axis."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") not in _FACTORIES or not _is_unbatched(result):
+            return result
+        return torch.where(torch.rand(result.shape, device=result.device) < 1, result, result)
+
+
+def all_of_plate(indices: Tensor) -> Tensor:
+    """Marks indices as all those of a plate in order, which iterate as integers of Python.
+
+    Pyro takes the indices of a sequential plate out of torch one by one, which a program that is
+    captured cannot. A plate that is entered gives its indices to the model, as a plain tensor.
+    """
+    indices._dcpc_all_of_plate = True  # type: ignore[attr-defined]
+    return indices
+
+
+def _iterate(self: Any) -> Iterator[int | float]:
+    """`IndepMessenger.__iter__` with Python's integers for all elements of a plate."""
+    if getattr(self._indices, "_dcpc_all_of_plate", False):
+        self._indices = range(len(self._indices))
+    return _ITERATE(self)
+
+
 class _EmptyWithParticles(TorchFunctionMode):
     """Makes empty tensors inside of a `vmap` have its axis."""
 
@@ -78,9 +119,12 @@ class _EmptyWithParticles(TorchFunctionMode):
 
 
 def _is_unbatched_float(value: Any) -> bool:
+    return _is_unbatched(value) and value.is_floating_point()
+
+
+def _is_unbatched(value: Any) -> bool:
     return (
         isinstance(value, Tensor)
-        and value.is_floating_point()
         and torch._C._functorch.peek_interpreter_stack() is not None
         and not _is_batched(value)
     )
@@ -100,6 +144,8 @@ def _replacement(func: Any, args: tuple) -> Callable[..., Any] | None:
     """The function to run instead of one of torch, or None."""
     if func is Tensor.__setitem__:
         return _fill if _writes_under_mask(*args) else None
+    if func == Tensor.data.__get__ and _is_batched(args[0]):  # type: ignore[attr-defined]
+        return Tensor.detach
     name = getattr(func, "__name__", "")
     if name in RECURRENT and not isinstance(args[3], bool):
         return None  # a packed sequence: its third argument is the state, and then come weights
@@ -157,6 +203,26 @@ def _attention_where_batched(*args: Any, **kwargs: Any) -> Tensor:
     """Attention as called within torch's own functions, where a mode does not see it."""
     leaves = pytree.tree_leaves((args, kwargs))
     return (_attention if any(map(_is_batched, leaves)) else _FUSED_ATTENTION)(*args, **kwargs)
+
+
+def _cholesky(x: Tensor, *, upper: bool = False) -> Tensor:
+    """Cholesky factors, NaN of the particles whose matrix has none.
+
+    Their density is then NaN, which counts as zero, as in Pyro's own samplers; torch's function
+    raises for all particles.
+    """
+    factor, info = torch.linalg.cholesky_ex(x, upper=upper)
+    return torch.where((info > 0)[..., None, None], torch.nan, factor)
+
+
+def _squeeze(x: Tensor, *dim: Any, **kwargs: Any) -> Tensor:
+    """`squeeze`, of numbers too, whose last axis batching rules do not know."""
+    return x if x.dim() == 0 else torch.squeeze(x, *dim, **kwargs)
+
+
+def _flip(x: Tensor, *dims: Any, **kwargs: Any) -> Tensor:
+    """`flip`, of numbers too."""
+    return x if x.dim() == 0 else Tensor.flip(x, *dims, **kwargs)
 
 
 def _is_batched(value: Any) -> bool:
@@ -239,7 +305,15 @@ def _multinomial_sample(
     return (draws.unsqueeze(-1) == categories).sum(0).type_as(self.probs)
 
 
+_FACTORIES = frozenset(
+    f"{prefix}{name}{suffix}"
+    for name in ("zeros", "ones", "full")
+    for prefix, suffix in (("", ""), ("new_", ""), ("", "_like"))
+)
+
 _EMPTY = frozenset(("empty", "empty_like", "new", "new_empty"))
+
+_ITERATE = IndepMessenger.__iter__
 
 _FUSED_ATTENTION = functional.scaled_dot_product_attention
 
@@ -247,11 +321,15 @@ _BATCHED: dict[str, Callable[..., Any]] = {
     **RECURRENT,
     **CELLS,
     "clamp_": _clamp,
+    "flip": _flip,
+    "linalg_cholesky": _cholesky,
+    "squeeze": _squeeze,
     "scaled_dot_product_attention": _attention,
 }
 """Replacements of torch functions with a batched argument, by name."""
 
 _REPLACEMENTS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+    (IndepMessenger, "__iter__", _iterate),
     (functional, "scaled_dot_product_attention", _attention_where_batched),
     (dist.OrderedLogistic, "__init__", _ordered_logistic),
     (dist.SineSkewed, "__init__", _sine_skewed),
