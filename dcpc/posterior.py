@@ -232,9 +232,10 @@ class Posterior:
             OptionError: There is no such discrete latent.
         """
         if name not in self.discrete:
+            where = "; local_samples has its draws" if name in self.local_samples else ""
             raise OptionError(
                 f"probabilities: '{name}' is not a discrete latent; these are "
-                f"{list(self.discrete) or 'none'}"
+                f"{list(self.discrete) or 'none'}{where}"
             )
         if name in self.conditional_probabilities:
             return self.conditional_probabilities[name]
@@ -249,13 +250,9 @@ class Posterior:
             z = self._numbers[name]
             weights = self._weights(name).expand_as(z)
         index = z.long() - lower
-        return torch.stack(
-            [
-                torch.where(index == value, weights, 0.0).sum(0)
-                for value in range(int(index.max()) + 1)
-            ],
-            -1,
-        )
+        count = int(index.max()) + 1 if math.isinf(support.num_values) else int(support.num_values)
+        shares = [torch.where(index == value, weights, 0.0).sum(0) for value in range(count)]
+        return torch.stack(shares, -1)
 
     def mode(self, name: str) -> Tensor:
         """Most probable value of each element of a discrete latent, from `probabilities`.

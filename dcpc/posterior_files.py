@@ -101,8 +101,8 @@ def _misfits(posterior: Posterior) -> Found:
             yield from _shape(f"evidence.{entry}", value, population)
     yield from _families("families", posterior.families, weights)
     for name in (*posterior.discrete, *posterior.conditional_probabilities):
-        if name not in state.latents:
-            yield "discrete", f"latents, {sorted(state.latents)}", name
+        if name not in samples:
+            yield "discrete", f"sites of the samples, {sorted(samples)}", name
     if posterior.continuation is not None:
         yield from _continuation(posterior.continuation, state.latents, weights)
 

@@ -85,7 +85,7 @@ def _tables(posterior: Posterior, prob: float) -> list[tuple[list[str], list[lis
 
 def _discrete_rows(posterior: Posterior, room: int) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the discrete latents: modes, probabilities, and their quality."""
-    columns = ("mcse", "ess_bulk", "r_hat")
+    columns = ("ess_bulk", "r_hat")
     rows: list[list[str]] = []
     for name, support in posterior.discrete.items():
         about, shares = posterior.statistics()[name], posterior.probabilities(name)

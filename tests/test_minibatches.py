@@ -167,6 +167,56 @@ def test_exact_ones_refuse_global_latents_of_a_given_subsample(algorithm):
         )
 
 
+def labelled(x, index, size, enumerated):
+    """A share, and labels of single data."""
+    share = pyro.sample("share", dist.Beta(1.0, 1.0))
+    infer = {"enumerate": "parallel"} if enumerated else {}
+    with pyro.plate("data", size, subsample=index):
+        z = pyro.sample("z", dist.Bernoulli(share), infer=infer)
+        pyro.sample("x", dist.Normal(6.0 * z, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("enumerated", [False, True])
+@pytest.mark.parametrize("replacement", [False, True])
+def test_labels_of_all_data_are_there_however_the_loader_draws(enumerated, replacement):
+    """Labels that the data leave no doubt about, of data that a pass may leave out."""
+    truth = torch.arange(110) % 2
+    x = 6.0 * truth + 0.1
+    rows = TensorDataset(x, torch.arange(110))
+    sampler = RandomSampler(rows, replacement=replacement)
+    loader = DataLoader(rows, batch_size=50, sampler=sampler, drop_last=True)
+    model = partial(labelled, size=110, enumerated=enumerated)
+    engine = DCPC(model, num_particles=5, algorithm="sgld")
+    posterior = engine.run_over(loader, index=1, num_sweeps=60, seed=0, progress=False)
+    assert torch.equal(posterior.local_samples["z"].long(), truth.expand(5, -1))
+    assert "z" not in posterior.samples
+    with pytest.raises(OptionError, match="local_samples"):
+        posterior.probabilities("z")
+
+
+def test_data_that_never_come_are_nan_and_named():
+    x = data(20)
+    loader = [(torch.arange(start, start + 5), x[start : start + 5]) for start in (0, 5)]
+    engine = DCPC(partial(hierarchy_of, size=20), num_particles=3, algorithm="sgld")
+    posterior = engine.run_over(loader, index=0, num_sweeps=8, seed=0, progress=False)
+    missing = posterior.local_samples["z"].isnan().all(0)
+    assert missing.tolist() == [False] * 10 + [True] * 10
+    assert any("10 of 20 data" in message for message in posterior.warnings)
+
+
+def test_a_global_discrete_latent_is_refused_when_it_is_summed_out_too():
+    def switched(x):
+        on = pyro.sample("on", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 20, subsample_size=5) as index:
+            pyro.sample("x", dist.Normal(loc + on, 1.0), obs=x[index])
+
+    with pytest.raises(OptionError, match="'on' is a discrete latent outside"):
+        DCPC(switched, num_particles=3, algorithm="sgld").run(
+            data(20), num_sweeps=8, progress=False
+        )
+
+
 def test_mistakes_are_named():
     x = data(20)
     rows = TensorDataset(torch.arange(20), x)

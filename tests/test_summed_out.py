@@ -13,7 +13,7 @@ from oracles import plain_trace
 from pyro.infer import config_enumerate
 from torch.distributions import biject_to
 
-from dcpc import DCPC
+from dcpc import DCPC, Posterior
 from dcpc.errors import ModelError, OptionError
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -149,7 +149,7 @@ def test_values_are_drawn_from_their_conditional(name):
         assert abs(found - share) <= 4.5 * (share * (1 - share) / count).sqrt() + 1e-12
 
 
-def test_a_posterior_holds_draws_and_probabilities_of_what_was_summed_out():
+def test_a_posterior_holds_draws_and_probabilities_of_what_was_summed_out(tmp_path):
     """Evidence and probabilities on a grid over the one continuous latent."""
 
     def model(x):
@@ -179,6 +179,9 @@ def test_a_posterior_holds_draws_and_probabilities_of_what_was_summed_out():
     assert abs(float(posterior.mean()["total"] - shares.sum())) < 0.04
     torch.testing.assert_close(posterior.history["total"], posterior.history["z"].sum(-1))
     assert posterior.mode("z").tolist() == (shares > 0.5).long().tolist()
+    posterior.save(tmp_path / "posterior.pt")
+    again = Posterior.load(tmp_path / "posterior.pt")
+    assert torch.equal(again.probabilities("z"), posterior.probabilities("z"))
 
 
 def test_what_continuous_latents_depend_on_is_drawn():

@@ -255,7 +255,7 @@ def _check_subsample(msg: Any) -> None:
             f"plate '{msg['name']}' draws a subsample of {fn.subsample_size} of {fn.size} "
             "in every run of the model (subsample_size=), so that the density is "
             "another one each time; pass all the data, or give the plate its subsample "
-            "(subsample=), or run with algorithm='sgld'"
+            "(subsample=); algorithm='sgld' takes minibatches where latents lie outside of it"
         )
 
 

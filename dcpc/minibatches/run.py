@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,6 +24,9 @@ from dcpc.progress import ProgressBar
 from dcpc.recombine import LogWeights
 from dcpc.sweep import SweepInfo, SweepState, sweep
 
+MAX_PASSES = 20
+"""Passes through the data that show the latents of all of them once more, at most."""
+
 
 def run_over(
     bind: Callable[[Minibatch], Problem], source: Source, length: Length, bar: ProgressBar
@@ -40,7 +43,7 @@ def run_over(
     bar.stage("sweeps", length.num_sweeps)
     for minibatch in itertools.islice(source.endless(), length.num_sweeps):
         bar.advance(run.sweep(minibatch))
-    return run.posterior(source.once())
+    return run.posterior(source)
 
 
 class MinibatchRun:
@@ -112,11 +115,11 @@ class MinibatchRun:
                 latents.update(group.unpack(self._ascents[group.name].step(unit)))
         return replace(state, latents=latents)
 
-    def posterior(self, batches: Iterable[Minibatch]) -> Posterior:
+    def posterior(self, source: Source) -> Posterior:
         """The posterior of the global latents, with the latents of single data as they are.
 
         Args:
-            batches: Minibatches that show all data once, to constrain their latents by.
+            source: Where minibatches come from, to constrain the latents of single data by.
         """
         problem, state = self._problem, self._state
         assert problem is not None
@@ -125,6 +128,7 @@ class MinibatchRun:
         names = [name for name in division.latents if name not in _local_plates(problem)]
         samples = self._global_values(problem, state)
         sums = self._sums
+        local_samples, messages = self._local_values(source)
         whole = replace(state, latents={name: state.latents[name] for name in names})
         posterior = Posterior(
             samples=samples,
@@ -141,10 +145,10 @@ class MinibatchRun:
             is_chains=False,  # particles share the noise of their minibatches
             evidence=Evidence(refusal=problem.evidence_refusal()),
             is_exact=False,
-            local_samples=self._local_values(batches),
+            local_samples=local_samples,
         )
         record = SweepRecord(num_sweeps=self.num_done, adapts_step_size=False)
-        return replace(posterior, warnings=find_problems(posterior, record))
+        return replace(posterior, warnings=(*find_problems(posterior, record), *messages))
 
     def _enter(self, problem: Problem, minibatch: Minibatch) -> SweepState:
         """The state of the global latents with those of the minibatch's data."""
@@ -214,13 +218,15 @@ class MinibatchRun:
 
     def _num_data(self, problem: Problem) -> int:
         """Number of all data, by the size and the scale of the plate that subsamples."""
-        name, plate = next(iter(_local_plates(problem).items()))
-        return round(plate.size * problem.division.sites[name].scale)
+        name, plate = next(iter(_local_plates(problem, self._shown(problem)).items()))
+        division = problem.division
+        sites = division.sites if division.completion is None else division.completion.sites
+        return round(plate.size * sites[name].scale)
 
     def _global_values(self, problem: Problem, state: SweepState) -> Samples:
         """Constrained values that do not belong to single data."""
         values = problem.constrain(state.latents)
-        sites, local = problem.division.sites, _local_plates(problem)
+        sites, local = problem.division.sites, _local_plates(problem, self._shown(problem))
         names = [plate.name for plate in local.values()]
         inside = {
             name
@@ -233,43 +239,81 @@ class MinibatchRun:
             if name not in local and name not in inside
         }
 
-    def _local_values(self, batches: Iterable[Minibatch]) -> Samples:
-        """Constrained values of the latents of single data that were visited, of all data."""
-        if not self._kept:
-            return {}
-        assert self._state is not None
+    def _local_values(self, source: Source) -> tuple[Samples, tuple[str, ...]]:
+        """Constrained values of the latents of single data, of all data that were visited.
+
+        The source is gone through until all of them were shown again, which takes the model's
+        arguments, but not more than `MAX_PASSES` times.
+
+        Returns:
+            The values; NaN (and floating-point numbers) where data were not shown. And a message
+            if there are such data.
+        """
+        shown = torch.zeros_like(self._seen) if self._seen is not None else None
+        problem = self._problem
+        assert problem is not None
+        if shown is None and not _local_plates(problem, problem.division.summed_out):
+            return {}, ()
         result: dict[str, Tensor] = {}
-        for minibatch in batches:
+        for minibatch in itertools.chain.from_iterable(source.once() for _ in range(MAX_PASSES)):
             problem = self._bind(minibatch)
             values = problem.constrain(self._enter(problem, minibatch).latents)
-            for name, plate in _local_plates(problem).items():
-                value = values[name]
-                axis = 1 + len(problem.division.sites[name].batch_shape) + plate.dim
+            assert minibatch.index is not None
+            for name, plate in _local_plates(problem, self._shown(problem)).items():
+                value, axis = values[name], _axis(problem, name, plate)
                 if name not in result:
                     shape = list(value.shape)
                     shape[axis] = self._num_data(problem)
-                    result[name] = value.new_full(
-                        shape, math.nan if value.is_floating_point() else 0
-                    )
-                assert minibatch.index is not None
+                    result[name] = value.new_zeros(shape)
                 result[name].index_copy_(axis, minibatch.index, value)
-        return result
+            shown = (
+                torch.zeros(self._num_data(problem), dtype=torch.bool) if shown is None else shown
+            )
+            shown[minibatch.index] = True
+            if bool(shown.all()):
+                return result, ()
+        assert shown is not None
+        return self._without(result, ~shown)
+
+    def _without(self, values: Samples, missing: Tensor) -> tuple[Samples, tuple[str, ...]]:
+        """Values with NaN for data that were not shown, and the message that says so."""
+        problem = self._problem
+        assert problem is not None
+        result = {}
+        for name, plate in _local_plates(problem, self._shown(problem)).items():
+            axis = _axis(problem, name, plate)
+            mask = missing.reshape(-1, *(1,) * (values[name].dim() - axis - 1))
+            value = values[name]
+            number = value if value.is_floating_point() else value.to(torch.get_default_dtype())
+            result[name] = number.masked_fill(mask, math.nan)
+        count = int(missing.sum())
+        return result, (
+            f"{count} of {len(missing)} data were not in the last minibatches that were looked at; "
+            "their local_samples are NaN",
+        )
+
+    def _shown(self, problem: Problem) -> list[str]:
+        """Latents whose values are shown: those that are moved and those that are summed out."""
+        return [*problem.division.latents, *problem.division.summed_out]
 
 
-def _local_plates(problem: Problem) -> dict[str, Plate]:
-    """Latents of single data, with the plate that subsamples them."""
-    sites = problem.division.sites
+def _local_plates(problem: Problem, names: Sequence[str] | None = None) -> dict[str, Plate]:
+    """Latents of single data, with the plate that subsamples them; by default those that move."""
+    division = problem.division
+    sites = division.sites if division.completion is None else division.completion.sites
     outside = {plate.name for site in sites.values() if site.scale == 1.0 for plate in site.plates}
     return {
         name: next(plate for plate in sites[name].plates if plate.name not in outside)
-        for name in problem.division.latents
+        for name in (division.latents if names is None else names)
         if sites[name].scale != 1.0
     }
 
 
 def _axis(problem: Problem, name: str, plate: Plate) -> int:
-    """Axis of a plate in a latent's unconstrained value `(K, *batch, *event)`."""
-    return 1 + len(problem.division.sites[name].batch_shape) + plate.dim
+    """Axis of a plate in a latent's value `(K, *batch, *event)`."""
+    division = problem.division
+    sites = division.sites if division.completion is None else division.completion.sites
+    return 1 + len(sites[name].batch_shape) + plate.dim
 
 
 def check_minibatch_problem(problem: Problem) -> None:
@@ -279,14 +323,16 @@ def check_minibatch_problem(problem: Problem) -> None:
         OptionError: No algorithm for minibatches, or no or discrete latents outside of the plate
             that subsamples, or a move that keeps a memory of each particle.
     """
-    parts, sites = problem.parts, problem.division.sites
+    parts, division = problem.parts, problem.division
+    sites = division.sites if division.completion is None else division.completion.sites
     if parts.subsampled is None:
         raise OptionError(
             f"algorithm {problem.algorithm.name!r} moves global latents on the density of all "
             "data; over minibatches use algorithm='sgld'"
         )
     scaled = [name for name, site in sites.items() if site.scale != 1.0]
-    outside = [name for name in problem.division.latents if sites[name].scale == 1.0]
+    latents = [*division.latents, *division.summed_out]
+    outside = [name for name in latents if sites[name].scale == 1.0]
     if not scaled or not outside:
         raise OptionError(
             "a run over minibatches needs latents outside of a plate that subsamples (subsample= "

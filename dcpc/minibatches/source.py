@@ -167,7 +167,8 @@ def _indices(args: tuple, kwargs: Mapping[str, Any], index: str | int | None) ->
     known: Mapping[Any, Any] = kwargs if isinstance(index, str) else dict(enumerate(args))
     if index not in known:
         raise DataError(
-            f"index={index!r} is none of the arguments {list(known)} of a minibatch; name the one "
-            "that holds the indices of its data"
+            f"index={index!r} is none of the arguments {list(kwargs) or list(range(len(args)))} of "
+            "a minibatch; give the position of the one that holds the indices of its data where "
+            "minibatches are tuples, its name where they are dictionaries"
         )
     return known[index]

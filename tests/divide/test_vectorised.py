@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
+from dcpc import DCPC
 from dcpc.divide.vectorised import drawing, vectorised
 
 NUM_PARTICLES = 5
@@ -314,3 +315,21 @@ def test_what_was_replaced_is_put_back_also_after_an_error():
     with pytest.raises(ZeroDivisionError), vectorised(), vectorised():
         raise ZeroDivisionError
     assert before == (dist.OrderedLogistic.__init__, hmm._logmatmulexp, hmm.safe_cholesky)
+
+
+def test_a_rate_of_zero_at_a_count_of_zero_has_a_score():
+    """`d/dr (0 log r - r)` is -1; torch's own is NaN."""
+
+    def model(x):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        on = torch.tensor([0.0, 1.0])
+        with pyro.plate("data", 2):
+            pyro.sample("x", dist.Poisson(on * a.exp()), obs=x)
+
+    x = torch.tensor([0.0, 3.0])
+    problem = DCPC(model, num_particles=4).bind(x)
+    state = problem.init()
+    (group,) = problem.division.groups
+    a = state.latents["a"]
+    evaluation = group.evaluate(group.pack(state.latents), state.latents, (x,))
+    torch.testing.assert_close(evaluation.score.flatten(), -a + 3.0 - a.exp())

@@ -290,6 +290,13 @@ def _log_beta_1(alpha: Tensor, value: Tensor, is_sparse: bool) -> Tensor:
     return torch.lgamma(1 + value) + torch.lgamma(alpha) - torch.lgamma(value + alpha)
 
 
+def _poisson_log_prob(self: torch.distributions.Poisson, value: Tensor) -> Tensor:
+    """`Poisson.log_prob` with the gradient -1 of a rate of zero at a count of zero, not NaN."""
+    zero = value == 0
+    log_rate = torch.where(zero, torch.ones_like(self.rate), self.rate).log()
+    return torch.where(zero, 0.0, value * log_rate) - self.rate - (value + 1).lgamma()
+
+
 def _multinomial_log_prob(self: torch.distributions.Multinomial, value: Tensor) -> Tensor:
     """`Multinomial.log_prob`, which writes into the logits; `0 log 0` is zero."""
     log_powers = torch.where(value == 0, 0.0, value * self.logits).sum(-1)
@@ -335,7 +342,7 @@ _REPLACEMENTS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (dist.SineSkewed, "__init__", _sine_skewed),
     (torch.distributions.Multinomial, "sample", _multinomial_sample),
     (torch.distributions.Multinomial, "log_prob", _multinomial_log_prob),
-    (dist.Poisson, "log_prob", torch.distributions.Poisson.log_prob),
+    (dist.Poisson, "log_prob", _poisson_log_prob),
     (pyro.distributions.conjugate, "_log_beta_1", _log_beta_1),
     (pyro.distributions.coalescent, "safe_log", _safe_log),
     (pyro.distributions.hmm, "_logmatmulexp", _logmatmulexp),
