@@ -286,6 +286,6 @@ def programs() -> list[Program]:
         ("cjs 5", by_sex_and_year, sampled, _by_sex_and_year),
     ]
     return [
-        Program(name, source, model, data, oracle, reference)
+        Program(name, source, model, data, oracle, reference, num_particles=1500)
         for name, model, oracle, reference in rows
     ]
