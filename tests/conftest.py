@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.poutine import runtime
 from pytorch_lightning import Trainer
 from torch import Tensor, nn
 
@@ -30,13 +31,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def clean_pyro():
-    """An empty parameter store, seeded generators, and the default dtype put back."""
+    """An empty parameter store, seeded generators, the default dtype put back, no handler left."""
     dtype = torch.get_default_dtype()
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     yield
     torch.set_default_dtype(dtype)
     pyro.clear_param_store()
+    left = list(runtime._PYRO_STACK)
+    runtime._PYRO_STACK.clear()
+    assert left == []
 
 
 @pytest.fixture

@@ -127,11 +127,11 @@ class Substitute(TensorObservations):
         A trace does so, and what the model has written in place into a mask or a value after its
         statement counts.
         """
+        super().__exit__(*exception)  # first: an error below must not leave a handler behind
+        messages, self._messages = self._messages, {}
         if exception[0] is None:
-            for name, msg in self._messages.items():
+            for name, msg in messages.items():
                 self._record(name, msg, cast(Mapping[str, Any], self.sites)[name])
-        self._messages.clear()
-        super().__exit__(*exception)
 
     def _record(self, name: str, msg: Any, site: Any) -> None:
         with _unvalidated(msg["fn"]):
