@@ -214,9 +214,9 @@ def test_an_interrupt_while_the_model_is_divided_raises_and_leaves_the_engine_us
 
     def model(x):
         calls.append(0)
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
         if len(calls) == call:
             signal.raise_signal(signal.SIGINT)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     engine = DCPC(model, num_particles=10)

@@ -109,7 +109,7 @@ def test_densities_that_are_flat_or_steep_on_purpose_pass():
 
 def test_the_certificate_can_be_left_out(monkeypatch):
     monkeypatch.setattr(
-        "dcpc.divide.division.certify_moves", lambda *_: pytest.fail("it was certified")
+        "dcpc.divide.dividing.certify_moves", lambda *_: pytest.fail("it was certified")
     )
     DCPC(nested, num_particles=3, certify=False).division(X)
 
