@@ -292,9 +292,8 @@ class Problem:
         )
         weights = state.log_weight.normalized()
         result = {}
-        sites = division.sites if division.completion is None else division.completion.sites
         for name, mean in means.items():
-            batch_dims = len(sites[name].batch_shape)
+            batch_dims = len(division.model_sites[name].batch_shape)
             shape = [mean.shape[0]] + [1] * (mean.dim() - 1)
             for plate in division.population:
                 shape[1 + batch_dims + plate.dim] = plate.size

@@ -14,6 +14,7 @@ from discrete_models import Discrete, models
 from oracles import Enumerated, enumerate_posterior
 
 from dcpc import DCPC, Posterior
+from dcpc.divide.elimination import gumbel_like
 from dcpc.errors import OptionError
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -195,3 +196,33 @@ def test_inexact_presets_move_discrete_latents(algorithm):
     elif count > 1:
         found = float((state.log_weight.normalized() * state.latents["z"]).sum())
         assert abs(found - odds / (1 + odds)) < 0.1
+
+
+def test_gumbel_numbers_are_finite_where_a_uniform_one_is_zero(monkeypatch):
+    """Zero comes once in 2^24 single-precision numbers, and must not make the impossible possible."""
+    monkeypatch.setattr(torch, "rand_like", torch.zeros_like)
+    assert bool(gumbel_like(torch.zeros(3, dtype=torch.float32)).isfinite().all())
+
+
+def test_a_one_hot_vector_of_many_categories_is_enumerated():
+    logits = torch.linspace(0.0, 3.0, 300)
+
+    def model(x):
+        z = pyro.sample("z", dist.OneHotCategorical(logits=logits))
+        pyro.sample("x", dist.Normal(z @ logits, 1.0), obs=x)
+
+    problem = DCPC(model, num_particles=3).bind(torch.tensor(1.0))
+    _, info = problem.sweep(problem.init())
+    exact = (logits + dist.Normal(logits, 1.0).log_prob(torch.tensor(1.0))).softmax(0)
+    torch.testing.assert_close(info.probabilities["z"], exact)
+
+
+def test_a_single_category_keeps_all_counts():
+    def model(x):
+        z = pyro.sample("z", dist.Multinomial(7, torch.ones(1)))
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z.sum(-1) + loc, 1.0), obs=x)
+
+    problem = DCPC(model, num_particles=5).bind(torch.tensor(1.0))
+    state, _ = problem.sweep(problem.init())
+    assert state.latents["z"].tolist() == [[7.0]] * 5

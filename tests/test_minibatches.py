@@ -194,6 +194,18 @@ def test_labels_of_all_data_are_there_however_the_loader_draws(enumerated, repla
         posterior.probabilities("z")
 
 
+def test_labels_that_are_summed_out_need_no_indices():
+    rows = TensorDataset(data(20), torch.arange(20))
+    model = partial(labelled, size=20, enumerated=True)
+    engine = DCPC(model, num_particles=3, algorithm="sgld")
+    loader = DataLoader(rows, batch_size=5)
+    posterior = engine.run_over(loader, num_sweeps=8, seed=0, progress=False)
+    assert posterior.local_samples == {}
+    assert any("index=" in message for message in posterior.warnings)
+    with pytest.raises(OptionError, match="keep_every must be at least 0, got -1"):
+        engine.run_over(loader, num_sweeps=8, keep_every=-1, progress=False)
+
+
 def test_data_that_never_come_are_nan_and_named():
     x = data(20)
     loader = [(torch.arange(start, start + 5), x[start : start + 5]) for start in (0, 5)]

@@ -230,6 +230,17 @@ def test_latents_are_drawn_where_none_would_be_left():
     assert list(problem.init().latents) == ["z"]
 
 
+def test_a_scaled_prior_is_not_summed_out_and_refused_like_others():
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.poutine.scale(scale=0.5):
+            z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(loc + 2 * z, 1.0), obs=x)
+
+    with pytest.raises(ModelError, match=r"'z'.*handler"):
+        DCPC(model, num_particles=3).run(SERIES[0], num_sweeps=2, progress=False)
+
+
 def test_an_enumeration_without_end_is_refused():
     def model(x):
         n = pyro.sample("n", dist.Poisson(3.0), infer={"enumerate": "parallel"})

@@ -12,7 +12,7 @@ from torch import Tensor
 from dcpc.conquer.lines import AllComponents, Candidates, Component, Line, lines_of
 from dcpc.divide import Conditional
 from dcpc.divide.discrete_unit import DiscreteGroup
-from dcpc.divide.elimination import eliminate
+from dcpc.divide.elimination import eliminate, gumbel_like
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _table(unit: Conditional, candidates: Candidates) -> Tensor:
 def _choose(table: Tensor, greedy: bool) -> Tensor:
     """Indices `(K, *plates, n)` drawn in proportion to the exponentials of a table."""
     if not greedy:
-        table = table + torch.rand_like(table).log_().neg_().log_().neg_()
+        table = table + gumbel_like(table)
     return table.argmax(0)
 
 

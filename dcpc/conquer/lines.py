@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dcpc.divide.supports.discrete import INTEGERS, MULTINOMIAL, DiscreteSupport
+from dcpc.divide.supports.discrete import INTEGERS, MULTINOMIAL, ONE_HOT, DiscreteSupport
 
 MAX_VALUES = 256
-"""Values of a component up to which it is enumerated."""
+"""Values of an integer up to which it is enumerated; one-hot vectors always are."""
 
 MAX_JOINT_VALUES = 64
 """Values up to which the components of a unit are enumerated together."""
@@ -140,7 +140,7 @@ def lines_of(supports: Sequence[DiscreteSupport], like: Tensor) -> Iterator[Line
     start = 0
     for support in supports:
         part = slice(start, start + support.width)
-        if support.num_values <= MAX_VALUES:
+        if support.num_values <= MAX_VALUES or support.kind == ONE_HOT:
             yield Component(start, support)
         elif support.kind == INTEGERS:
             direction = like.new_zeros(like.shape[-1])

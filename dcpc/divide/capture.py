@@ -87,7 +87,7 @@ class _OperatorReads(TorchDispatchMode):
 
 
 WRITES_IN_PLACE = "is not possible because there exists a Tensor `other`"
-"""What `vmap` says of an in-place operation whose target has no particle axis."""
+"""Message of `vmap` for an in-place operation whose target has no particle axis."""
 
 
 def _indexes_by_numbers(func: Any, args: tuple) -> bool:

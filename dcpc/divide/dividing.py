@@ -121,8 +121,8 @@ class _Captured:
         program, graph, sites = self.program, self.graph, self.program.sites
         asked = group_blocks(graph, blocks)
         members = join_discrete(graph, asked, blocks)
-        plates = self.independent_plates(members)
-        if any(_is_split(graph, unit, own) for unit, own in plates.items()):
+        joined = [unit for unit in members if unit not in asked]
+        if any(_is_split(graph, *unit) for unit in self.independent_plates(joined).items()):
             members = asked
         steps = schedule(graph, members)
         plates = self.independent_plates([unit for step in steps for unit in step])

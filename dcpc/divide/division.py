@@ -86,10 +86,14 @@ class Division:
         return [] if self.program.summed_out is None else self.program.summed_out.members
 
     @property
+    def model_sites(self) -> Sites:
+        """All random sites of the model, with the latents that are summed out."""
+        return self.sites if self.completion is None else self.completion.sites
+
+    @property
     def discrete(self) -> dict[str, DiscreteSupport]:
         """Supports of the discrete latents, those that are summed out included."""
-        sites = self.sites if self.completion is None else self.completion.sites
-        return {name: site.discrete for name, site in sites.items() if site.discrete}
+        return {name: site.discrete for name, site in self.model_sites.items() if site.discrete}
 
     @property
     def population_shape(self) -> tuple[int, ...]:
@@ -103,8 +107,8 @@ class Division:
 
     def population_axes(self, name: str) -> tuple[int, ...]:
         """Axes of the population plates in a latent's value `(K, *batch, *event)`."""
-        sites = self.completion.sites if self.completion and name in self.summed_out else self.sites
-        return tuple(1 + len(sites[name].batch_shape) + p.dim for p in self.population)
+        batch_dims = len(self.model_sites[name].batch_shape)
+        return tuple(1 + batch_dims + plate.dim for plate in self.population)
 
     def value_axes(self) -> dict[str, tuple[int, ...]]:
         """Axes of the population plates in every value `(K, *batch, *event)` of a posterior.

@@ -150,6 +150,15 @@ def eliminate(
     return JointDraw(indices, before, _total(clean, indices), log_normaliser, marginals)
 
 
+def gumbel_like(table: Tensor) -> Tensor:
+    """Standard Gumbel numbers: the largest entry of a log-table plus these is a draw from it.
+
+    They are finite, so that an entry of probability zero never is the largest.
+    """
+    uniform = torch.rand_like(table).clamp_(min=torch.finfo(table.dtype).tiny)
+    return uniform.log_().neg_().log_().neg_()
+
+
 def log_normaliser(tables: Mapping[tuple[int, ...], Tensor], plan: EliminationPlan) -> Tensor:
     """Logarithm of the sum over all values, `(*batch)`, with gradients.
 
@@ -193,7 +202,7 @@ def _backward(summed: Sequence[Table], plan: EliminationPlan, greedy: bool) -> l
     for variable, joint in reversed(list(zip(plan.order, summed, strict=True))):
         table = _given(joint, drawn)
         if not greedy:
-            table = table + torch.rand_like(table).log_().neg_().log_().neg_()
+            table = table + gumbel_like(table)
         drawn[variable] = table.argmax(-1)
     return [drawn[variable] for variable in range(len(drawn))]
 

@@ -166,9 +166,9 @@ def find_sums(
 ) -> SummedOut | None:
     """The latents that the model's author wants enumerated and that can be summed out.
 
-    Those that continuous latents depend on, or whose plates hold elements that are not independent,
-    are drawn like other discrete latents, and so are all where no other latent would be left: the
-    posterior is the same.
+    Those that continuous latents depend on, whose priors a handler masks or scales, or whose plates
+    hold elements that are not independent, are drawn like other discrete latents, and so are all
+    where no other latent would be left: the posterior is the same.
 
     Args:
         sites: The sites.
@@ -233,7 +233,11 @@ def _sum(graph: SiteGraph, members: Members, plates: tuple[Plate, ...]) -> Sum |
         if (support := graph.sites[name].discrete)
     )
     others = [name for name in plan.scopes if name not in members and name not in likelihoods]
-    if not single or others or not likelihoods or any(graph.sites[n].is_masked for n in members):
+    handled = any(
+        site.is_masked or site.is_rescaled or site.is_improper
+        for site in (graph.sites[name] for name in members)
+    )
+    if not single or others or not likelihoods or handled:
         return None
     if not plan.is_cheap:
         raise ModelError(

@@ -39,6 +39,8 @@ class Length:
                 "num_sweeps must be at least 1 and num_warmup between 0 and num_sweeps, got "
                 f"num_sweeps={self.num_sweeps}, num_warmup={self.num_warmup}"
             )
+        if self.keep_every is not None and self.keep_every < 0:
+            raise OptionError(f"keep_every must be at least 0, got {self.keep_every}")
         if self.local_sweeps < 1:
             raise OptionError(f"local_sweeps must be at least 1, got {self.local_sweeps}")
 

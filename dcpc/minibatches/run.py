@@ -219,9 +219,7 @@ class MinibatchRun:
     def _num_data(self, problem: Problem) -> int:
         """Number of all data, by the size and the scale of the plate that subsamples."""
         name, plate = next(iter(_local_plates(problem, self._shown(problem)).items()))
-        division = problem.division
-        sites = division.sites if division.completion is None else division.completion.sites
-        return round(plate.size * sites[name].scale)
+        return round(plate.size * problem.division.model_sites[name].scale)
 
     def _global_values(self, problem: Problem, state: SweepState) -> Samples:
         """Constrained values that do not belong to single data."""
@@ -256,9 +254,10 @@ class MinibatchRun:
             return {}, ()
         result: dict[str, Tensor] = {}
         for minibatch in itertools.chain.from_iterable(source.once() for _ in range(MAX_PASSES)):
+            if minibatch.index is None:  # latents that are summed out are not kept, and need none
+                return {}, ("local_samples are left out: run_over(..., index=) was not given",)
             problem = self._bind(minibatch)
             values = problem.constrain(self._enter(problem, minibatch).latents)
-            assert minibatch.index is not None
             for name, plate in _local_plates(problem, self._shown(problem)).items():
                 value, axis = values[name], _axis(problem, name, plate)
                 if name not in result:
@@ -299,8 +298,7 @@ class MinibatchRun:
 
 def _local_plates(problem: Problem, names: Sequence[str] | None = None) -> dict[str, Plate]:
     """Latents of single data, with the plate that subsamples them; by default those that move."""
-    division = problem.division
-    sites = division.sites if division.completion is None else division.completion.sites
+    division, sites = problem.division, problem.division.model_sites
     outside = {plate.name for site in sites.values() if site.scale == 1.0 for plate in site.plates}
     return {
         name: next(plate for plate in sites[name].plates if plate.name not in outside)
@@ -311,9 +309,7 @@ def _local_plates(problem: Problem, names: Sequence[str] | None = None) -> dict[
 
 def _axis(problem: Problem, name: str, plate: Plate) -> int:
     """Axis of a plate in a latent's value `(K, *batch, *event)`."""
-    division = problem.division
-    sites = division.sites if division.completion is None else division.completion.sites
-    return 1 + len(sites[name].batch_shape) + plate.dim
+    return 1 + len(problem.division.model_sites[name].batch_shape) + plate.dim
 
 
 def check_minibatch_problem(problem: Problem) -> None:
@@ -324,7 +320,7 @@ def check_minibatch_problem(problem: Problem) -> None:
             that subsamples, or a move that keeps a memory of each particle.
     """
     parts, division = problem.parts, problem.division
-    sites = division.sites if division.completion is None else division.completion.sites
+    sites = division.model_sites
     if parts.subsampled is None:
         raise OptionError(
             f"algorithm {problem.algorithm.name!r} moves global latents on the density of all "

@@ -134,6 +134,8 @@ def discrete_support(fn: Any) -> DiscreteSupport:
         return DiscreteSupport(ONE_HOT, 0.0, 1.0, fn.event_shape[-1])
     if isinstance(support, constraints.multinomial):
         upper = float(torch.as_tensor(support.upper_bound).max())
+        if fn.event_shape[-1] == 1:  # a single category has all counts
+            return DiscreteSupport(INTEGERS, upper, upper)
         return DiscreteSupport(MULTINOMIAL, 0.0, upper, fn.event_shape[-1])
     if support is constraints.boolean:
         return DiscreteSupport(INTEGERS, 0.0, 1.0)
