@@ -199,7 +199,7 @@ def test_inexact_presets_move_discrete_latents(algorithm):
 
 
 def test_gumbel_numbers_are_finite_where_a_uniform_one_is_zero(monkeypatch):
-    """Zero comes once in 2^24 single-precision numbers, and must not make the impossible possible."""
+    """Zero comes once in 2^24 numbers; the impossible must stay impossible then."""
     monkeypatch.setattr(torch, "rand_like", torch.zeros_like)
     assert bool(gumbel_like(torch.zeros(3, dtype=torch.float32)).isfinite().all())
 
