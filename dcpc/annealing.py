@@ -138,6 +138,7 @@ def anneal(
     *,
     ladder: Sequence[Rung] | None = None,
     conditional_ess: float = 0.9,
+    max_sweeps: int = MAX_SWEEPS,
     adapt: bool = True,
     progress: Progress | None = None,
 ) -> Annealed:
@@ -154,6 +155,7 @@ def anneal(
         ladder: Temperatures in increasing order, the last one 1; None chooses them so that each
             step keeps the conditional ESS, averaged over the population, and the sweeps on it.
         conditional_ess: Conditional ESS that each step of an adaptive ladder keeps, over K.
+        max_sweeps: Sweeps at a rung after which an adaptive ladder goes on, decorrelated or not.
         adapt: Whether proposals learn on the way. The evidence is exactly unbiased only where
             the ladder is given and nothing adapts.
         progress: Called with the temperature after each rung.
@@ -167,7 +169,7 @@ def anneal(
     climbed: list[Rung] = []
     while True:
         if ladder is None:
-            rung = _next_rung(density, cloud, climbed, conditional_ess)
+            rung = _next_rung(density, cloud, climbed, conditional_ess, max_sweeps)
         else:
             rung = ladder[len(climbed)]
             if not adapt:
@@ -327,7 +329,11 @@ def _correlation(weights: LogWeights, before: Tensor, after: Tensor) -> float:
 
 
 def _next_rung(
-    density: Density, cloud: _Cloud, climbed: Sequence[Rung], conditional_ess: float
+    density: Density,
+    cloud: _Cloud,
+    climbed: Sequence[Rung],
+    conditional_ess: float,
+    max_sweeps: int,
 ) -> Rung:
     """The next rung of an adaptive ladder, with the most sweeps that may be made there.
 
@@ -344,7 +350,7 @@ def _next_rung(
             f"rungs; sites {density.division.latents}: the likelihood is too sharp for the prior's "
             "particles. Use more particles, rescale the model, or give initial_values."
         )
-    return Rung(temperature, num_sweeps=MAX_SWEEPS)
+    return Rung(temperature, num_sweeps=max_sweeps)
 
 
 def _next_temperature(

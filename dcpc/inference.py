@@ -40,7 +40,7 @@ from dcpc.recombine.correction import Correction
 from dcpc.recorder import Recorder
 from dcpc.seeding import continued, seeded
 from dcpc.sweep import SweepInfo, SweepState, restart_adaptation
-from dcpc.sweeping import check_continuation, continuation_of, sweep_to_end
+from dcpc.sweeping import check_continuation, continuation_of, sweep_to_end, with_blocks_of
 from dcpc.tables import table
 from dcpc.threads import exclusive
 
@@ -108,7 +108,8 @@ class DCPC:
             a `Preconditioner`.
         step_size: Fixed step size; None adapts it by dual averaging where the correction has a
             target statistic, and is 0.01 elsewhere.
-        blocks: Latents to move jointly, as in `[("alpha", "beta")]`.
+        blocks: Latents to move jointly, as in `[("alpha", "beta")]`; `"auto"` joins what a run's
+            particles show to be correlated, `()` nothing.
         resampling: `systematic`, `stratified`, `multinomial` or `residual`.
         resample_threshold: Whole particles are resampled where ESS / K is below it.
         backend: `auto`, `graph`, `vmap` or `loop`.
@@ -131,7 +132,7 @@ class DCPC:
         correction: str | Correction | None = None,
         preconditioner: str | Preconditioner | None = None,
         step_size: float | None = None,
-        blocks: Sequence[Sequence[str]] = (),
+        blocks: str | Sequence[Sequence[str]] = "auto",
         resampling: str = "systematic",
         resample_threshold: float = 0.5,
         backend: str = "auto",
@@ -157,14 +158,20 @@ class DCPC:
             resample_threshold=resample_threshold,
             step_size=step_size,
         )
-        self.algorithm.check(one_block=len(blocks) == 1)
+        if isinstance(blocks, str) and blocks != "auto":
+            raise OptionError(
+                f"blocks must be 'auto' or a list of blocks, as in [('alpha', 'beta')], got "
+                f"{blocks!r}"
+            )
+        self.finds_blocks = blocks == "auto"
+        self.blocks = tuple(tuple(block) for block in blocks if not self.finds_blocks)
+        self.algorithm.check(one_block=len(self.blocks) == 1)
         if self.algorithm.preset.single_particle and num_particles != 1:
             raise OptionError(
                 f"algorithm {algorithm!r} has one particle per datum, got num_particles="
                 f"{num_particles}; use num_particles=1, or algorithm='pgd' for a cloud"
             )
         self.parts = self.algorithm.parts
-        self.blocks = tuple(tuple(block) for block in blocks)
         self._divide = partial(
             Divisions,
             num_particles=num_particles,
@@ -255,10 +262,12 @@ class DCPC:
                 initial_values=initial_values or {},
                 estimate_evidence=evidence,
                 conditional_ess=conditional_ess,
+                finds_blocks=self.finds_blocks,
                 bar=bar,
             )
+            problem = arrival.problem
             recorder = Recorder(problem, arrival, num_sweeps, num_warmup, keep_every)
-            state = restart_adaptation(arrival.state, self.parts)
+            state = restart_adaptation(arrival.state, problem.parts)
             posterior = sweep_to_end(problem, state, recorder, bar, is_seeded=seed is not None)
         return self._keep(posterior)
 
@@ -340,6 +349,8 @@ class DCPC:
         random_state = continuation.random_state
         with exclusive("DCPC.resume"), continued(random_state), ProgressBar(progress) as bar:
             problem = self._problem(args, kwargs, thorough=True)
+            if self.finds_blocks:
+                problem = with_blocks_of(problem, posterior)
             check_continuation(problem, posterior.state, continuation)
             recorder = Recorder.resume(problem, posterior)
             posterior = sweep_to_end(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dcpc.conquer import DualAveraging, Move, Preconditioner
-from dcpc.divide import UnitGroup
-from dcpc.recombine import Resampler
+from dcpc.divide import Conditional, UnitGroup
+from dcpc.recombine import LogWeights, Resampler
 from dcpc.recombine.correction import Correction
 
 DEFAULT_STEP_SIZE = 0.01
@@ -101,16 +101,21 @@ class Parts:
         )
 
     def learn_preconditioner(
-        self, learned: Adaptation, group: UnitGroup, score: Tensor, active: Tensor | None
+        self,
+        learned: Adaptation,
+        unit: Conditional,
+        score: Tensor,
+        weights: LogWeights,
     ) -> Adaptation:
-        """Adaptation state after seeing the scores `(K, *plates, n, d)` of a sweep.
+        """Adaptation state after seeing the values and the scores of a sweep.
 
         Args:
             learned: The state before.
-            group: The units.
-            score: Their scores, zero where values are not active.
-            active: Which values are a part of the density, `(1, *plates, n, d)`; None for all.
+            unit: The units' conditionals, at the values.
+            score: Their scores `(K, *plates, n, d)`, zero where values are not active.
+            weights: The particles' weights.
         """
+        group, active = unit.group, unit.active
         if active is not None:
             # The mean of squares over the population's cells becomes one over the active cells.
             share = active.to(score.dtype)
@@ -118,6 +123,10 @@ class Parts:
                 share = share.mean(tuple(range(1, 1 + group.population)), keepdim=True)
             score = score / share.clamp(min=1e-12).sqrt()
         state = self.preconditioner.update(learned.preconditioner, score, group.population)
+        if self.preconditioner.sees_values:
+            mass = weights.normalized()
+            mass = mass.reshape(mass.shape + (1,) * (len(group.plates) - group.population))
+            state = self.preconditioner.see_values(state, unit.value, mass)
         return replace(learned, preconditioner=state)
 
     def learn_step_size(self, learned: Adaptation, statistic: Tensor | None) -> Adaptation:

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from dcpc.conquer import (
     MOVES,
     PRECONDITIONERS,
+    Covariance,
+    Langevin,
     Move,
     NoisyMoment,
     Preconditioner,
@@ -19,13 +21,26 @@ from dcpc.divide.graph import SCHEDULES, Schedule
 from dcpc.errors import OptionError
 from dcpc.parts import Parts
 from dcpc.recombine import RESAMPLERS
-from dcpc.recombine.correction import CORRECTIONS, Correction, LocalMetropolis, Uncorrected
+from dcpc.recombine.correction import (
+    CORRECTIONS,
+    Correction,
+    LocalMetropolis,
+    Metropolis,
+    Uncorrected,
+)
 
 Part = TypeVar("Part")
 
 
 STOCHASTIC_STEP_SIZE = 1.0
 """Step size, in units of the second moment of noisy scores, of stochastic-gradient moves."""
+
+
+JOINT_STEPS = 8
+"""Leapfrog steps of a move of all latents."""
+
+JOINT_ACCEPTANCE = 0.75
+"""Acceptance rate that its step size is adapted to."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +137,21 @@ posterior variances come out at .2, where .52 is right, and its evidence estimat
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A preset with its parts resolved to objects, as an inference class uses it."""
+    """A preset with its parts resolved to objects, as an inference class uses it.
+
+    Attributes:
+        name: Name of the preset.
+        preset: The preset.
+        schedule: Order in which units move.
+        parts: Parts of the sweeps.
+        joint: Parts that move all latents as one unit, where there are particles enough for it.
+    """
 
     name: str
     preset: Preset
     schedule: Schedule
     parts: Parts
+    joint: Parts
 
     def check(self, one_block: bool) -> None:
         """Checks that the parts go together, by what they say of themselves.
@@ -209,7 +233,19 @@ def build_algorithm(
             f"schedule must be one of {', '.join(SCHEDULES)} or an instance of Schedule, "
             f"got {chosen!r}"
         )
-    return Algorithm(name, preset, resolved, parts)
+    joint = _joint_parts(parts, move is None, preconditioner is None, correction is None)
+    return Algorithm(name, preset, resolved, parts, joint)
+
+
+def _joint_parts(
+    parts: Parts, default_move: bool, default_preconditioner: bool, default_correction: bool
+) -> Parts:
+    """Parts that move all latents at once, those that the user chose excepted."""
+    if default_move and default_preconditioner:
+        parts = replace(parts, move=Langevin(JOINT_STEPS), preconditioner=Covariance())
+        if default_correction and isinstance(parts.correction, Metropolis):
+            parts = replace(parts, correction=Metropolis(JOINT_ACCEPTANCE))
+    return parts
 
 
 def _stochastic_parts(parts: Parts) -> Parts:

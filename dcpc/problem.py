@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from dcpc.annealing import Annealed, Rung, anneal, spaced_ladder
+from dcpc.annealing import MAX_SWEEPS, Annealed, Rung, anneal, spaced_ladder
 from dcpc.completion import complete
 from dcpc.divide import Arguments, Density, Division, constrained_particles
 from dcpc.divide.batches import in_batches
@@ -98,6 +99,19 @@ class Problem:
         return self._at_rest(
             draw_from_guide(self.guide, self.division, self.arguments, self.num_particles)
         )
+
+    def arranged(self, blocks: Sequence[Sequence[str]], parts: Parts | None = None) -> Problem:
+        """The same problem with other blocks of latents.
+
+        Args:
+            blocks: Latents to move jointly.
+            parts: Other parts to move them by; None for the same.
+        """
+        other = copy(self)
+        other.density = replace(self.density, division=self.division.arranged(blocks))
+        if parts is not None:
+            other.algorithm = replace(self.algorithm, parts=parts)
+        return other
 
     def blank(self) -> SweepState:
         """A state of the shapes and types that particles have here, all of them at zero."""
@@ -216,6 +230,8 @@ class Problem:
         conditional_ess: float,
         bar: ProgressBar,
         ladder: Sequence[Rung] | None = None,
+        *,
+        max_sweeps: int = MAX_SWEEPS,
         adapt: bool = True,
     ) -> Annealed:
         """Brings particles from the prior (or the references) to the posterior."""
@@ -226,6 +242,7 @@ class Problem:
             self.parts,
             ladder=ladder,
             conditional_ess=conditional_ess,
+            max_sweeps=max_sweeps,
             adapt=adapt,
             progress=bar.temperature,
         )

@@ -74,7 +74,7 @@ class Recorder:
         """The recorder of an interrupted run, as it was then."""
         told = posterior.continuation
         assert told is not None
-        arrival = Arrival(posterior.state, posterior.evidence, told.families)
+        arrival = Arrival(posterior.state, posterior.evidence, problem, told.families)
         recorder = cls(problem, arrival, told.num_sweeps, told.num_warmup, told.keep_every)
         num_kept = len(next(iter(told.kept.values()), ()))
         recorder._kept = [{name: u[i] for name, u in told.kept.items()} for i in range(num_kept)]

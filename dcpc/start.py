@@ -137,6 +137,10 @@ def draw_from_prior(density: Density, arguments: Arguments, num_particles: int) 
     for name, reference in density.tempering.references.items():
         noise = torch.randn_like(latents[name])
         latents[name] = reference.loc + reference.scale * noise
+    if density.tempering.joint is not None:
+        (group,) = density.division.groups
+        drawn = density.tempering.joint.draw(group.pack(latents).squeeze(-2))
+        latents = group.unpack(drawn.unsqueeze(-2))
     log_joint = density.at(0.0).log_joint(latents)
     return SweepState(latents, LogWeights(torch.zeros_like(log_joint)), log_joint)
 

@@ -155,13 +155,15 @@ def sweep(
             outcome = parts.correction.keep(unit, drawn, parts.resampler)
         else:
             predicted = evaluations.get(group.name) or unit.evaluate_raw(unit.value)
-            learned = adaptation.get(group.name) or _init_adaptation(unit, own, predicted, adapt)
+            learned = adaptation.get(group.name) or _init_adaptation(
+                unit, own, predicted, log_weight if adapt else None
+            )
             step_size = own.dual_averaging.step_size(learned.step_size, adapting=adapt)
             proposed = _propose(unit, predicted, learned, step_size, own, log_weight, memory)
             outcome = own.correction.apply(proposed)
             if adapt:
                 score = proposed.before.score if adapt_preconditioner else None
-                learned = _learn(unit, own, learned, score, outcome.statistic)
+                learned = _learn(unit, own, learned, score, log_weight, outcome.statistic)
             adaptation[group.name] = learned
             info.add(group.name, step_size, predicted, outcome.statistic)
 
@@ -222,11 +224,12 @@ def _learn(
     parts: Parts,
     learned: Adaptation,
     score: Tensor | None,
+    weights: LogWeights,
     statistic: Tensor | None,
 ) -> Adaptation:
     """Adaptation state after a move; without a score, the preconditioner stays."""
     if score is not None:
-        learned = parts.learn_preconditioner(learned, unit.group, score, unit.active)
+        learned = parts.learn_preconditioner(learned, unit, score, weights)
     return parts.learn_step_size(learned, statistic)
 
 
@@ -235,11 +238,12 @@ def _copied(memory: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, T
 
 
 def _init_adaptation(
-    unit: Conditional, parts: Parts, predicted: ScoredDensity, adapt: bool
+    unit: Conditional, parts: Parts, predicted: ScoredDensity, weights: LogWeights | None
 ) -> Adaptation:
+    """Adaptation state before any move; with weights, it learns from the particles at once."""
     score = unit.usable(predicted).score
     first = parts.init_adaptation(unit.group, score)
-    return parts.learn_preconditioner(first, unit.group, score, unit.active) if adapt else first
+    return first if weights is None else parts.learn_preconditioner(first, unit, score, weights)
 
 
 def restart_adaptation(state: SweepState, parts: Parts) -> SweepState:

@@ -64,6 +64,18 @@ def continuation_of(posterior: Posterior) -> Continuation:
     return posterior.continuation
 
 
+def with_blocks_of(problem: Problem, posterior: Posterior) -> Problem:
+    """The problem with the blocks that a run has found by itself."""
+    units: dict[str, list[str]] = {}
+    for name, unit in posterior.unit_of.items():
+        units.setdefault(unit, []).append(name)
+    blocks = [members for members in units.values() if len(members) > 1]
+    if not blocks:
+        return problem
+    whole = set(blocks[0]) == set(problem.division.latents)
+    return problem.arranged(blocks, problem.algorithm.joint if whole else None)
+
+
 def check_continuation(problem: Problem, state: SweepState, continuation: Continuation) -> None:
     """Checks that a run goes on with the model and the data that it was interrupted with.
 

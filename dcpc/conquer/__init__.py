@@ -8,6 +8,7 @@ from dcpc.conquer.move import Move, Proposal, Start, WayBack
 from dcpc.conquer.preconditioner import (
     PRECONDITIONERS,
     Adapted,
+    Covariance,
     Dense,
     DenseSecondMoment,
     Diagonal,
@@ -35,6 +36,7 @@ __all__ = [
     "Adapted",
     "Barker",
     "ConditionalDraw",
+    "Covariance",
     "Dense",
     "DenseSecondMoment",
     "Diagonal",

@@ -85,6 +85,9 @@ class Preconditioner(ABC):
     is_scaled: ClassVar[bool] = True
     """Whether it measures the target, so that step sizes are in units of its scale."""
 
+    sees_values: ClassVar[bool] = False
+    """Whether it learns from the particles themselves, by `see_values`."""
+
     def init(self, score: Tensor, population: int) -> State:
         """State before any update.
 
@@ -96,6 +99,16 @@ class Preconditioner(ABC):
 
     def update(self, state: State, score: Tensor, population: int) -> State:
         """State after seeing the scores of a sweep."""
+        return state
+
+    def see_values(self, state: State, value: Tensor, mass: Tensor) -> State:
+        """State after seeing the particles themselves.
+
+        Args:
+            state: The state before.
+            value: Their values `(K, *plates, n, d)`.
+            mass: Their normalised weights, broadcastable to `(K, *plates)`.
+        """
         return state
 
     @abstractmethod
@@ -244,12 +257,56 @@ class Adapted(Preconditioner):
         return SecondMoment(decay=self.decay)
 
 
+@dataclass(frozen=True)
+class Covariance(Preconditioner):
+    """The particles' covariance, `P = Cov[u]`, for a unit that holds all latents.
+
+    Where nothing else moves, the covariance of the posterior is the right scale in all directions:
+    the particles of a cloud know it, and those of a few sweeps where they are few. It is shrunk to
+    its diagonal where even these do not determine it. Every element of the plates has its own.
+
+    Attributes:
+        draws: Particles, per value of the unit, that an estimate remembers.
+    """
+
+    draws: float = 20.0
+
+    sees_values = True
+
+    def init(self, score: Tensor, population: int) -> State:
+        identity = torch.eye(score.shape[-1], dtype=score.dtype, device=score.device)
+        factor = identity.expand(*score.shape[1:], score.shape[-1]).clone()
+        return {
+            "covariance": torch.zeros_like(factor),
+            "mass": score.new_zeros(()),
+            "factor": factor,
+        }
+
+    def see_values(self, state: State, value: Tensor, mass: Tensor) -> State:
+        size = value.shape[-1]
+        decay = max(0.0, 1.0 - len(value) / (self.draws * size))
+        share = mass.to(value).unsqueeze(-1).expand(value.shape[:-1])
+        deviation = value - (share.unsqueeze(-1) * value).sum(0)
+        now = torch.einsum("k...n,k...ni,k...nj->...nij", share, deviation, deviation)
+        covariance = torch.lerp(now, state["covariance"], decay)
+        total = 1.0 - decay * (1.0 - state["mass"])
+        effective = share.square().sum(0).reciprocal() / (1.0 - decay)  # (*plates, n)
+        shrunk = (0.5 * size / effective).masked_fill(effective >= 10 * size, 0.0).clamp(max=1.0)
+        diagonal = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))
+        estimate = torch.lerp(covariance, diagonal, shrunk[..., None, None]) / total
+        return {"covariance": covariance, "mass": total, "factor": _factor(estimate)}
+
+    def metric(self, state: Mapping[str, Tensor], score: Tensor) -> Metric:
+        return Dense(state["factor"])
+
+
 PRECONDITIONERS: dict[str, type[Preconditioner]] = {
     "identity": Identity,
     "particle_variance": ParticleVariance,
     "second_moment": SecondMoment,
     "dense": DenseSecondMoment,
     "adapted": Adapted,
+    "covariance": Covariance,
 }
 
 
@@ -284,15 +341,31 @@ def _tiny(value: Tensor) -> float:
 
 
 def _inverse_factor(moment: Tensor) -> Tensor:
-    """`F` with `F F^T = moment^-1`, by Cholesky, with a relative ridge for rounding."""
+    """`F` with `F F^T = moment^-1`."""
+    scale, factor = _correlation_factor(moment)
+    identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    return (1.0 / scale).unsqueeze(-1) * inverse.mT
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """`F` with `F F^T = covariance`."""
+    scale, factor = _correlation_factor(covariance)
+    return scale.unsqueeze(-1) * factor
+
+
+def _correlation_factor(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Square roots of the diagonal and the Cholesky factor of what is left of a second moment.
+
+    With a relative ridge for rounding; the identity where there is no factor.
+    """
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     floor = torch.where(diagonal > 0, diagonal.clamp(min=_tiny(moment)), 1.0)
-    scale = floor.rsqrt()
-    correlation = moment * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    scale = floor.sqrt()
+    correlation = moment / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
     identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     ridge = 100 * torch.finfo(moment.dtype).eps
     factor, failed = torch.linalg.cholesky_ex(correlation + ridge * identity)
     if bool(failed.any()):
         factor = torch.where((failed > 0)[..., None, None], identity, factor)
-    inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-    return scale.unsqueeze(-1) * inverse.mT
+    return scale, factor

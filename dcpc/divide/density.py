@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dcpc.divide.discrete_unit import DiscreteGroup
 from dcpc.divide.division import Division
+from dcpc.divide.joint_reference import JointReference
 from dcpc.divide.model import Latents
 from dcpc.divide.program import Factors
 from dcpc.divide.tempering import POSTERIOR, Reference, Tempering
@@ -32,8 +33,13 @@ class Density:
 
     def at(self, temperature: float, references: Mapping[str, Reference] | None = None) -> Density:
         """The density at another temperature; with other references, if they are given."""
-        references = self.tempering.references if references is None else references
-        return replace(self, tempering=Tempering(temperature, references))
+        if references is not None:
+            return replace(self, tempering=Tempering(temperature, references))
+        return replace(self, tempering=replace(self.tempering, temperature=temperature))
+
+    def starting_from(self, joint: JointReference) -> Density:
+        """The density with a joint reference of all latents, which are one unit."""
+        return replace(self, tempering=Tempering(joint=joint))
 
     def log_factors(self, latents: Latents) -> Factors:
         """Tempered log-factors of all sites at `K` particles, each `(K, *batch_shape)`."""
@@ -46,7 +52,10 @@ class Density:
         """
         with torch.no_grad():
             return self.division.in_batches(
-                lambda batch: self.division.over_population(self._log_factors(batch)), latents
+                lambda batch: self._by_cell(
+                    self.division.log_factors(batch, self.tensors), batch
+                ),
+                latents,
             )
 
     def learnable_log_joint(self, latents: Latents) -> Tensor:
@@ -71,7 +80,7 @@ class Density:
         def difference(batch: Latents) -> Tensor:
             factors = self.division.log_factors(batch, self.tensors)
             start, end = (
-                self.division.over_population(density._temper(factors, batch)) for density in ends
+                density._by_cell(factors, batch) for density in ends
             )
             return end - start
 
@@ -127,6 +136,15 @@ class Density:
             or name in activity.flat
             or (sites[name].is_rescaled and activity.has_active(name))
         ]
+
+    def _by_cell(self, factors: Factors, batch: Latents) -> Tensor:
+        """Log-density `(K, *population)` of one batch of particles, from the model's factors."""
+        total = self.division.over_population(self._temper(factors, batch))
+        if not self.tempering.starts_jointly:
+            return total
+        (group,) = self.division.groups
+        start = group.log_reference(self.tempering, group.pack(batch), factors)
+        return total + group.over_population(self.tempering.bridge(start).unsqueeze(-1))
 
     def _log_factors(self, batch: Latents) -> Factors:
         return self._temper(self.division.log_factors(batch, self.tensors), batch)

@@ -139,7 +139,10 @@ class _Captured:
         # Units that are scaled otherwise than a cell have log-densities that do not add up to it.
         num_leading = len(by_step[0]) if all(g.scales == {scale} for g in by_step[0]) else 0
         ordered = sorted(units.values(), key=lambda unit: graph.latents.index(unit.sites[0]))
-        return Division(program, graph, ordered, groups, population, num_leading, completion)
+        arranged = partial(self.arrange, schedule, completion=completion)
+        return Division(
+            program, graph, ordered, groups, population, num_leading, completion, arranged
+        )
 
 
 def _capture(

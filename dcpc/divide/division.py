@@ -40,6 +40,7 @@ class Division:
         population: The plates that hold every site and whose elements are independent.
         completion: The division of the same model with the latents that this one sums out; None if
             there are none.
+        arranged: The same captured model with other blocks of latents, as `divide` takes them.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class Division:
         groups: Sequence[UnitGroup],
         population: tuple[Plate, ...],
         num_leading: int,
-        completion: Division | None = None,
+        completion: Division | None,
+        arranged: Callable[[Sequence[Sequence[str]]], Division],
     ) -> None:
         self.completion = completion
+        self.arranged = arranged
         self.program = program
         self.graph = graph
         self.units = tuple(units)

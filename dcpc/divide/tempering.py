@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dcpc.divide.joint_reference import JointReference
 from dcpc.divide.model import Latents
 from dcpc.divide.program import Factors
 from dcpc.divide.sites import Site
@@ -40,15 +41,27 @@ class Tempering:
     """Weights of the factors in the tempered density `p(z) p(x | z)^beta`.
 
     A latent with a reference distribution `r` starts from it instead of its prior: its own
-    factor becomes `r(u)^(1 - beta) p(u | pa)^beta`.
+    factor becomes `r(u)^(1 - beta) p(u | pa)^beta`. Where all latents start from a joint one, the
+    density is `r(u)^(1 - beta) p(u, x)^beta`.
 
     Attributes:
         temperature: `beta`, from 0 (prior or reference) to 1 (posterior).
         references: Reference distributions by latent.
+        joint: Reference distribution of all latents, which are one unit; None for none.
     """
 
     temperature: float = 1.0
     references: Mapping[str, Reference] = field(default_factory=dict)
+    joint: JointReference | None = None
+
+    @property
+    def starts_jointly(self) -> bool:
+        """Whether a joint reference is a part of the density."""
+        return self.joint is not None and self.temperature < 1.0
+
+    def bridge(self, log_reference: Tensor) -> Tensor:
+        """What a joint reference's log-density contributes."""
+        return (1.0 - self.temperature) * log_reference
 
     def weigh(self, factors: Factors, latents: Latents, sites: Mapping[str, Site]) -> Factors:
         """Log-factors of the tempered density from those of the joint, all `(K, *batch_shape)`."""
@@ -61,7 +74,7 @@ class Tempering:
                 batch_dims = len(sites[name].batch_shape)
                 start = self.references[name].log_prob(latents[name], batch_dims)
                 weighed[name] = (1.0 - beta) * start + (beta * value if beta > 0 else 0.0)
-            elif sites[name].is_observed:
+            elif sites[name].is_observed or self.joint is not None:
                 weighed[name] = beta * value if beta > 0 else value.new_zeros(value.shape)
             else:
                 weighed[name] = value

@@ -203,6 +203,23 @@ class UnitGroup:
 
         return ScoredDensity(*in_batches(evaluate, value, latents, size=self._batch_size))
 
+    def log_reference(self, tempering: Tempering, value: Tensor, factors: Factors) -> Tensor:
+        """Log-density `(K, *plates)` of the joint reference of the group's only unit.
+
+        Args:
+            tempering: A tempering that has one.
+            value: The unit's packed value `(K, *plates, 1, d)`.
+            factors: Log-factors of the model, those of its latents at least.
+        """
+        assert tempering.joint is not None
+        (unit,) = self.units
+        own = [sum_to_plates(factors[name], self.plates) for name in unit.sites]
+        return tempering.joint.log_prob(value.squeeze(-2), sum_terms(own))
+
+    def size_of(self, name: str) -> int:
+        """Number of values of one of a unit's latents, per plate element."""
+        return self._rows_per_element(self._sites[name])
+
     def over_population(self, value: Tensor) -> Tensor:
         """Sums `(K, *plates, n)` over the units and all but the population plates."""
         return value.flatten(1 + self.population).sum(-1)
@@ -211,8 +228,14 @@ class UnitGroup:
         self, value: Tensor, latents: Latents, tensors: Sequence[Tensor], tempering: Tempering
     ) -> Tensor:
         """Log-densities of one batch of particles."""
-        terms = self._log_terms(value, latents, tensors, tempering)
+        everything = {**latents, **self.unpack(value)}
+        factors = self._factors(everything, tensors)
+        terms = self.reduced(tempering.weigh(factors, everything, self._sites))
         densities = [sum_terms(by_site.values()) for by_site in terms]
+        if tempering.starts_jointly:
+            densities[0] = densities[0] + tempering.bridge(
+                self.log_reference(tempering, value, factors)
+            )
         stacked = torch.stack(densities, -1) if len(densities) > 1 else densities[0].unsqueeze(-1)
         return stacked.to(value.dtype)  # data and other latents may have another precision
 

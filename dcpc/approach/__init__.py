@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dcpc.annealing import importance_evidence
+from dcpc.annealing import Annealed, importance_evidence
+from dcpc.approach.blocks import are_correlated
+from dcpc.approach.joint import joint_problem, send_pilots
+from dcpc.divide import Density
 from dcpc.posterior import Evidence
 from dcpc.problem import Problem
 from dcpc.progress import ProgressBar
@@ -32,10 +35,13 @@ class Arrival:
         evidence: The evidence if there is an estimate.
         families: Index of the initial particle that each descends from, `(K, *population)`; None
             where none were resampled.
+        problem: The problem that the state belongs to: that of the approach, or one with blocks of
+            latents that the particles show to be correlated.
     """
 
     state: SweepState
     evidence: Evidence
+    problem: Problem
     families: Tensor | None = None
 
 
@@ -45,6 +51,7 @@ def approach(
     initial_values: Mapping[str, Tensor],
     estimate_evidence: bool,
     conditional_ess: float,
+    finds_blocks: bool,
     bar: ProgressBar,
 ) -> Arrival:
     """Brings particles to the posterior: by annealing, or by weights from the guide.
@@ -53,37 +60,84 @@ def approach(
 
     Args:
         problem: A model bound to its data.
+        finds_blocks: Whether latents whose particles are correlated are to move jointly.
         initial_values: Constrained values to start latents from; they take precedence over a
             guide.
         estimate_evidence: Whether to spend a second annealing run on the evidence.
         conditional_ess: Conditional ESS that each step of the ladder keeps, over K.
         bar: Where progress is shown.
     """
-    refusal, families = problem.evidence_refusal(), None
+    refusal = problem.evidence_refusal()
     uses_guide = problem.guide is not None and not initial_values
-    start = problem.starting_density(initial_values) if not uses_guide else problem.density
     if not problem.parts.correction.is_exact:
+        start = problem.starting_density(initial_values) if not uses_guide else problem.density
         state = problem.init() if uses_guide else problem.draw_from_prior(start)
-        return Arrival(state, Evidence(refusal=refusal))
-    if uses_guide and (why := problem.guide_refusal()):
-        state = retarget(problem.density, problem.init())
+        return Arrival(state, Evidence(refusal=refusal), problem)
+    if not estimate_evidence:
+        refusal = refusal or "run(..., evidence=False) was asked for"
+    joint = None if uses_guide or initial_values else joint_problem(problem)
+    if uses_guide:
+        arrival = _from_guide(problem, refusal)
+    elif joint is not None:
+        arrival = _from_pilots(problem, joint, refusal, conditional_ess, finds_blocks, bar)
+    else:
+        start = problem.starting_density(initial_values)
+        arrival = _from_prior(problem, start, refusal, conditional_ess, bar)
+    if arrival.evidence.log_evidence is not None and (uses_guide or initial_values):
+        misses = _prior_finds_more(problem, arrival.evidence)
+        arrival = replace(arrival, evidence=replace(arrival.evidence, misses_prior_mass=misses))
+    problem = arrival.problem
+    state, ancestors = resample(problem.density, arrival.state, problem.parts, always=True)
+    return replace(arrival, state=state, families=descended(arrival.families, ancestors))
+
+
+def _from_guide(problem: Problem, refusal: str) -> Arrival:
+    """Particles from the guide, with the weights that make them the posterior's."""
+    state = retarget(problem.density, problem.init())
+    if why := problem.guide_refusal():
         state = replace(state, log_weight=LogWeights(torch.zeros_like(state.log_joint)))
-        evidence = Evidence(refusal=refusal or why)
-    elif uses_guide:
-        state = retarget(problem.density, problem.init())
-        evidence = Evidence(*importance_evidence(state), refusal)
-    elif refusal or not estimate_evidence:
+        return Arrival(state, Evidence(refusal=refusal or why), problem)
+    return Arrival(state, Evidence(*importance_evidence(state), refusal), problem)
+
+
+def _from_prior(
+    problem: Problem, start: Density, refusal: str, conditional_ess: float, bar: ProgressBar
+) -> Arrival:
+    """Particles annealed from the prior, or from references."""
+    if refusal:
         annealed = problem.anneal_once(start, "annealing", conditional_ess, bar)
-        state, families = annealed.state, annealed.eve
-        evidence = Evidence(refusal=refusal or "run(..., evidence=False) was asked for")
     else:
         annealed = problem.anneal_twice(start, conditional_ess, bar)
-        state, families = annealed.state, annealed.eve
+    return _arrival(annealed, problem, refusal)
+
+
+def _from_pilots(
+    problem: Problem,
+    joint: Problem,
+    refusal: str,
+    conditional_ess: float,
+    finds_blocks: bool,
+    bar: ProgressBar,
+) -> Arrival:
+    """Particles annealed from a reference that pilots have fitted, all latents at once."""
+    pilot = send_pilots(joint, conditional_ess, bar)
+    annealed = pilot.annealed
+    if not refusal:
+        start = joint.density.starting_from(pilot.reference)
+        annealed = joint.anneal_once(
+            start, "annealing", conditional_ess, bar, annealed.ladder, adapt=False
+        )
+    if finds_blocks and are_correlated(joint, pilot.annealed.state):
+        return _arrival(annealed, joint, refusal)
+    state = replace(annealed.state, adaptation={})
+    return _arrival(replace(annealed, state=state), problem, refusal)
+
+
+def _arrival(annealed: Annealed, problem: Problem, refusal: str) -> Arrival:
+    evidence = Evidence(refusal=refusal)
+    if not refusal:
         evidence = Evidence(annealed.log_evidence, annealed.log_evidence_se)
-    if evidence.log_evidence is not None and (uses_guide or initial_values):
-        evidence = replace(evidence, misses_prior_mass=_prior_finds_more(problem, evidence))
-    state, ancestors = resample(problem.density, state, problem.parts, always=True)
-    return Arrival(state, evidence, descended(families, ancestors))
+    return Arrival(annealed.state, evidence, problem, annealed.eve)
 
 
 def descended(families: Tensor | None, ancestors: Tensor | None) -> Tensor | None:

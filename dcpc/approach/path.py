@@ -1,0 +1,226 @@
+"""Gaussians along paths of ascent, from several starts at once.
+
+As in Pathfinder (Zhang, Carpenter, Gelman & Vehtari 2022), an optimiser climbs the log-density, the
+curvature at every point of its path makes a Gaussian, and the one with the largest evidence lower
+bound is kept: a mode alone would be a bad guide where the density has a funnel or an edge. The
+particles evaluate everything at once, so that second derivatives by differences of scores cost a
+few evaluations, and steps can be Newton's, with the absolute values of the curvature's eigenvalues
+(Dauphin et al. 2014): they take bad scaling and flat priors in their stride.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dcpc.divide import Density, UnitGroup
+from dcpc.divide.joint_reference import StudentMixture
+from dcpc.recombine import zero_density
+
+NUM_STARTS = 10
+"""Paths, where there are ten particles for each."""
+
+MAX_STEPS = 40
+"""Steps of a path."""
+
+MIN_GAIN = 0.01
+"""Rise of the log-density below which a step counts as none; two of them end a path."""
+
+LENGTHS = (5.0, -20.0, 40)
+"""Lengths that are tried of every step: powers of two from, to, and their number at most."""
+
+MIN_CURVATURE = 1e-3
+"""Smallest eigenvalue of the curvature, in units of its diagonal."""
+
+DEGREES = 5.0
+"""Degrees of freedom of the Student-t distributions that are made of the Gaussians."""
+
+
+@dataclass(frozen=True)
+class _Gaussians:
+    """The best Gaussians so far, by start and cell.
+
+    Attributes:
+        bound: Evidence lower bounds, `(S, *plates)`.
+        loc: Centres, `(S, *plates, d)`.
+        factor: Lower triangular factors of the covariances, `(S, *plates, d, d)`.
+    """
+
+    bound: Tensor
+    loc: Tensor
+    factor: Tensor
+
+    def or_better(self, other: _Gaussians) -> _Gaussians:
+        better = other.bound > self.bound
+        return _Gaussians(
+            torch.where(better, other.bound, self.bound),
+            torch.where(better.unsqueeze(-1), other.loc, self.loc),
+            torch.where(better[..., None, None], other.factor, self.factor),
+        )
+
+
+class Paths:
+    """Paths up the log-density of the unit that holds all latents.
+
+    Args:
+        density: The density; its division has one unit.
+        num_particles: Values that are evaluated at once.
+    """
+
+    def __init__(self, density: Density, num_particles: int) -> None:
+        (self._group,) = density.division.groups
+        self._density = density
+        self._num_particles = num_particles
+
+    def follow(self, value: Tensor) -> StudentMixture:
+        """The Gaussians with the largest bounds, one of each start, with heavier tails.
+
+        Args:
+            value: Starts `(S, *plates, d)`.
+        """
+        log_density, score = self._evaluate(value)
+        width = 1.0 + value.abs()
+        step = _cube_root_of_precision(value) * width
+        best = _Gaussians(
+            torch.full_like(log_density, -math.inf),
+            value,
+            torch.diag_embed(1e-3 * width),
+        )
+        quiet = torch.zeros_like(log_density)
+        rising = log_density.isfinite()
+        for _ in range(MAX_STEPS):
+            if not bool(rising.any()):
+                break
+            curvature = self._curvature(value, step)
+            scale, factor = _inverse_factor(curvature, value)
+            direction = _multiply(factor, _multiply(factor.mT, score))
+            best = best.or_better(self._gaussians(value + direction, factor, rising))
+            reached, at = self._search(value, direction)
+            gain = torch.where(rising, at - log_density, 0.0)
+            moved = gain > 0
+            value = torch.where(moved.unsqueeze(-1), reached, value)
+            log_density, score = self._evaluate(value)
+            quiet = torch.where(gain < MIN_GAIN, quiet + 1, 0.0)
+            rising = moved & (quiet < 2)
+            width = 1.0 + value.abs()
+            root = _cube_root_of_precision(value)
+            step = torch.minimum(root * width, 0.05 * scale).clamp(min=1e-3 * root * width)
+        return StudentMixture(best.loc, best.factor, DEGREES)
+
+    def log_density(self, value: Tensor) -> Tensor:
+        """Log-densities `(m, *plates)` of any number of values `(m, *plates, d)`."""
+        return self._by_batch(self._log_density, value)
+
+    def _evaluate(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-densities and scores of any number of values."""
+        return self._by_batch(self._scored, value)
+
+    def _log_density(self, value: Tensor) -> Tensor:
+        conditional = self._density.conditional(self._group, self._unpacked(value))
+        return zero_density(conditional.log_density(value.unsqueeze(-2)).squeeze(-1))[0]
+
+    def _scored(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        conditional = self._density.conditional(self._group, self._unpacked(value))
+        scored = conditional.evaluate(value.unsqueeze(-2))
+        return zero_density(scored.log_density.squeeze(-1))[0], scored.score.squeeze(-2)
+
+    def _unpacked(self, value: Tensor) -> dict[str, Tensor]:
+        return self._group.unpack(value.unsqueeze(-2))
+
+    def _by_batch(self, function: Callable[[Tensor], Tensor], value: Tensor):
+        """A function of exactly K values, of any number of them; the last one fills up."""
+        size, count = self._num_particles, len(value)
+        missing = -count % size
+        padded = torch.cat([value, value[-1:].expand(missing, *value.shape[1:])])
+        results = [function(batch) for batch in padded.split(size)]
+        if isinstance(results[0], Tensor):
+            return torch.cat(results)[:count]
+        return tuple(torch.cat(parts)[:count] for parts in zip(*results, strict=True))
+
+    def _curvature(self, value: Tensor, step: Tensor) -> Tensor:
+        """Minus the second derivatives `(S, *plates, d, d)`, by central differences of scores."""
+        size = value.shape[-1]
+        moved = torch.diag_embed(step).movedim(-2, 0)  # (d, S, *plates, d)
+        ends = torch.stack([value + moved, value - moved])
+        scores = self._evaluate(ends.flatten(0, 2))[1].unflatten(0, (2, size, len(value)))
+        derivative = (scores[0] - scores[1]) / (2 * step).movedim(-1, 0).unsqueeze(-1)
+        curvature = -derivative.movedim(0, -2).nan_to_num(0.0, 0.0, 0.0)
+        return 0.5 * (curvature + curvature.mT)
+
+    def _gaussians(self, loc: Tensor, factor: Tensor, wanted: Tensor) -> _Gaussians:
+        """Gaussians with their bounds, `E_q[log p - log q]`, by a few draws of each."""
+        cholesky, failed = torch.linalg.cholesky_ex(factor @ factor.mT)
+        wanted = wanted & (failed == 0)
+        identity = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)
+        cholesky = torch.where(wanted[..., None, None], cholesky, identity)
+        count = max(4, self._num_particles // len(loc))
+        noise = torch.randn(count, *loc.shape, dtype=loc.dtype, device=loc.device)
+        draws = loc + _multiply(cholesky, noise)
+        log_density = self.log_density(draws.flatten(0, 1)).unflatten(0, draws.shape[:2])
+        entropy = 0.5 * noise.square().sum(-1) + cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        constant = 0.5 * loc.shape[-1] * math.log(2 * math.pi)
+        bound = (log_density + entropy).mean(0) + constant
+        return _Gaussians(torch.where(wanted, bound, -math.inf), loc, cholesky)
+
+    def _search(self, value: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """The best of many lengths of a step, and the log-density there."""
+        first, last, most = LENGTHS
+        count = max(4, min(most, self._num_particles // len(value)))
+        powers = torch.linspace(first, last, count, dtype=value.dtype, device=value.device)
+        powers[powers.abs().argmin()] = 0.0  # Newton's own length
+        lengths = powers.exp2().reshape(-1, *(1,) * value.dim())
+        tried = value + lengths * direction
+        log_density = self.log_density(tried.flatten(0, 1)).unflatten(0, tried.shape[:2])
+        at, which = log_density.max(0)
+        index = which.unsqueeze(0).unsqueeze(-1).expand(1, *value.shape)
+        return tried.gather(0, index).squeeze(0), at
+
+
+def choose_starts(paths: Paths, prior: Tensor, *, is_improper: bool) -> Tensor:
+    """Starts of paths, `(S, *plates, d)`: the densest of groups of draws.
+
+    Half of them from the prior, half from a standard normal in unconstrained space, where a prior
+    may be so wide that nothing can be computed.
+
+    Args:
+        paths: The paths.
+        prior: Draws from the prior, `(K, *plates, d)`.
+        is_improper: Whether these are of no distribution.
+    """
+    count = max(2, min(NUM_STARTS, len(prior) // 10))
+    near = torch.randn_like(prior)
+    sources = [(near, count)] if is_improper else [(prior, count // 2), (near, count - count // 2)]
+    return torch.cat([_densest(paths, draws, wanted) for draws, wanted in sources])
+
+
+def _densest(paths: Paths, draws: Tensor, count: int) -> Tensor:
+    """The densest draw of each of several groups, `(count, *plates, d)`."""
+    size = len(draws) // count
+    groups = draws[: count * size].unflatten(0, (count, size))
+    density = paths.log_density(groups.flatten(0, 1)).unflatten(0, (count, size))
+    which = density.argmax(1, keepdim=True).unsqueeze(-1)
+    return groups.gather(1, which.expand(-1, -1, *draws.shape[1:])).squeeze(1)
+
+
+def _inverse_factor(curvature: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """`F` with `F F^T` the inverse of the curvature's absolute value, and the conditional scales."""
+    diagonal = curvature.diagonal(dim1=-2, dim2=-1).abs()
+    tiny = torch.finfo(diagonal.dtype).tiny ** 0.5
+    scale = torch.where(diagonal > tiny, diagonal.clamp(min=tiny).rsqrt(), 1.0 + value.abs())
+    relative = curvature * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    eigenvalues, vectors = torch.linalg.eigh(relative)
+    root = eigenvalues.abs().clamp(min=MIN_CURVATURE).rsqrt()
+    return scale, scale.unsqueeze(-1) * vectors * root.unsqueeze(-2)
+
+
+def _multiply(matrix: Tensor, vectors: Tensor) -> Tensor:
+    return (matrix @ vectors.unsqueeze(-1)).squeeze(-1)
+
+
+def _cube_root_of_precision(value: Tensor) -> float:
+    """Relative step of differences at which truncation and rounding are alike."""
+    return torch.finfo(value.dtype).eps ** (1.0 / 3.0)
