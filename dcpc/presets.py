@@ -39,6 +39,9 @@ STOCHASTIC_STEP_SIZE = 1.0
 JOINT_STEPS = 8
 """Leapfrog steps of a move of all latents."""
 
+JOINT_JITTER = 0.9
+"""Jitter of their length: the scale of a posterior may vary by as much."""
+
 JOINT_ACCEPTANCE = 0.75
 """Acceptance rate that its step size is adapted to."""
 
@@ -242,7 +245,7 @@ def _joint_parts(
 ) -> Parts:
     """Parts that move all latents at once, those that the user chose excepted."""
     if default_move and default_preconditioner:
-        parts = replace(parts, move=Langevin(JOINT_STEPS), preconditioner=Covariance())
+        parts = replace(parts, move=Langevin(JOINT_STEPS, JOINT_JITTER), preconditioner=Covariance())
         if default_correction and isinstance(parts.correction, Metropolis):
             parts = replace(parts, correction=Metropolis(JOINT_ACCEPTANCE))
     return parts

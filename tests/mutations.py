@@ -401,7 +401,7 @@ FAULTS = [
     Fault("Barker's density is that of its noise",
           "way_back, normal + forward - constant", "way_back, normal - constant"),
     Fault("several leapfrog steps have one length",
-          "factor = 1.0 + JITTER", "factor = 1.0 + 0.0"),
+          "factor = 1.0 + self.jitter", "factor = 1.0 + 0.0"),
     Fault("bad scores are zero at one end of a move only",
           "return self.usable(self.evaluate_raw(value))", "return self.evaluate_raw(value)"),
     Fault("held-out data are moved by single steps",

@@ -182,7 +182,7 @@ def test_fixed_step_size_is_not_adapted():
 
 def test_adaptation_reaches_the_target_acceptance_in_every_unit():
     exact = linear_gaussian_dag(2)
-    engine = DCPC(exact.model, num_particles=500)
+    engine = DCPC(exact.model, num_particles=500, blocks=())
     posterior = engine.run(num_sweeps=300, seed=0, progress=False)
     for name, rate in posterior.acceptance.items():
         assert rate == pytest.approx(0.574, abs=0.06), name

@@ -47,7 +47,10 @@ MAX_PILOTS = 3
 """Pilots after the first one."""
 
 SHORT = 8
-"""Temperatures of a way that is short."""
+"""Temperatures of a way that is short enough."""
+
+SHORTER = 0.8
+"""Temperatures, over those of the pilot before, above which another pilot would not help."""
 
 INFLATION = 1.2
 """Scale matrix of a reference, over the covariance of the particles."""
@@ -93,12 +96,14 @@ def send_pilots(problem: Problem, conditional_ess: float, bar: ProgressBar) -> P
     """
     first_reference = _first_reference(problem, bar)
     first = _send(problem, first_reference, FIRST_CONDITIONAL_ESS, FIRST_SWEEPS, bar)
-    last = first
+    last, before = first, math.inf
     for _ in range(MAX_PILOTS):
         reference = _fitted(problem, last.annealed.state)
         last = _send(problem, reference, conditional_ess, MAX_SWEEPS, bar)
-        if len(last.annealed.ladder) <= SHORT:
+        length = len(last.annealed.ladder)
+        if length <= SHORT or length > SHORTER * before:
             break
+        before = length
     if _finds_more(first.annealed, last.annealed):
         return _send(problem, first_reference, conditional_ess, MAX_SWEEPS, bar)
     return last

@@ -12,9 +12,6 @@ from dcpc.conquer.move import Move, Proposal, Start, WayBack
 from dcpc.conquer.preconditioner import Metric
 from dcpc.errors import OptionError
 
-JITTER = 0.2
-"""Relative range of the length of leapfrog steps, where there are several."""
-
 
 @dataclass(frozen=True)
 class Langevin(Move):
@@ -32,25 +29,30 @@ class Langevin(Move):
     With `leapfrog_steps` of them before the noise is drawn anew, a unit goes straight on where
     single steps would wander: n steps reach as far as n^2 single moves, for n scores. Then
     `log_ratio` is the difference of the kinetic energies, `|m|^2 / 2`. The length of the steps is
-    drawn anew for every sweep, within `JITTER` of its mean: the dynamics of a Gaussian are
-    periodic, and a fixed length may bring it back to where it was.
+    drawn anew for every particle and sweep, within `jitter` of its mean: the dynamics of a Gaussian
+    are periodic, and a fixed length may bring it back to where it was. With a wide jitter some
+    steps are short enough for a place where the posterior is narrow, and no particle stays there.
 
     The target acceptance is MALA's optimum (Roberts & Rosenthal 1998); that of many leapfrog
     steps, .651, is little above it (Beskos et al. 2013).
 
     Attributes:
         leapfrog_steps: Steps, and scores, per move.
+        jitter: Relative range of the length of steps, where there are several.
 
     Raises:
-        OptionError: No number of steps.
+        OptionError: No number of steps, or a jitter outside [0, 1).
     """
 
     leapfrog_steps: int = 1
+    jitter: float = 0.2
 
     def __post_init__(self) -> None:
         steps = self.leapfrog_steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise OptionError(f"leapfrog_steps must be an integer of at least 1, got {steps!r}")
+        if not 0.0 <= self.jitter < 1.0:
+            raise OptionError(f"jitter must lie in [0, 1), got {self.jitter!r}")
 
     @property
     def has_density(self) -> bool:
@@ -61,7 +63,7 @@ class Langevin(Move):
         return self.leapfrog_steps
 
     def propose(self, start: Start) -> Proposal:
-        step_size, metric = self._jittered(start.step_size), start.metric
+        step_size, metric = self._jittered(start), start.metric
         eta, score = step_size.unsqueeze(-1), start.score
         noise = torch.randn_like(start.value)
         displacement = torch.addcmul((2 * eta).sqrt() * noise, eta, metric.whiten_score(score))
@@ -79,12 +81,12 @@ class Langevin(Move):
         log_density = _log_norm(value, step_size, metric) - kinetic if self.has_density else None
         return Proposal(value, way_back, log_density)
 
-    def _jittered(self, step_size: Tensor) -> Tensor:
-        """The step size `(n,)` of a sweep, drawn without a look at the particles."""
+    def _jittered(self, start: Start) -> Tensor:
+        """Step sizes, `(n,)` or `(K, *plates, n)`, drawn without a look at the values."""
         if self.leapfrog_steps == 1:
-            return step_size
-        factor = 1.0 + JITTER * (2.0 * torch.rand_like(step_size) - 1.0)
-        return step_size * factor.square()  # eta is half the square of a leapfrog step's length
+            return start.step_size
+        factor = 1.0 + self.jitter * (2.0 * torch.rand_like(start.value[..., 0]) - 1.0)
+        return start.step_size * factor.square()  # eta is half the square of a step's length
 
 
 def _log_norm(value: Tensor, step_size: Tensor, metric: Metric) -> Tensor:

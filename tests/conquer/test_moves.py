@@ -23,6 +23,7 @@ from dcpc.conquer import (
     Start,
     Underdamped,
 )
+from dcpc.draws import effective_sample_size
 from dcpc.errors import OptionError
 from dcpc.recombine.correction import CORRECTIONS
 from dcpc.sweep import SweepState
@@ -152,8 +153,8 @@ def test_leapfrog_steps_follow_hamiltons_equations(make, steps):
     proposal = propose(move, value, score_at(value), eta, metric, score_at)
     torch.manual_seed(5)
     if steps > 1:  # the length of several steps is drawn
-        eta = eta * (1.0 + 0.2 * (2.0 * torch.rand(N) - 1.0)) ** 2
-    p, eps = covariance(metric), (2 * eta)[:, None].sqrt()
+        eta = eta * (1.0 + 0.2 * (2.0 * torch.rand(value.shape[:-1]) - 1.0)) ** 2
+    p, eps = covariance(metric), (2 * eta)[..., None].sqrt()
     whitened = torch.randn_like(value)
     factor = metric.factor if hasattr(metric, "factor") else metric.scale.diag_embed()
     momentum = torch.linalg.solve(factor.mT, whitened[..., None])[..., 0]
@@ -179,18 +180,28 @@ def test_no_number_of_leapfrog_steps_is_an_error(steps):
         Langevin(leapfrog_steps=steps)
 
 
-def test_the_length_of_several_steps_varies_by_a_fifth_and_that_of_one_is_kept():
+@pytest.mark.parametrize("jitter", [-0.1, 1.0])
+def test_steps_that_might_have_no_length_are_an_error(jitter):
+    with pytest.raises(OptionError, match=rf"jitter must lie in \[0, 1\), got {jitter}"):
+        Langevin(leapfrog_steps=2, jitter=jitter)
+
+
+def test_the_length_of_several_steps_varies_by_its_jitter_and_that_of_one_is_kept():
     """Where nothing pulls, two steps lead twice as far as one step of the same length."""
-    count, eta = 10_000, torch.full((10_000,), 0.3)
-    nothing, metric = torch.zeros(1, count, 1), Diagonal(torch.ones(count, 1))
-    for steps, lowest, highest in ((1, 1.0, 1.0), (2, 0.8, 1.2)):
+    eta = torch.full((1,), 0.3)
+    nothing, metric = torch.zeros(10_000, 1, 1), Diagonal(torch.ones(1, 1))
+    for move, lowest, highest in (
+        (Langevin(1), 1.0, 1.0),
+        (Langevin(2), 0.8, 1.2),
+        (Langevin(2, jitter=0.9), 0.1, 1.9),
+    ):
+        steps = move.leapfrog_steps
         torch.manual_seed(0)
-        move = Langevin(steps)
         end = propose(move, nothing, nothing, eta, metric, torch.zeros_like).value
         torch.manual_seed(0)
         if steps > 1:
-            torch.rand(count)
-        noise = torch.randn(1, count, 1)
+            torch.rand(10_000, 1)
+        noise = torch.randn(10_000, 1, 1)
         ratio = (end / (steps * 0.6**0.5 * noise)).flatten()
         assert lowest - 1e-9 <= float(ratio.min()) <= lowest + 1e-3
         assert highest - 1e-3 <= float(ratio.max()) <= highest + 1e-9
@@ -354,7 +365,8 @@ def test_the_engine_is_exact_with_every_move(move, correction):
             error = abs(float(table[site]["mean"]) - expected)
             assert error < 4.5 * float(table[site]["mcse"]), site
             sd = variance[site] ** 0.5
-            ess = float(table[site]["ess_bulk"])
+            squares = (posterior.draws(site) - expected).square()
+            ess = float(effective_sample_size(squares, is_chains=posterior.is_chains))
             assert float(table[site]["std"]) == pytest.approx(sd, rel=5 / ess**0.5), site
         error = abs(float(posterior.log_evidence) - log_evidence)
         assert error < 4.5 * float(posterior.log_evidence_se) < 1.0
