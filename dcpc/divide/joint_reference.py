@@ -111,7 +111,7 @@ class HalfPrior(JointReference):
     other: JointReference
 
     def draw(self, prior: Tensor) -> Tensor:
-        half = int((len(prior) + float(torch.rand(()))) / 2)  # on average, of an odd number too
+        half = int(len(prior) / 2 + float(torch.rand(())))  # on average, of an odd number too
         return torch.cat([prior[:half], self.other.draw(prior[half:])])
 
     def log_prob(self, value: Tensor, log_prior: Tensor) -> Tensor:

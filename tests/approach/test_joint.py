@@ -1,0 +1,248 @@
+"""The way from pilots' references: right where annealing from the prior is lost, and unbiased."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import conjugate_pairs, linear_gaussian_dag
+
+from dcpc import DCPC
+from dcpc.approach import joint
+from dcpc.approach.joint import MIN_PARTICLES, joint_problem, send_pilots
+from dcpc.divide import Density
+from dcpc.divide.joint_reference import HalfPrior, StudentMixture
+from dcpc.progress import ProgressBar
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def run(model, *args, num_particles=400, num_sweeps=100, **options):
+    engine = DCPC(model, num_particles=num_particles)
+    return engine.run(*args, num_sweeps=num_sweeps, seed=0, progress=False, **options)
+
+
+def vague_regression():
+    """A line far from the origin, with priors a hundred thousand times as wide as its posterior."""
+    torch.manual_seed(1)
+    x = torch.stack([torch.ones(40), 50 + 5 * torch.randn(40)], 1)
+    y = x @ torch.tensor([3.0, -0.5]) + torch.randn(40)
+    precision = x.T @ x + torch.eye(2) / 1000.0**2
+    covariance = torch.linalg.inv(precision)
+    marginal = dist.MultivariateNormal(torch.zeros(40), 1000.0**2 * x @ x.T + torch.eye(40))
+
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1000.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1000.0))
+        with pyro.plate("n", 40):
+            pyro.sample("y", dist.Normal(a + b * x[:, 1], 1.0), obs=y)
+
+    return model, covariance @ x.T @ y, covariance, float(marginal.log_prob(y))
+
+
+def test_vague_priors_and_a_ridge():
+    model, mean, covariance, log_evidence = vague_regression()
+    posterior = run(model)
+    assert not posterior.warnings
+    assert set(posterior.unit_of.values()) == {"a+b"}
+    error = abs(float(posterior.log_evidence) - log_evidence)
+    assert error < 4 * float(posterior.log_evidence_se) < 0.4
+    for index, name in enumerate("ab"):
+        table, sd = posterior.statistics()[name], float(covariance[index, index]) ** 0.5
+        assert abs(float(table["mean"]) - float(mean[index])) < 4.5 * float(table["mcse"])
+        assert float(table["std"]) == pytest.approx(sd, rel=0.05)
+    draws = torch.stack([posterior.draws(name)[0].flatten() for name in "ab"])
+    expected = float(covariance[0, 1] / (covariance[0, 0] * covariance[1, 1]).sqrt())
+    assert float(torch.corrcoef(draws)[0, 1]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_centred_hierarchy_against_its_marginal_likelihood():
+    """`y_j ~ N(theta_j, 1)`, `theta_j ~ N(mu, tau^2)`: mu and theta out by hand, tau on a grid."""
+    torch.manual_seed(5)
+    count = 12
+    y = 7 + 2 * torch.randn(count) + torch.randn(count)
+    log_tau = torch.linspace(-7, 5, 6001)
+    tau = log_tau.exp()
+    spread = tau**2 + 1.0
+    log_det = (count - 1) * spread.log() + (spread + 1e4 * count).log()
+    square = y.square().sum() / spread - 1e4 * y.sum() ** 2 / (spread * (spread + 1e4 * count))
+    log_density = -0.5 * (count * math.log(2 * math.pi) + log_det + square)
+    log_density = log_density + dist.HalfCauchy(5.0).log_prob(tau) + log_tau
+    log_evidence = float(log_density.logsumexp(0)) + math.log(float(log_tau[1] - log_tau[0]))
+    mean = float((torch.softmax(log_density, 0) * tau).sum())
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 100.0))
+        scale = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("groups", count):
+            theta = pyro.sample("theta", dist.Normal(mu, scale))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    posterior = run(model, num_particles=1000)
+    assert not posterior.warnings
+    error = abs(float(posterior.log_evidence) - log_evidence)
+    assert error < 4 * float(posterior.log_evidence_se) < 0.4
+    table = posterior.statistics()["tau"]
+    assert abs(float(table["mean"]) - mean) < 4.5 * float(table["mcse"])
+
+
+def test_every_datum_has_a_reference_of_its_own():
+    """Two latents on a ridge for every datum; the evidence is that of a normal."""
+    torch.manual_seed(3)
+    x = 8 * torch.randn(6)
+
+    def model():
+        with pyro.plate("data", 6):
+            a = pyro.sample("a", dist.Normal(0.0, 10.0))
+            b = pyro.sample("b", dist.Normal(0.0, 10.0))
+            pyro.sample("x", dist.Normal(a + b, 0.1), obs=x)
+
+    posterior = run(model)
+    exact = dist.Normal(0.0, (200 + 0.01) ** 0.5).log_prob(x)
+    error = (posterior.log_evidence - exact).abs()
+    assert posterior.log_evidence.shape == (6,)
+    assert bool((error < 4 * posterior.log_evidence_se).all())
+    assert float(posterior.log_evidence_se.max()) < 0.15
+    table = posterior.statistics()["a"]
+    assert bool(((table["mean"] - x / 2.0001).abs() < 4.5 * table["mcse"]).all())
+    torch.testing.assert_close(table["std"], torch.full((6,), 50.0**0.5), rtol=0.1, atol=0.0)
+
+
+def test_modes_far_apart_keep_their_weights():
+    """Weights .3 and .7 of two Gaussians in five dimensions, eleven sds apart."""
+    centre = torch.tensor([[4.0], [-4.0]]) * torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(5), 10.0).to_event(1))
+        distance = (z.unsqueeze(-2) - centre).square().sum(-1)
+        weights = torch.tensor([0.3, 0.7]).log()
+        pyro.factor("x", (weights - distance / (2 * 0.7**2)).logsumexp(-1))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        posterior = run(model, num_particles=1000)
+    share = float((posterior.samples["z"][:, 0] > 0).to(torch.float64).mean())
+    assert share == pytest.approx(0.3, abs=4 * (0.21 / 1000) ** 0.5)
+    volume = 5 / 2 * math.log(2 * math.pi * 0.7**2)
+    exact = volume + float(dist.Normal(0.0, (100 + 0.49) ** 0.5).log_prob(centre[0]).sum())
+    error = abs(float(posterior.log_evidence) - exact)
+    assert error < 4 * float(posterior.log_evidence_se) < 0.4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_zhat_from_a_fixed_pilot_is_unbiased(seed):
+    """Mean of `Zhat / Z` over runs with fresh draws; the reported errors are their spread."""
+    torch.manual_seed(seed)
+    exact = linear_gaussian_dag(seed)
+    problem = joint_problem(DCPC(exact.model, num_particles=MIN_PARTICLES).bind(*exact.args))
+    assert problem is not None
+    bar = ProgressBar(False)
+    pilot = send_pilots(problem, 0.9, bar)
+    start = problem.density.starting_from(pilot.reference)
+    runs = [
+        problem.anneal_once(start, "annealing", 0.9, bar, pilot.annealed.ladder, adapt=False)
+        for _ in range(60)
+    ]
+    ratio = (torch.stack([r.log_evidence for r in runs]) - exact.log_evidence).exp()
+    spread = float(ratio.std())
+    assert float(ratio.mean()) == pytest.approx(1.0, abs=4 * spread / 60**0.5)
+    reported = torch.stack([r.log_evidence_se for r in runs]).square().mean().sqrt()
+    assert 0.6 < float(reported) / spread < 1.8
+
+
+@pytest.mark.parametrize("pair", conjugate_pairs(), ids=lambda pair: pair.name)
+def test_every_kind_of_support(pair):
+    posterior = run(pair.model)
+    error = abs(float(posterior.log_evidence) - pair.log_evidence)
+    assert error < 4 * float(posterior.log_evidence_se) < 0.2
+    table = posterior.statistics()["z"]
+    assert bool(((table["mean"] - pair.mean).abs() < 4.5 * table["mcse"]).all())
+
+
+def test_the_bridge_leads_from_the_reference_to_the_joint():
+    """`(1 - beta) log r(u) + beta log p(u, x)`, in the unit's density and in the whole one's."""
+    exact = linear_gaussian_dag(0)
+    problem = joint_problem(DCPC(exact.model, num_particles=MIN_PARTICLES).bind(*exact.args))
+    assert problem is not None
+    latents = problem.draw_from_prior(problem.density).latents
+    (group,) = problem.division.groups
+    value = group.pack(latents)
+    other = StudentMixture(torch.zeros(1, group.size), torch.eye(group.size).unsqueeze(0))
+    log_joint = problem.density.log_joint(latents)
+    log_prior = problem.density.at(0.0).log_joint(latents)
+    for reference in (other, HalfPrior(other)):
+        start = reference.log_prob(value.squeeze(-2), log_prior)
+        density: Density = problem.density.starting_from(reference)
+        for beta in (0.0, 0.3, 1.0):
+            expected = (1 - beta) * start + beta * log_joint
+            tempered = density.at(beta)
+            torch.testing.assert_close(tempered.log_joint(latents), expected)
+            evaluation = tempered.conditional(group, latents).evaluate(value)
+            torch.testing.assert_close(evaluation.log_density.squeeze(-1), expected)
+            evaluations, total = tempered.evaluate_leading(latents)
+            torch.testing.assert_close(total, expected)
+            assert set(evaluations) == {group.name}
+        torch.testing.assert_close(density.slope(latents), log_joint - start)
+
+
+def test_a_reference_that_misses_what_the_first_pilot_saw_is_not_taken(monkeypatch):
+    """Fitted to one mode of two by mistake, its evidence is half of what is there."""
+    centre = torch.tensor([4.0, -4.0])
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 10.0))
+        pyro.factor("x", (-0.5 * (z.unsqueeze(-1) - centre).square() / 0.01).logsumexp(-1))
+
+    def one_mode(problem, state):
+        return StudentMixture(torch.full((1, 1), 4.0), torch.full((1, 1, 1), 0.1))
+
+    monkeypatch.setattr(joint, "_fitted", one_mode)
+    torch.manual_seed(0)
+    problem = joint_problem(DCPC(model, num_particles=500).bind())
+    assert problem is not None
+    pilot = send_pilots(problem, 0.9, ProgressBar(False))
+    assert isinstance(pilot.reference, HalfPrior)
+
+
+def test_what_is_not_moved_as_one_unit():
+    """Too many values, too few particles, discrete latents, values that a mask takes out."""
+
+    def wide(size):
+        z = pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(), 1.0), obs=torch.tensor(1.0))
+
+    def mixed():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        pyro.sample("x", dist.Normal(z + k, 1.0), obs=torch.tensor(1.0))
+
+    def masked():
+        with pyro.plate("n", 2), pyro.poutine.mask(mask=torch.tensor([True, False])):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(2))
+
+    def found(model, *args, num_particles=MIN_PARTICLES, **options):
+        engine = DCPC(model, num_particles=num_particles, **options)
+        return joint_problem(engine.bind(*args)) is not None
+
+    assert found(wide, MIN_PARTICLES // 4)
+    assert not found(wide, MIN_PARTICLES // 4 + 1)
+    assert not found(wide, 2, num_particles=MIN_PARTICLES - 1)
+    assert not found(wide, 129, num_particles=1000)
+    assert not found(wide, 2, backend="loop")
+    assert not found(mixed)
+    assert not found(masked)
+
+
+def test_blocks_are_found_given_or_left():
+    model = vague_regression()[0]
+    for blocks, units in (("auto", {"a+b"}), ((), {"a", "b"}), ([("a", "b")], {"a+b"})):
+        engine = DCPC(model, num_particles=200, blocks=blocks)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            posterior = engine.run(num_sweeps=4, seed=0, progress=False)
+        assert set(posterior.unit_of.values()) == units
