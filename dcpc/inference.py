@@ -205,11 +205,12 @@ class DCPC:
     ) -> Posterior:
         """Infers the posterior of the latents given the arguments.
 
-        The exact algorithms anneal from the prior to the posterior twice: a pilot chooses the
-        temperatures, and how many sweeps the particles need at each to decorrelate, and adapts the
-        proposals; a second run with all of it fixed gives an unbiased evidence estimate and the
-        particles to go on with. `num_sweeps` sweeps at the posterior
-        follow, the first `num_warmup` of which still adapt.
+        The exact algorithms anneal to the posterior twice: a pilot chooses the temperatures, and
+        how many sweeps the particles need at each to decorrelate, and adapts the proposals; a
+        second run with all of it fixed gives an unbiased evidence estimate and the particles to go
+        on with. Where the particles are enough to know the posterior's shape, they start from a
+        reference that pilots have fitted to it (`dcpc.approach.joint`), else from the prior.
+        `num_sweeps` sweeps at the posterior follow, the first `num_warmup` of which still adapt.
 
         Ctrl-C during these finishes the sweep and returns what there is: a posterior that
         `is_partial`, with a warning, and from which `resume` goes on. A second Ctrl-C raises, and

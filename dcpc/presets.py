@@ -245,7 +245,8 @@ def _joint_parts(
 ) -> Parts:
     """Parts that move all latents at once, those that the user chose excepted."""
     if default_move and default_preconditioner:
-        parts = replace(parts, move=Langevin(JOINT_STEPS, JOINT_JITTER), preconditioner=Covariance())
+        move = Langevin(JOINT_STEPS, JOINT_JITTER)
+        parts = replace(parts, move=move, preconditioner=Covariance())
         if default_correction and isinstance(parts.correction, Metropolis):
             parts = replace(parts, correction=Metropolis(JOINT_ACCEPTANCE))
     return parts

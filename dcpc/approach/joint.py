@@ -1,11 +1,11 @@
 """All latents as one unit: pilots fit a reference to the posterior, from which annealing starts.
 
-From a prior that is vague, flat, or far from the data, hardly a particle reaches the posterior. Here
-a first pilot starts from the prior and from Gaussians along paths of ascent, half and half, and
-takes large steps; a Student-t distribution with the moments of its particles is the reference that
-the next one starts from, and so on until the way is short. What the last pilot learned (reference,
-temperatures, proposals) is then fixed, and fresh draws from the reference take that way: their
-evidence estimate is unbiased, and their weights are proper.
+From a prior that is vague, flat, or far from the data, hardly a particle reaches the posterior.
+Here a first pilot starts from the prior and from Gaussians along paths of ascent, half and half,
+and takes large steps; a Student-t distribution with the moments of its particles is the reference
+that the next one starts from, and so on until the way is short. What the last pilot learned
+(reference, temperatures, proposals) is then fixed, and fresh draws from the reference take that
+way: their evidence estimate is unbiased, and their weights are proper.
 
 A reference can miss a part of the posterior that the first pilot has seen. Its evidence is then the
 lower one, and the particles start from where the first pilot did.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dcpc.divide import Density, UnitGroup
+from dcpc.divide import Density
 from dcpc.divide.joint_reference import StudentMixture
 from dcpc.recombine import zero_density
 
@@ -113,15 +113,17 @@ class Paths:
 
     def log_density(self, value: Tensor) -> Tensor:
         """Log-densities `(m, *plates)` of any number of values `(m, *plates, d)`."""
-        return self._by_batch(self._log_density, value)
+        (log_density,) = self._by_batch(self._log_density, value)
+        return log_density
 
     def _evaluate(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Log-densities and scores of any number of values."""
-        return self._by_batch(self._scored, value)
+        log_density, score = self._by_batch(self._scored, value)
+        return log_density, score
 
-    def _log_density(self, value: Tensor) -> Tensor:
+    def _log_density(self, value: Tensor) -> tuple[Tensor]:
         conditional = self._density.conditional(self._group, self._unpacked(value))
-        return zero_density(conditional.log_density(value.unsqueeze(-2)).squeeze(-1))[0]
+        return (zero_density(conditional.log_density(value.unsqueeze(-2)).squeeze(-1))[0],)
 
     def _scored(self, value: Tensor) -> tuple[Tensor, Tensor]:
         conditional = self._density.conditional(self._group, self._unpacked(value))
@@ -131,15 +133,14 @@ class Paths:
     def _unpacked(self, value: Tensor) -> dict[str, Tensor]:
         return self._group.unpack(value.unsqueeze(-2))
 
-    def _by_batch(self, function: Callable[[Tensor], Tensor], value: Tensor):
+    def _by_batch(
+        self, function: Callable[[Tensor], tuple[Tensor, ...]], value: Tensor
+    ) -> list[Tensor]:
         """A function of exactly K values, of any number of them; the last one fills up."""
         size, count = self._num_particles, len(value)
-        missing = -count % size
-        padded = torch.cat([value, value[-1:].expand(missing, *value.shape[1:])])
+        padded = torch.cat([value, value[-1:].expand(-count % size, *value.shape[1:])])
         results = [function(batch) for batch in padded.split(size)]
-        if isinstance(results[0], Tensor):
-            return torch.cat(results)[:count]
-        return tuple(torch.cat(parts)[:count] for parts in zip(*results, strict=True))
+        return [torch.cat(parts)[:count] for parts in zip(*results, strict=True)]
 
     def _curvature(self, value: Tensor, step: Tensor) -> Tensor:
         """Minus the second derivatives `(S, *plates, d, d)`, by central differences of scores."""
@@ -207,7 +208,7 @@ def _densest(paths: Paths, draws: Tensor, count: int) -> Tensor:
 
 
 def _inverse_factor(curvature: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """`F` with `F F^T` the inverse of the curvature's absolute value, and the conditional scales."""
+    """Conditional scales, and `F` with `F F^T` the inverse of the curvature's absolute value."""
     diagonal = curvature.diagonal(dim1=-2, dim2=-1).abs()
     tiny = torch.finfo(diagonal.dtype).tiny ** 0.5
     scale = torch.where(diagonal > tiny, diagonal.clamp(min=tiny).rsqrt(), 1.0 + value.abs())

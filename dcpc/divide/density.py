@@ -52,9 +52,7 @@ class Density:
         """
         with torch.no_grad():
             return self.division.in_batches(
-                lambda batch: self._by_cell(
-                    self.division.log_factors(batch, self.tensors), batch
-                ),
+                lambda batch: self._by_cell(self.division.log_factors(batch, self.tensors), batch),
                 latents,
             )
 
@@ -79,9 +77,7 @@ class Density:
 
         def difference(batch: Latents) -> Tensor:
             factors = self.division.log_factors(batch, self.tensors)
-            start, end = (
-                density._by_cell(factors, batch) for density in ends
-            )
+            start, end = (density._by_cell(factors, batch) for density in ends)
             return end - start
 
         with torch.no_grad():

@@ -49,7 +49,9 @@ def test_draws_have_the_density(plates):
     for reference in (mixture(*plates), HalfPrior(mixture(*plates))):
         drawn = reference.draw(prior)
         assert drawn.shape == prior.shape
-        weight = (target.log_prob(drawn) - reference.log_prob(drawn, log_prior.log_prob(drawn))).exp()
+        weight = (
+            target.log_prob(drawn) - reference.log_prob(drawn, log_prior.log_prob(drawn))
+        ).exp()
         error = weight.std(0) / count**0.5
         assert bool(((weight.mean(0) - 1).abs() < 4 * error).all())
         assert float(error.max()) < 0.1
