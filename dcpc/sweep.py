@@ -7,14 +7,14 @@ varies is in `Parts`; everything that persists is in `SweepState`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from dcpc.conquer import ConditionalDraw, Start, draw_from_conditional
-from dcpc.divide import Conditional, Density, Division, ScoredDensity
+from dcpc.divide import Conditional, Density, Division, ScoredDensity, UnitGroup
 from dcpc.errors import DegenerateWeightsError
 from dcpc.parts import Adaptation, Parts
 from dcpc.recombine import LogWeights, take_particles
@@ -109,6 +109,34 @@ class SweepInfo:
             self.probabilities[name] = (mass.permute(order).reshape(shape) * probability).sum(0)
 
 
+@dataclass(frozen=True)
+class Adapting:
+    """What learns from a sweep.
+
+    Attributes:
+        step_size: Whether step sizes do.
+        preconditioner: Whether preconditioners do.
+    """
+
+    step_size: bool
+    preconditioner: bool
+
+
+MoveUnits = Callable[
+    [
+        Density,
+        SweepState,
+        SweepInfo,
+        Mapping[str, ScoredDensity],
+        Parts,
+        Sequence[UnitGroup],
+        Adapting,
+    ],
+    tuple[SweepState, SweepInfo],
+]
+"""`move_units`, or what does the same faster."""
+
+
 def sweep(
     density: Density,
     state: SweepState,
@@ -118,6 +146,7 @@ def sweep(
     adapt_preconditioner: bool = True,
     retargets: bool = False,
     groups: Collection[str] | None = None,
+    move: MoveUnits | None = None,
 ) -> tuple[SweepState, SweepInfo]:
     """Moves every unit once.
 
@@ -131,6 +160,7 @@ def sweep(
         retargets: Whether the particles are first reweighted to the density, as by `retarget`,
             which costs less here than on its own.
         groups: Names of the groups to move; None for all.
+        move: What moves the units: `move_units` (None), or a recording of it.
 
     Returns:
         The new state and the sweep's diagnostics.
@@ -140,13 +170,37 @@ def sweep(
             sites that are to blame.
     """
     state, info, evaluations = _recombine(density, state, parts, retargets)
+    chosen = [g for g in density.division.groups if groups is None or g.name in groups]
+    how = Adapting(adapt, adapt and adapt_preconditioner)
+    return (move or move_units)(density, state, info, evaluations, parts, chosen, how)
+
+
+def move_units(
+    density: Density,
+    state: SweepState,
+    info: SweepInfo,
+    evaluations: Mapping[str, ScoredDensity],
+    parts: Parts,
+    groups: Sequence[UnitGroup],
+    how: Adapting,
+) -> tuple[SweepState, SweepInfo]:
+    """Moves units, group after group, each with the others where they have come to be.
+
+    Args:
+        density: Density to leave invariant.
+        state: Particles, weights, adaptation.
+        info: Diagnostics so far.
+        evaluations: By group name, evaluations at `state` that are known already, of the groups
+            that move first.
+        parts: Parts of the sweep.
+        groups: The groups to move, in order.
+        how: What learns from the sweep.
+    """
     latents, adaptation = dict(state.latents), dict(state.adaptation)
     memory = _copied(state.memory or parts.init_memory(latents))
     log_weight, log_joint = parts.correction.begin(state.log_weight), state.log_joint
     active = density.active_values()
-    for group in density.division.groups:
-        if groups is not None and group.name not in groups:
-            continue
+    for group in groups:
         unit = density.conditional(group, latents, active.get(group.name))
         own = parts.of(group)
         if group.is_discrete:
@@ -155,12 +209,12 @@ def sweep(
             outcome = parts.correction.keep(unit, drawn, parts.resampler)
         else:
             predicted = evaluations.get(group.name) or unit.evaluate_raw(unit.value)
-            learned = adaptation.get(group.name) or _init_adaptation(unit, own, predicted, adapt)
-            step_size = own.dual_averaging.step_size(learned.step_size, adapting=adapt)
+            learned = adaptation.get(group.name) or _init_adaptation(unit, own, predicted, how)
+            step_size = own.dual_averaging.step_size(learned.step_size, adapting=how.step_size)
             proposed = _propose(unit, predicted, learned, step_size, own, log_weight, memory)
             outcome = own.correction.apply(proposed)
-            if adapt:
-                score = proposed.before.score if adapt_preconditioner else None
+            if how.step_size:
+                score = proposed.before.score if how.preconditioner else None
                 learned = _learn(unit, own, learned, score, outcome.statistic)
             adaptation[group.name] = learned
             info.add(group.name, step_size, predicted, outcome.statistic)
@@ -235,11 +289,13 @@ def _copied(memory: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, T
 
 
 def _init_adaptation(
-    unit: Conditional, parts: Parts, predicted: ScoredDensity, adapt: bool
+    unit: Conditional, parts: Parts, predicted: ScoredDensity, how: Adapting
 ) -> Adaptation:
     score = unit.usable(predicted).score
     first = parts.init_adaptation(unit.group, score)
-    return parts.learn_preconditioner(first, unit.group, score, unit.active) if adapt else first
+    if not how.step_size:
+        return first
+    return parts.learn_preconditioner(first, unit.group, score, unit.active)
 
 
 def restart_adaptation(state: SweepState, parts: Parts) -> SweepState:

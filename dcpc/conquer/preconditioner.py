@@ -143,21 +143,20 @@ class SecondMoment(Preconditioner):
     decay: float = 0.95
 
     def init(self, score: Tensor, population: int) -> State:
-        return {
-            "moment": torch.zeros_like(_pool(score, population)),
-            "mass": score.new_zeros(()),
-        }
+        return {"moment": torch.zeros_like(_pool(score, population))}
 
     def update(self, state: State, score: Tensor, population: int) -> State:
         squared = score.square()
         squared = squared.minimum(MAX_OUTLIER * _typical(state, squared, population))
         return {
             "moment": torch.lerp(_pool(squared, population), state["moment"], self.decay),
-            "mass": 1.0 - self.decay * (1.0 - state["mass"]),
+            "mass": _grown(state, score, self.decay),
         }
 
     def metric(self, state: Mapping[str, Tensor], score: Tensor) -> Metric:
-        moment = state["moment"] / state["mass"].clamp(min=1.0 - self.decay)
+        moment = state["moment"]
+        if "mass" in state:
+            moment = moment / state["mass"]
         # Scores of zero (particles at a mode) measure nothing: the identity until they do.
         moment = torch.where(moment > 0, moment, 1.0)
         return Diagonal(moment.clamp(min=_tiny(moment)).pow(-0.5 * self.exponent))
@@ -179,14 +178,10 @@ class DenseSecondMoment(Preconditioner):
         pooled = _pool(score, population)
         identity = torch.eye(score.shape[-1], dtype=score.dtype, device=score.device)
         factor = identity.expand(*pooled.shape, score.shape[-1]).clone()
-        return {
-            "moment": torch.zeros_like(factor),
-            "mass": score.new_zeros(()),
-            "factor": factor,
-        }
+        return {"moment": torch.zeros_like(factor), "factor": factor}
 
     def update(self, state: State, score: Tensor, population: int) -> State:
-        if bool(state["mass"] > 0):
+        if "mass" in state:
             length = Dense(state["factor"]).whiten_score(score).square().mean(-1, keepdim=True)
             score = score * (MAX_OUTLIER / length).clamp(max=1.0).sqrt()
         else:
@@ -194,7 +189,7 @@ class DenseSecondMoment(Preconditioner):
             bound = MAX_OUTLIER * _typical(state, squared, population)
             score = score * (bound / squared).clamp(max=1.0).sqrt().nan_to_num(nan=1.0)
         moment = torch.lerp(self._average(score, population), state["moment"], self.decay)
-        mass = 1.0 - self.decay * (1.0 - state["mass"])
+        mass = _grown(state, score, self.decay)
         return {"moment": moment, "mass": mass, "factor": _inverse_factor(moment / mass)}
 
     def metric(self, state: Mapping[str, Tensor], score: Tensor) -> Metric:
@@ -265,13 +260,20 @@ def _pool(value: Tensor, population: int) -> Tensor:
     return value.mean(tuple(range(1 + population)), keepdim=True)[0]
 
 
+def _grown(state: State, score: Tensor, decay: float) -> Tensor:
+    """Total weight of the scores in an average, which is none before the first of them."""
+    if "mass" not in state:
+        return score.new_full((), 1.0 - decay)
+    return 1.0 - decay * (1.0 - state["mass"])
+
+
 def _typical(state: State, squared: Tensor, population: int) -> Tensor:
     """Reference level for outliers among squared scores: their running mean or the median.
 
     Heavy-tailed posteriors throw scores of a thousand standard deviations, one of which would
     freeze a unit for as long as the average remembers it.
     """
-    if bool(state["mass"] > 0):
+    if "mass" in state:
         moment = state["moment"] / state["mass"]
         # A value that had no score yet (it was masked out, say) has nothing to be measured against.
         return torch.where(moment > 0, moment.clamp(min=_tiny(moment)), math.inf)
@@ -292,7 +294,6 @@ def _inverse_factor(moment: Tensor) -> Tensor:
     identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     ridge = 100 * torch.finfo(moment.dtype).eps
     factor, failed = torch.linalg.cholesky_ex(correlation + ridge * identity)
-    if bool(failed.any()):
-        factor = torch.where((failed > 0)[..., None, None], identity, factor)
+    factor = torch.where((failed > 0)[..., None, None], identity, factor)
     inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
     return scale.unsqueeze(-1) * inverse.mT
