@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from dcpc.graphs.like import Like
 from dcpc.graphs.recording import Recording
 from dcpc.kernels import FORMULAS
 
@@ -56,7 +57,7 @@ class _Compiled:
     """A recording's graph in two parts: what settled inputs determine, then the rest."""
 
     def __init__(self, recording: Recording) -> None:
-        graph = recording.module.graph
+        graph = recording.graph
         inputs = [n for n in graph.nodes if n.op == "placeholder"]
         num_moving = len(inputs) - recording.num_settled
         num_moving -= len(recording.closure) + len(recording.draws)
@@ -83,14 +84,14 @@ class _Compiled:
             if node in early and node not in settled and not early.issuperset(node.users)
         ]
         outputs = next(node for node in graph.nodes if node.op == "output").args[0]
-        examples = [node.meta["val"] for node in inputs]
+        examples = [node.meta["like"] for node in inputs]
         for node in noise:
-            like = node.meta["val"]
-            examples[inputs.index(node)] = like.new_empty(_num_uniform(like))
+            like = node.meta["like"]
+            examples[inputs.index(node)] = like.reshaped((_num_uniform(like),))
         operators = [n for n in graph.nodes if n.op == "call_function"]
         first, rest = ([n for n in operators if (n in early) is part] for part in (True, False))
         self._first = _compile(inputs, first, kept, noise, examples)
-        examples += [node.meta["val"] for node in kept]
+        examples += [node.meta["like"] for node in kept]
         self._second = _compile([*inputs, *kept], rest, outputs, {}, examples)
 
     def __call__(self, *values: Tensor) -> Sequence[Tensor]:
@@ -102,7 +103,7 @@ def _compile(
     nodes: Sequence[fx.Node],
     outputs: Sequence[fx.Node],
     made: Mapping[fx.Node, Callable[[Tensor], Tensor]],
-    examples: Sequence[Tensor],
+    examples: Sequence[Like],
 ) -> _Part:
     """Compiles some nodes of a graph.
 
@@ -111,7 +112,7 @@ def _compile(
         nodes: Nodes to compute, in order.
         outputs: Nodes whose values to return.
         made: For some of the inputs, how their values are made from what is given.
-        examples: Values of the inputs.
+        examples: What the inputs are like.
     """
     graph, copied, used = fx.Graph(), dict[fx.Node, fx.Node](), list[int]()
     needed = {n for node in nodes for n in node.all_input_nodes}.union(outputs, made)
@@ -127,12 +128,7 @@ def _compile(
     graph.output(tuple(copied[node] for node in outputs))
     graph.eliminate_dead_code()
     module = fx.GraphModule({}, graph)
-    return _Part(_inductor(module, [_real(examples[i]) for i in used]), tuple(used))
-
-
-def _real(x: Tensor) -> Tensor:
-    """A tensor like an example, which a capture may have made without memory."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    return _Part(_inductor(module, [examples[i].empty() for i in used]), tuple(used))
 
 
 def _inductor(
@@ -177,37 +173,37 @@ def _nan_to_num(
     return torch.where(x == x, x, nan or 0.0)
 
 
-def _is_made_here(draw: Callable[[Tensor], Tensor], like: Tensor) -> bool:
+def _is_made_here(draw: Callable[[Tensor], Tensor], like: Like) -> bool:
     """Whether compiled code makes normal numbers of uniform ones, which is five times as fast."""
     return (
         draw is Tensor.normal_
         and like.dtype == torch.float64
         and like.device.type == "cpu"
-        and like.numel() >= _BLOCK
-        and like.is_contiguous()
+        and like.numel >= _BLOCK
+        and like.is_contiguous
     )
 
 
 def _as_uniform(
-    draw: Callable[[Tensor], Tensor], like: Tensor
-) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    draw: Callable[[Tensor], Tensor], like: Like
+) -> tuple[Callable[[Tensor], Tensor], Like]:
     if not _is_made_here(draw, like):
         return draw, like
-    return Tensor.uniform_, like.new_empty(_num_uniform(like))
+    return Tensor.uniform_, like.reshaped((_num_uniform(like),))
 
 
-def _num_uniform(like: Tensor) -> int:
+def _num_uniform(like: Like) -> int:
     """Number of uniform numbers that torch takes for so many normal ones."""
-    return like.numel() + (_BLOCK if like.numel() % _BLOCK else 0)
+    return like.numel + (_BLOCK if like.numel % _BLOCK else 0)
 
 
-def _normal_from_uniform(like: Tensor) -> Callable[[Tensor], Tensor]:
+def _normal_from_uniform(like: Like) -> Callable[[Tensor], Tensor]:
     """The normal numbers that torch itself makes of uniform ones (Box & Muller 1958).
 
     In blocks of 16, of which one half gives radii and the other angles. The last 16 numbers of a
     tensor that ends within a block are made anew, from 16 more.
     """
-    shape, count = like.shape, like.numel()
+    shape, count = like.shape, like.numel
 
     def normal(uniform: Tensor) -> Tensor:
         whole = count // _BLOCK * _BLOCK

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from dcpc.graphs.like import Like
 from dcpc.graphs.simplify import is_random, simplify
 from dcpc.graphs.targets import with_plain_targets
 
@@ -39,47 +41,44 @@ class Recording:
     torch's generator before the graph runs, in the order in which the function draws them.
 
     Args:
-        module: The graph, of the leaves of the function's arguments.
+        graph: The graph, of the leaves of the function's arguments, the tensors of the closure and
+            the random numbers.
         num_settled: Number of leaves of the first argument.
+        closure: Tensors of the closure.
+        draws: For every random input, how it is drawn, and what it is like.
         structure: Structure of the result.
 
     Attributes:
-        module: The graph, of the leaves, the tensors of the closure and the random numbers.
-        num_settled: Number of leaves of the first argument.
-        closure: Tensors of the closure.
-        draws: For every random input, how it is drawn, and an example.
         run: What runs the graph.
     """
 
     def __init__(
-        self, module: fx.GraphModule, num_settled: int, structure: pytree.TreeSpec
+        self,
+        graph: fx.Graph,
+        num_settled: int,
+        closure: tuple[Tensor, ...],
+        draws: list[tuple[Callable[[Tensor], Tensor], Like]],
+        structure: pytree.TreeSpec,
     ) -> None:
-        self._structure = structure
+        self.graph = graph
         self.num_settled = num_settled
-        self.closure = _lift_constants(module)
-        self.draws = _lift_draws(module)
-        module.recompile()
-        self.module = module
-        self.run: Function = with_plain_targets(module)
+        self.closure = closure
+        self.draws = draws
+        self._structure = structure
+        self.run: Function = with_plain_targets(graph)
 
     @property
     def num_operators(self) -> int:
         """Number of operators of the graph."""
-        return sum(node.op == "call_function" for node in self.module.graph.nodes)
+        return sum(node.op == "call_function" for node in self.graph.nodes)
 
     def __call__(self, settled: Any, moving: Any) -> Any:
         """The function's result; the trees must have the structure that was recorded."""
         leaves = pytree.tree_leaves((settled, moving))
         with torch.no_grad():
-            outputs = self.run(*leaves, *self.closure, *self.noise())
+            noise = [draw(like.empty()) for draw, like in self.draws]
+            outputs = self.run(*leaves, *self.closure, *noise)
         return pytree.tree_unflatten(outputs, self._structure)
-
-    def noise(self) -> list[Tensor]:
-        """Random numbers for one run, from torch's generator."""
-        return [
-            draw(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device))
-            for draw, x in self.draws
-        ]
 
 
 def record(function: Callable[[Any, Any], Any], settled: Any, moving: Any) -> Recording:
@@ -92,67 +91,93 @@ def record(function: Callable[[Any, Any], Any], settled: Any, moving: Any) -> Re
         moving: Example of its second argument.
 
     Raises:
-        NotRecordable: It looks at values, or draws random numbers that are not known here.
+        NotRecordable: It looks at values, writes in place, or draws random numbers that are not
+            known here.
     """
     leaves, inputs = pytree.tree_flatten((settled, moving))
-    result: pytree.TreeSpec | None = None
-
-    def flat(*values: Tensor) -> tuple[Tensor, ...]:
-        nonlocal result
-        outputs, result = pytree.tree_flatten(
-            function(*pytree.tree_unflatten(list(values), inputs))
-        )
-        return tuple(outputs)
-
+    # Tensors of their own: what comes in twice, or is a parameter too, must not be taken for one.
+    leaves = [leaf.detach() for leaf in leaves]
+    recorder = _Recorder(leaves)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            module = make_fx(flat)(*leaves)
-            if any(_mutates(node) for node in module.graph.nodes):
-                module = make_fx(torch.func.functionalize(module))(*leaves)
+        with torch.no_grad(), recorder:
+            result = function(*pytree.tree_unflatten(leaves, inputs))
     except Exception as error:
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise NotRecordable(message[:200]) from error
-    assert result is not None
-    return Recording(simplify(module), len(pytree.tree_leaves(settled)), result)
+    outputs, structure = pytree.tree_flatten(result)
+    graph = simplify(recorder.finish(outputs))
+    num_settled = len(pytree.tree_leaves(settled))
+    return Recording(graph, num_settled, tuple(recorder.closure), recorder.draws, structure)
 
 
-def _mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+class _Recorder(TorchDispatchMode):
+    """Records every operator that runs, below autograd, so that gradients are recorded too.
 
-
-def _lift_constants(module: fx.GraphModule) -> tuple[Tensor, ...]:
-    """Makes tensors of the closure inputs, after the others."""
-    constants: list[Tensor] = []
-    for node in list(module.graph.nodes):
-        if node.op == "get_attr":
-            constants.append(getattr(module, str(node.target)).detach())
-            _replace_by_input(module, node, f"constant{len(constants)}")
-    return tuple(constants)
-
-
-def _lift_draws(module: fx.GraphModule) -> list[tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """Makes random numbers inputs, after the others.
-
-    Raises:
-        NotRecordable: Some depend on values.
+    Attributes:
+        closure: Tensors that came from elsewhere than the leaves.
+        draws: For every draw of random numbers, how it was made, and what it is like.
     """
-    draws = []
-    for node in list(module.graph.nodes):
-        if not is_random(node):
-            continue
-        if node.target not in _DRAWS:
-            raise NotRecordable(f"it draws random numbers by {node.target}")
-        draws.append((_DRAWS[node.target], node.meta["val"]))
-        _replace_by_input(module, node, f"noise{len(draws)}")
-    return draws
 
+    def __init__(self, leaves: list[Tensor]) -> None:
+        super().__init__()
+        self.closure: list[Tensor] = []
+        self.draws: list[tuple[Callable[[Tensor], Tensor], Like]] = []
+        self._graph = fx.Graph()
+        self._inputs: dict[str, list[fx.Node]] = {"leaf": [], "closure": [], "noise": []}
+        self._nodes: Any = WeakTensorKeyDictionary()
+        for leaf in leaves:
+            self._nodes[leaf] = self._input("leaf", leaf)
 
-def _replace_by_input(module: fx.GraphModule, node: fx.Node, name: str) -> None:
-    graph = module.graph
-    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    with graph.inserting_after(last):
-        new = graph.placeholder(name)
-    new.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            raise NotRecordable("it looks at the values of tensors")
+        if func._schema.is_mutable:
+            raise NotRecordable(f"it writes in place ({func})")
+        result = func(*args, **kwargs)
+        if func in _DRAWS:
+            self._nodes[result] = self._input("noise", result)
+            self.draws.append((_DRAWS[func], Like.of(result)))
+            return result
+        arguments = pytree.tree_map(self._node_of, (args, kwargs))
+        node = self._graph.call_function(func, *arguments)
+        if is_random(node):
+            raise NotRecordable(f"it draws random numbers by {func}")
+        self._track(result, node)
+        return result
+
+    def finish(self, outputs: list[Tensor]) -> fx.Graph:
+        """The graph, with these outputs; its inputs are the leaves, the closure and the noise."""
+        self._graph.output(tuple(self._node_of(value) for value in outputs))
+        last, *rest = [node for kind in self._inputs.values() for node in kind]
+        for node in rest:
+            last.append(node)
+            last = node
+        return self._graph
+
+    def _input(self, kind: str, value: Tensor) -> fx.Node:
+        node = self._graph.placeholder(f"{kind}{len(self._inputs[kind])}")
+        node.meta["like"] = Like.of(value)
+        self._inputs[kind].append(node)
+        return node
+
+    def _node_of(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        node = self._nodes.get(value)
+        if node is None:
+            node = self._nodes[value] = self._input("closure", value)
+            self.closure.append(value.detach())
+        return node
+
+    def _track(self, result: Any, node: fx.Node) -> None:
+        if isinstance(result, Tensor):
+            node.meta["like"] = Like.of(result)
+            self._nodes[result] = node
+            return
+        node.meta["like"] = [Like.of(x) if isinstance(x, Tensor) else None for x in result]
+        for index, part in enumerate(result):
+            if isinstance(part, Tensor):
+                self._track(part, self._graph.call_function(operator.getitem, (node, index)))

@@ -17,8 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.utils import _pytree as pytree
+
+from dcpc.graphs.like import Like
 
 __all__ = ["is_random", "simplify"]
 
@@ -40,7 +42,7 @@ class _Value:
     node: fx.Node | None
     number: float | bool | None
     inner: tuple[int, ...]
-    like: Tensor
+    like: Like
     is_view: bool = False
 
     @property
@@ -48,9 +50,9 @@ class _Value:
         return self.inner != tuple(self.like.shape)
 
 
-def simplify(module: fx.GraphModule) -> fx.GraphModule:
-    """The graph with fewer operators. Its nodes must have examples, as `make_fx` gives them."""
-    return _Simplifier(module).run()
+def simplify(graph: fx.Graph) -> fx.Graph:
+    """The graph with fewer operators. Its nodes tell in `meta["like"]` what they give."""
+    return _Simplifier(graph).run()
 
 
 def is_random(node: fx.Node) -> bool:
@@ -64,42 +66,33 @@ def is_random(node: fx.Node) -> bool:
 class _Simplifier:
     """Copies a graph node by node; nodes that are equal become one."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.module = module
+    def __init__(self, graph: fx.Graph) -> None:
+        self.old = graph
         self.graph = fx.Graph()
         self.values: dict[fx.Node, Any] = {}
         self.known: dict[Any, fx.Node] = {}
 
-    def run(self) -> fx.GraphModule:
-        for node in self.module.graph.nodes:
+    def run(self) -> fx.Graph:
+        for node in self.old.nodes:
             if node.op == "placeholder":
-                self.values[node] = self._plain(self.graph.node_copy(node), node.meta["val"])
-            elif node.op == "get_attr":
-                self.values[node] = self._constant(node)
+                self.values[node] = self._plain(self.graph.node_copy(node), node.meta["like"])
             elif node.op == "output":
                 self.graph.output(pytree.tree_map(self._materialised, node.args[0]))
             else:
                 self.values[node] = self._rewritten(node)
         self.graph.eliminate_dead_code()
-        return fx.GraphModule(self.module, self.graph)
+        return self.graph
 
     def _plain(self, node: fx.Node, like: Any) -> Any:
-        node.meta["val"] = like
-        if not isinstance(like, Tensor):
+        node.meta["like"] = like
+        if not isinstance(like, Like):
             return node
-        return _Value(node, None, tuple(like.shape), like)
-
-    def _constant(self, node: fx.Node) -> Any:
-        value = getattr(self.module, str(node.target))
-        key = ("get_attr", id(value))
-        if key not in self.known:
-            self.known[key] = self.graph.node_copy(node)
-        return self._plain(self.known[key], value if isinstance(value, Tensor) else None)
+        return _Value(node, None, like.shape, like)
 
     def _rewritten(self, node: fx.Node) -> Any:
-        like = node.meta.get("val")
+        like = node.meta.get("like")
         for rule in (self._without_effect, self._number, self._reshaped, self._elementwise):
-            if isinstance(like, Tensor) or rule is self._reshaped:
+            if isinstance(like, Like) or rule is self._reshaped:
                 result = rule(node, like)
                 if result is not None:
                     return result
@@ -117,7 +110,7 @@ class _Simplifier:
 
     # -- rules: the value of a node of the old graph, or None ---------------------------------
 
-    def _without_effect(self, node: fx.Node, like: Tensor) -> _Value | None:
+    def _without_effect(self, node: fx.Node, like: Like) -> _Value | None:
         target, args = node.target, node.args
         if target in (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default):
             return self._same(args[0], like)
@@ -133,7 +126,7 @@ class _Simplifier:
             return self._same(args[0], like) if set(asked) <= {"dtype"} else None
         return None
 
-    def _same(self, argument: Any, like: Tensor) -> _Value | None:
+    def _same(self, argument: Any, like: Like) -> _Value | None:
         """The value of an argument, if it has the shape and the type that is asked for."""
         value = self.values[argument] if isinstance(argument, fx.Node) else None
         if not isinstance(value, _Value) or value.like.dtype != like.dtype:
@@ -146,10 +139,10 @@ class _Simplifier:
             return isinstance(value, _Value) and value.number == number
         return isinstance(argument, int | float) and argument == number
 
-    def _number(self, node: fx.Node, like: Tensor) -> _Value | None:
+    def _number(self, node: fx.Node, like: Like) -> _Value | None:
         """A tensor of one number, made so or computed from such ones."""
         number = self._number_of(node)
-        if number is None or like.device.type == "meta":
+        if number is None:
             return None
         return _Value(None, number, (), like)
 
@@ -184,7 +177,7 @@ class _Simplifier:
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
             split, index = node.args
             # Single rows, whose axis goes away.
-            if split.target is aten.unbind.int and len(split.meta["val"]) == 1:
+            if split.target is aten.unbind.int and len(split.meta["like"]) == 1:
                 return self._view(self.values[split.args[0]], like)
             if split.target is aten.unbind.int:
                 dim = split.args[1] if len(split.args) > 1 else 0
@@ -195,7 +188,7 @@ class _Simplifier:
             return self._view(self.values[node.args[0][0]], like)
         if node.target is aten.select.int:
             source, dim, _ = node.args
-            if source.meta["val"].shape[dim] == 1:
+            if source.meta["like"].shape[dim] == 1:
                 return self._view(self.values[source], like)
         if node.target is aten.expand.default:
             return self._spread(self.values[node.args[0]], like)
@@ -203,32 +196,32 @@ class _Simplifier:
             return self._view(self.values[node.args[0]], like)
         return None
 
-    def _view(self, value: Any, like: Tensor) -> _Value | None:
+    def _view(self, value: Any, like: Like) -> _Value | None:
         if not isinstance(value, _Value) or value.node is None:
             return None
         if value.is_spread:
-            inner = _reshaped_inner(value, tuple(like.shape))
+            inner = _reshaped_inner(value, like.shape)
             if inner is None:
                 return None
-            small = _Value(value.node, None, value.inner, value.node.meta["val"])
-            viewed = self._view(small, value.like.new_empty(inner))
+            small = _Value(value.node, None, value.inner, value.node.meta["like"])
+            viewed = self._view(small, value.like.reshaped(inner))
             return None if viewed is None else replace(viewed, like=like, is_view=value.is_view)
         source = value.node
         if source.target is aten.view.default:
             source = source.args[0]
-        if not source.meta["val"].is_contiguous():
+        if not source.meta["like"].is_contiguous:
             return None
         shape = list(like.shape)
-        if list(source.meta["val"].shape) == shape:
+        if list(source.meta["like"].shape) == shape:
             return _Value(source, None, tuple(shape), like)
         return self._plain(self._node(aten.view.default, (source, shape)), like)
 
-    def _spread(self, value: Any, like: Tensor) -> _Value | None:
+    def _spread(self, value: Any, like: Like) -> _Value | None:
         if not isinstance(value, _Value) or value.node is None:
             return None
         return _Value(value.node, None, value.inner, like, is_view=True)
 
-    def _elementwise(self, node: fx.Node, like: Tensor) -> _Value | None:
+    def _elementwise(self, node: fx.Node, like: Like) -> _Value | None:
         """An operator element by element, on what is not spread yet."""
         if node.target not in _ELEMENTWISE or any(
             not isinstance(self.values[n], _Value) for n in node.all_input_nodes
@@ -247,16 +240,16 @@ class _Simplifier:
                 return argument
             value = self.values[argument]
             # A number without axes does not decide the type of a result, one with axes does.
-            whole = len(kinds) > 1 and value.like.dim() > 0 and not value.inner
+            whole = len(kinds) > 1 and len(value.like.shape) > 0 and not value.inner
             return self._materialised(argument) if whole else self._inner(value)
 
         args, kwargs = pytree.tree_map(small, (node.args, node.kwargs))
         inner = torch.broadcast_shapes(
-            *(n.meta["val"].shape for n in pytree.tree_leaves((args, kwargs)) if _is_node(n))
+            *(n.meta["like"].shape for n in pytree.tree_leaves((args, kwargs)) if _is_node(n))
         )
         return self._pointwise(node.target, args, kwargs, like, tuple(inner))
 
-    def _inverse(self, node: fx.Node, like: Tensor) -> _Value | None:
+    def _inverse(self, node: fx.Node, like: Like) -> _Value | None:
         """Plus or minus one times a value or divided by it."""
         target, args = node.target, node.args
         if target not in (aten.div.Tensor, aten.mul.Tensor) or node.kwargs:
@@ -278,11 +271,11 @@ class _Simplifier:
         return None
 
     def _pointwise(
-        self, target: Any, args: tuple, kwargs: dict, like: Tensor, inner: tuple[int, ...]
+        self, target: Any, args: tuple, kwargs: dict, like: Like, inner: tuple[int, ...]
     ) -> _Value:
         made = self._node(target, args, kwargs)
-        if "val" not in made.meta:
-            made.meta["val"] = like.new_empty(inner) if inner != tuple(like.shape) else like
+        if "like" not in made.meta:
+            made.meta["like"] = like.reshaped(inner) if inner != like.shape else like
         return _Value(made, None, inner, like)
 
     # -- nodes for values ---------------------------------------------------------------------
@@ -300,7 +293,7 @@ class _Simplifier:
             (list(shape), value.number),
             {"dtype": like.dtype, "device": like.device},
         )
-        node.meta["val"] = like.new_empty(shape)
+        node.meta["like"] = like.reshaped(shape)
         return node
 
     def _materialised(self, argument: Any) -> Any:
@@ -311,22 +304,22 @@ class _Simplifier:
         if not isinstance(value, _Value):
             return value
         if value.node is None:
-            return self._filled(value, tuple(value.like.shape))
+            return self._filled(value, value.like.shape)
         if not value.is_spread:
             return value.node
         node = self._node(aten.expand.default, (value.node, list(value.like.shape)))
-        node.meta["val"] = value.like.new_empty(value.inner).expand(value.like.shape)
+        node.meta["like"] = value.like.reshaped(value.inner).spread(value.like.shape)
         if value.is_view:
             return node
         # As it lay in memory, so that sums run in the same order.
         node = self._node(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
-        node.meta["val"] = value.like
+        node.meta["like"] = value.like
         return node
 
 
 def _reshaped_inner(value: _Value, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """Shape before it is spread of a value that gets or loses axes of one; None of other views."""
-    old = tuple(value.like.shape)
+    old = value.like.shape
     if [n for n in old if n != 1] != [n for n in shape if n != 1]:
         return None
     padded = (1,) * (len(old) - len(value.inner)) + value.inner
