@@ -28,7 +28,7 @@ from dcpc.start import (
     guide_refusal,
     starting_references,
 )
-from dcpc.sweep import SweepInfo, SweepState, loss, sweep
+from dcpc.sweep import PLAIN, Runner, SweepInfo, SweepState, loss, sweep
 from dcpc.threads import exclusive
 
 
@@ -46,6 +46,7 @@ class Problem:
         guide: A Pyro program that particles may start from.
         thorough: Whether the sites and the data are looked at anew, and what was captured before
             is compared with a plain run of the model.
+        runner: What evaluates and moves the particles of a sweep.
 
     Attributes:
         arguments: The model's arguments.
@@ -66,7 +67,9 @@ class Problem:
         guide: Model | None = None,
         *,
         thorough: bool = False,
+        runner: Runner = PLAIN,
     ) -> None:
+        self._runner = runner
         self._divisions = divisions
         self.arguments = arguments
         self.algorithm = algorithm
@@ -139,6 +142,7 @@ class Problem:
             adapt=adapt,
             adapt_preconditioner=adapt_preconditioner,
             retargets=retargets and self.parts.correction.is_exact,
+            runner=self._runner,
         )
 
     @exclusive("Problem.log_joint")
@@ -228,6 +232,7 @@ class Problem:
             conditional_ess=conditional_ess,
             adapt=adapt,
             progress=bar.temperature,
+            runner=self._runner,
         )
 
     def starting_density(self, initial_values: Mapping[str, Tensor]) -> Density:

@@ -7,7 +7,8 @@ varies is in `Parts`; everything that persists is in `SweepState`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -122,19 +123,44 @@ class Adapting:
     preconditioner: bool
 
 
-MoveUnits = Callable[
-    [
-        Density,
-        SweepState,
-        SweepInfo,
-        Mapping[str, ScoredDensity],
-        Parts,
-        Sequence[UnitGroup],
-        Adapting,
-    ],
-    tuple[SweepState, SweepInfo],
-]
-"""`move_units`, or what does the same faster."""
+class Runner:
+    """What evaluates and moves the particles of a sweep: as it is written here, or a recording."""
+
+    def evaluate(
+        self, density: Density, state: SweepState, parts: Parts
+    ) -> tuple[dict[str, ScoredDensity], Tensor]:
+        """Log-density `(K, *population)` of the particles.
+
+        Returns:
+            Evaluations by group name that fell off on the way, and the log-density.
+        """
+        return density.evaluate_leading(state.latents)
+
+    def move(
+        self,
+        density: Density,
+        state: SweepState,
+        info: SweepInfo,
+        evaluations: Mapping[str, ScoredDensity],
+        parts: Parts,
+        groups: Sequence[UnitGroup],
+        how: Adapting,
+    ) -> tuple[SweepState, SweepInfo]:
+        """Moves units, as `move_units` does."""
+        return move_units(density, state, info, evaluations, parts, groups, how)
+
+    @contextmanager
+    def expecting(self, num_sweeps: int, say: Callable[[str], None]) -> Iterator[None]:
+        """A block of code that makes at least so many sweeps.
+
+        Args:
+            num_sweeps: Their number.
+            say: Told what takes long, and what is not done and why.
+        """
+        yield
+
+
+PLAIN = Runner()
 
 
 def sweep(
@@ -146,7 +172,7 @@ def sweep(
     adapt_preconditioner: bool = True,
     retargets: bool = False,
     groups: Collection[str] | None = None,
-    move: MoveUnits | None = None,
+    runner: Runner = PLAIN,
 ) -> tuple[SweepState, SweepInfo]:
     """Moves every unit once.
 
@@ -160,7 +186,7 @@ def sweep(
         retargets: Whether the particles are first reweighted to the density, as by `retarget`,
             which costs less here than on its own.
         groups: Names of the groups to move; None for all.
-        move: What moves the units: `move_units` (None), or a recording of it.
+        runner: What evaluates and moves the particles.
 
     Returns:
         The new state and the sweep's diagnostics.
@@ -169,10 +195,10 @@ def sweep(
         DegenerateWeightsError: All particles of a population cell have zero density; names the
             sites that are to blame.
     """
-    state, info, evaluations = _recombine(density, state, parts, retargets)
+    state, info, evaluations = _recombine(density, state, parts, retargets, runner)
     chosen = [g for g in density.division.groups if groups is None or g.name in groups]
     how = Adapting(adapt, adapt and adapt_preconditioner)
-    return (move or move_units)(density, state, info, evaluations, parts, chosen, how)
+    return runner.move(density, state, info, evaluations, parts, chosen, how)
 
 
 def move_units(
@@ -232,7 +258,7 @@ def move_units(
 
 
 def _recombine(
-    density: Density, state: SweepState, parts: Parts, retargets: bool
+    density: Density, state: SweepState, parts: Parts, retargets: bool, runner: Runner
 ) -> tuple[SweepState, SweepInfo, dict[str, ScoredDensity]]:
     """Reweights the particles if asked to, and resamples whole ones where the ESS is low.
 
@@ -241,7 +267,7 @@ def _recombine(
     """
     evaluations: dict[str, ScoredDensity] = {}
     if retargets:
-        evaluations, log_joint = density.evaluate_leading(state.latents)
+        evaluations, log_joint = runner.evaluate(density, state, parts)
         state = _reweighted(density, state, log_joint)
     info = SweepInfo(state.log_weight.ess())
     if parts.correction.is_exact:

@@ -144,7 +144,7 @@ def _inductor(
         table = {**select_decomp_table(), **FORMULAS, aten.nan_to_num.default: _nan_to_num}
         flat = make_fx(module, decomposition_table=table, tracing_mode="fake")(*examples)
         fake = [n.meta["val"] for n in flat.graph.nodes if n.op == "placeholder"]
-        if not any(node.op == "call_function" for node in flat.graph.nodes):
+        if not fake or not any(node.op == "call_function" for node in flat.graph.nodes):
             return lambda values: module(*values)
         context = torch._guards.TracingContext(fake[0].fake_mode)
         with torch._guards.tracing(context), config.patch({"cpp.simdlen": _vector_bits()}):

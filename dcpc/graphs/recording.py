@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ class Recording:
         self.closure = closure
         self.draws = draws
         self._structure = structure
+        self._outputs = _lift_outputs(graph)
         self.run: Function = with_plain_targets(graph)
 
     @property
@@ -72,16 +73,29 @@ class Recording:
         """Number of operators of the graph."""
         return sum(node.op == "call_function" for node in self.graph.nodes)
 
+    @property
+    def num_elements(self) -> int:
+        """Number of elements that its operators write."""
+        return sum(
+            node.meta["like"].numel
+            for node in self.graph.nodes
+            if node.op == "call_function" and isinstance(node.meta.get("like"), Like)
+        )
+
     def __call__(self, settled: Any, moving: Any) -> Any:
         """The function's result; the trees must have the structure that was recorded."""
-        leaves = pytree.tree_leaves((settled, moving))
+        return self.on_leaves(pytree.tree_leaves((settled, moving)))
+
+    def on_leaves(self, leaves: Sequence[Tensor]) -> Any:
+        """The function's result, from the leaves of its arguments."""
         with torch.no_grad():
             noise = [draw(like.empty()) for draw, like in self.draws]
-            outputs = self.run(*leaves, *self.closure, *noise)
-        return pytree.tree_unflatten(outputs, self._structure)
+            inputs = (*leaves, *self.closure, *noise)
+            values = (*self.run(*inputs), *inputs)
+        return pytree.tree_unflatten([values[i] for i in self._outputs], self._structure)
 
 
-def record(function: Callable[[Any, Any], Any], settled: Any, moving: Any) -> Recording:
+def record(function: Callable[[Any, Any], Any], settled: Any, moving: Any) -> tuple[Recording, Any]:
     """Records a function of two trees of tensors, which gives another tree.
 
     Args:
@@ -90,11 +104,15 @@ def record(function: Callable[[Any, Any], Any], settled: Any, moving: Any) -> Re
             once.
         moving: Example of its second argument.
 
+    Returns:
+        The recording, and the function's result for the examples.
+
     Raises:
         NotRecordable: It looks at values, writes in place, or draws random numbers that are not
             known here.
     """
     leaves, inputs = pytree.tree_flatten((settled, moving))
+    num_settled = len(pytree.tree_leaves(settled))
     # Tensors of their own: what comes in twice, or is a parameter too, must not be taken for one.
     leaves = [leaf.detach() for leaf in leaves]
     recorder = _Recorder(leaves)
@@ -106,8 +124,23 @@ def record(function: Callable[[Any, Any], Any], settled: Any, moving: Any) -> Re
         raise NotRecordable(message[:200]) from error
     outputs, structure = pytree.tree_flatten(result)
     graph = simplify(recorder.finish(outputs))
-    num_settled = len(pytree.tree_leaves(settled))
-    return Recording(graph, num_settled, tuple(recorder.closure), recorder.draws, structure)
+    closure, draws = tuple(recorder.closure), recorder.draws
+    return Recording(graph, num_settled, closure, draws, structure), result
+
+
+def _lift_outputs(graph: fx.Graph) -> list[int]:
+    """Lets a graph give what it computes only, once.
+
+    Returns:
+        For every output, its position among what the graph now gives, followed by its inputs.
+    """
+    output = next(node for node in graph.nodes if node.op == "output")
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    computed = list(dict.fromkeys(node for node in output.args[0] if node.op != "placeholder"))
+    position = {node: index for index, node in enumerate((*computed, *inputs))}
+    outputs = [position[node] for node in output.args[0]]
+    output.args = (tuple(computed),)
+    return outputs
 
 
 class _Recorder(TorchDispatchMode):
@@ -169,7 +202,7 @@ class _Recorder(TorchDispatchMode):
         node = self._nodes.get(value)
         if node is None:
             node = self._nodes[value] = self._input("closure", value)
-            self.closure.append(value.detach())
+            self.closure.append(value)
         return node
 
     def _track(self, result: Any, node: fx.Node) -> None:

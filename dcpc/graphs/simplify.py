@@ -373,5 +373,3 @@ _ELEMENTWISE = _overloads(
     " threshold_backward softplus_backward sigmoid_backward tanh_backward"
 )
 """Operators whose result at an element depends on that element of their arguments."""
-
-

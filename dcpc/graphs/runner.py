@@ -1,0 +1,306 @@
+"""Sweeps that are recorded as graphs and compiled."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dcpc.divide import Density, Division, ScoredDensity, UnitGroup
+from dcpc.divide.program import GraphProgram
+from dcpc.divide.tempering import Reference, Tempering
+from dcpc.graphs.tiers import Mode, Tiered
+from dcpc.parts import Adaptation, Parts
+from dcpc.recombine import LogWeights
+from dcpc.sweep import Adapting, Runner, SweepInfo, SweepState, move_units
+
+__all__ = ["CompileWarning", "RecordedRunner"]
+
+Tree = dict[str, Any]
+Function = Callable[[Tree, Tree], Tree]
+
+
+class CompileWarning(UserWarning):
+    """Sweeps that were to be compiled run as they are written; the message says why."""
+
+
+class RecordedRunner(Runner):
+    """Runs sweeps as recordings, one for all temperatures and whatever learns.
+
+    Whether proposals learn is decided outside of the graph, which always computes what they would
+    learn, so that a model has one graph of its moves and one of its log-density.
+
+    Args:
+        mode: True to compile sweeps, `auto` to compile them where that pays.
+    """
+
+    def __init__(self, mode: Mode) -> None:
+        self.mode = mode
+        self._num_expected = 0
+        self._say: Callable[[str], None] = _silent
+        self._tiers: WeakKeyDictionary[Division, dict[Any, Tiered]] = WeakKeyDictionary()
+        self._told: set[str] = set()
+
+    def __getstate__(self) -> Mode:
+        """Without what was recorded, for pickles and copies: it is recorded again when needed."""
+        return self.mode
+
+    def __setstate__(self, mode: Mode) -> None:
+        self.__init__(mode)  # type: ignore[misc]
+
+    @contextmanager
+    def expecting(self, num_sweeps: int, say: Callable[[str], None]) -> Iterator[None]:
+        self._num_expected, self._say = num_sweeps, say
+        try:
+            yield
+        finally:
+            self._num_expected, self._say = 0, _silent
+
+    def evaluate(
+        self, density: Density, state: SweepState, parts: Parts
+    ) -> tuple[dict[str, ScoredDensity], Tensor]:
+        if self._refuses(density, parts):
+            return super().evaluate(density, state, parts)
+        is_compiled = any(tier.is_compiled for tier in self._of(density).values())
+        function = _log_joint if is_compiled else _evaluate_leading
+        result = self._run(
+            density, (function,), lambda: _of_density(density, function), {}, _moving(state)
+        )
+        evaluations = {name: ScoredDensity(*pair) for name, pair in result["evaluations"].items()}
+        return evaluations, result["log_joint"]
+
+    def move(
+        self,
+        density: Density,
+        state: SweepState,
+        info: SweepInfo,
+        evaluations: Mapping[str, ScoredDensity],
+        parts: Parts,
+        groups: Sequence[UnitGroup],
+        how: Adapting,
+    ) -> tuple[SweepState, SweepInfo]:
+        names = {group.name for group in groups}
+        if self._refuses(density, parts) or not names <= state.adaptation.keys():
+            return super().move(density, state, info, evaluations, parts, groups, how)
+        adaptation = {
+            name: (learned.preconditioner, _in_use(learned.step_size, how))
+            for name, learned in state.adaptation.items()
+        }
+        moving = _moving(state) | {
+            "log_weight": state.log_weight.log_weight,
+            "memory": {kind: dict(by_latent) for kind, by_latent in state.memory.items()},
+            "evaluations": {k: (e.log_density, e.score) for k, e in evaluations.items()},
+        }
+        result = self._run(
+            density,
+            ("move", parts, tuple(group.name for group in groups)),
+            lambda: _of_moves(density, parts, groups),
+            {"adaptation": adaptation, "active": density.active_values()},
+            moving,
+        )
+        log_weight = result["log_weight"]
+        weights = state.log_weight
+        if log_weight is not weights.log_weight:
+            weights = LogWeights(log_weight)
+        learned = {
+            name: _learned(before, result["adaptation"].get(name), how)
+            for name, before in state.adaptation.items()
+        }
+        moved = SweepState(
+            result["latents"], weights, result["log_joint"], learned, result["memory"]
+        )
+        for name in result["num_bad_scores"]:
+            info.step_size[name] = result["step_size"][name]
+            info.num_bad_scores[name] = result["num_bad_scores"][name]
+            if name in result["statistic"]:
+                info.statistic[name] = result["statistic"][name]
+        info.num_bad = info.num_bad + result["num_bad"]
+        return moved, info
+
+    def _run(
+        self,
+        density: Density,
+        what: tuple,
+        make: Callable[[], Function],
+        settled: Tree,
+        moving: Tree,
+    ) -> Tree:
+        """The result of a function, as fast as it has become."""
+        settled = settled | {
+            "tensors": [value.contiguous() for value in density.tensors],
+            "beta": _tensor(density.tempering.temperature, moving["log_joint"]),
+            "references": {
+                name: (reference.loc, _tensor(reference.scale, reference.loc))
+                for name, reference in density.tempering.references.items()
+                if density.tempering.temperature != 1.0
+            },
+        }
+        leaves, structure = pytree.tree_flatten((settled, moving))
+        likes = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
+        key = (what, structure, likes)
+        tiers = self._of(density)
+        if key not in tiers:
+            tiers[key] = Tiered(make(), self.mode)
+        tier = tiers[key]
+        result = tier(settled, moving, self._num_expected, self._say)
+        if tier.refusal:
+            self._tell(tier.refusal)
+        return result
+
+    def _of(self, density: Density) -> dict[Any, Tiered]:
+        return self._tiers.setdefault(density.division, {})
+
+    def _refuses(self, density: Density, parts: Parts) -> bool:
+        if density.tempering.temperature == 0.0:
+            return True
+        reason = _refusal(density, parts)
+        if reason:
+            self._tell(reason)
+        return bool(reason)
+
+    def _tell(self, reason: str) -> None:
+        """Says once why sweeps are not compiled, to who asked for it."""
+        if reason in self._told:
+            return
+        self._told.add(reason)
+        if self.mode is True:
+            warnings.warn(f"sweeps are not compiled: {reason}", CompileWarning, stacklevel=2)
+
+
+def _refusal(density: Density, parts: Parts) -> str:
+    """Why the sweeps of a density are not recorded; empty if they are."""
+    division = density.division
+    if not isinstance(division.program, GraphProgram):
+        return f"the model is not one graph but runs by backend '{division.program.name}'"
+    discrete = [group.name for group in division.groups if group.is_discrete]
+    if discrete:
+        return f"the latents {discrete} are discrete"
+    used = (parts.move, parts.correction, parts.preconditioner, parts.dual_averaging)
+    foreign = [type(p).__name__ for p in used if not type(p).__module__.startswith("dcpc.")]
+    if foreign:
+        return f"{foreign} may do in Python what a graph cannot"
+    return ""
+
+
+@dataclass(frozen=True)
+class _Bound(Density):
+    """A density that is told which values are active.
+
+    Attributes:
+        active: As from `active_values`.
+    """
+
+    active: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def active_values(self) -> dict[str, Tensor]:
+        return dict(self.active)
+
+
+def _bound(density: Density, settled: Tree) -> _Bound:
+    """The density of a settled tree."""
+    references = {name: Reference(*pair) for name, pair in settled["references"].items()}
+    tempering = Tempering(settled["beta"], references)
+    tensors = tuple(settled["tensors"])
+    return _Bound(density.division, tensors, tempering, settled.get("active", {}))
+
+
+def _of_density(
+    density: Density, evaluate: Callable[[Density, Mapping[str, Tensor]], Tree]
+) -> Function:
+    """A function of the log-density of particles, as one of trees."""
+
+    def function(settled: Tree, moving: Tree) -> Tree:
+        return evaluate(_bound(density, settled), moving["latents"])
+
+    return function
+
+
+def _evaluate_leading(density: Density, latents: Mapping[str, Tensor]) -> Tree:
+    evaluations, log_joint = density.evaluate_leading(latents)
+    pairs = {name: (e.log_density, e.score) for name, e in evaluations.items()}
+    return {"evaluations": pairs, "log_joint": log_joint}
+
+
+def _log_joint(density: Density, latents: Mapping[str, Tensor]) -> Tree:
+    return {"evaluations": {}, "log_joint": density.log_joint(latents)}
+
+
+def _of_moves(density: Density, parts: Parts, groups: Sequence[UnitGroup]) -> Function:
+    """The moves of a sweep as a function of trees; what is learned is always computed."""
+
+    def function(settled: Tree, moving: Tree) -> Tree:
+        weights = copy.copy(LogWeights.uniform(1))
+        object.__setattr__(weights, "log_weight", moving["log_weight"])
+        state = SweepState(
+            moving["latents"],
+            weights,
+            moving["log_joint"],
+            {name: Adaptation(*pair) for name, pair in settled["adaptation"].items()},
+            moving["memory"],
+        )
+        evaluations = {name: ScoredDensity(*pair) for name, pair in moving["evaluations"].items()}
+        state, info = move_units(
+            _bound(density, settled),
+            state,
+            SweepInfo(ess=moving["log_joint"]),
+            evaluations,
+            parts,
+            groups,
+            Adapting(True, True),
+        )
+        return {
+            "latents": state.latents,
+            "log_weight": state.log_weight.log_weight,
+            "log_joint": state.log_joint,
+            "adaptation": {
+                name: (learned.preconditioner, learned.step_size)
+                for name, learned in state.adaptation.items()
+            },
+            "memory": dict(state.memory),
+            "statistic": info.statistic,
+            "step_size": info.step_size,
+            "num_bad": info.num_bad,
+            "num_bad_scores": info.num_bad_scores,
+        }
+
+    return function
+
+
+def _moving(state: SweepState) -> Tree:
+    """What differs between particles, as contiguous tensors."""
+    return {
+        "latents": {name: u.contiguous() for name, u in state.latents.items()},
+        "log_joint": state.log_joint,
+    }
+
+
+def _in_use(step_size: Mapping[str, Tensor], how: Adapting) -> dict[str, Tensor]:
+    """State of a step size whose steps are those that are made, adapting or not."""
+    if how.step_size:
+        return dict(step_size)
+    return {**step_size, "log_step": step_size["log_average"]}
+
+
+def _learned(before: Adaptation, after: Any, how: Adapting) -> Adaptation:
+    """What was learned of what could be."""
+    if after is None or not how.step_size:
+        return before
+    preconditioner = after[0] if how.preconditioner else before.preconditioner
+    return Adaptation(preconditioner, after[1])
+
+
+def _tensor(number: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(number, Tensor):
+        return number
+    return torch.full((), number, dtype=like.dtype, device=like.device)
+
+
+def _silent(_: str) -> None: ...
