@@ -16,7 +16,10 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-__all__ = ["define_elementwise"]
+__all__ = ["ELEMENTWISE", "define_elementwise"]
+
+ELEMENTWISE: set[Any] = set()
+"""Operators whose result at an element depends on that element of their arguments."""
 
 LIBRARY = torch.library.Library("dcpc", "FRAGMENT")
 
@@ -129,4 +132,5 @@ def define_elementwise(
         return op(*aligned), 0
 
     op = _define(schema, kernel, vjp=vjp, jvp=jvp, fake=fake, vmap=vmap)
+    ELEMENTWISE.add(op)
     return op

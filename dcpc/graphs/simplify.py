@@ -21,6 +21,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from dcpc.graphs.like import Like
+from dcpc.graphs.rows import Choices
 
 __all__ = ["is_random", "simplify"]
 
@@ -71,6 +72,7 @@ class _Simplifier:
         self.graph = fx.Graph()
         self.values: dict[fx.Node, Any] = {}
         self.known: dict[Any, fx.Node] = {}
+        self.choices = Choices(self._node, self._find, _ELEMENTWISE)
 
     def run(self) -> fx.Graph:
         for node in self.old.nodes:
@@ -97,16 +99,33 @@ class _Simplifier:
                 if result is not None:
                     return result
         arguments = pytree.tree_map(self._materialised, (node.args, node.kwargs))
-        return self._plain(self._node(node.target, *arguments, is_random(node)), like)
+        return self._plain(self._node(node.target, *arguments, like, is_random(node)), like)
 
     def _node(
-        self, target: Any, args: tuple = (), kwargs: dict | None = None, is_new: bool = False
+        self,
+        target: Any,
+        args: tuple,
+        kwargs: dict[str, Any],
+        like: Any,
+        is_new: bool = False,
     ) -> fx.Node:
-        kwargs = kwargs or {}
-        key = (target, _key(args), _key(tuple(sorted(kwargs.items()))))
-        if is_new or key not in self.known:
-            self.known[key] = self.graph.call_function(target, args, kwargs)
-        return self.known[key]
+        """The node of an operator; one that is there already unless it is to be a new one."""
+        node = None if is_new else self._find(target, args, kwargs)
+        if node is None and isinstance(like, Like) and not is_new:
+            node = self.choices.pushed(target, args, kwargs, like)
+        if node is None:
+            node = self.graph.call_function(target, args, kwargs)
+            node.meta["like"] = like
+            if target is aten.where.self:
+                self.choices.note(node)
+        self.known[self._key(target, args, kwargs)] = node
+        return node
+
+    def _find(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> fx.Node | None:
+        return self.known.get(self._key(target, args, kwargs))
+
+    def _key(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        return target, _key(args), _key(tuple(sorted(kwargs.items())))
 
     # -- rules: the value of a node of the old graph, or None ---------------------------------
 
@@ -182,7 +201,7 @@ class _Simplifier:
             if split.target is aten.unbind.int:
                 dim = split.args[1] if len(split.args) > 1 else 0
                 source = self._materialised(split.args[0])
-                return self._plain(self._node(aten.select.int, (source, dim, index)), like)
+                return self._plain(self._node(aten.select.int, (source, dim, index), {}, like), like)
             return None
         if node.target is aten.stack.default and len(node.args[0]) == 1:
             return self._view(self.values[node.args[0][0]], like)
@@ -192,7 +211,7 @@ class _Simplifier:
                 return self._view(self.values[source], like)
         if node.target is aten.expand.default:
             return self._spread(self.values[node.args[0]], like)
-        if node.target in _RESHAPES:
+        if node.target in _RESHAPES or _is_identity(node):
             return self._view(self.values[node.args[0]], like)
         return None
 
@@ -214,7 +233,8 @@ class _Simplifier:
         shape = list(like.shape)
         if list(source.meta["like"].shape) == shape:
             return _Value(source, None, tuple(shape), like)
-        return self._plain(self._node(aten.view.default, (source, shape)), like)
+        contiguous = like.reshaped(like.shape)
+        return self._plain(self._node(aten.view.default, (source, shape), {}, contiguous), like)
 
     def _spread(self, value: Any, like: Like) -> _Value | None:
         if not isinstance(value, _Value) or value.node is None:
@@ -273,9 +293,8 @@ class _Simplifier:
     def _pointwise(
         self, target: Any, args: tuple, kwargs: dict, like: Like, inner: tuple[int, ...]
     ) -> _Value:
-        made = self._node(target, args, kwargs)
-        if "like" not in made.meta:
-            made.meta["like"] = like.reshaped(inner) if inner != like.shape else like
+        small = like.reshaped(inner) if inner != like.shape else like
+        made = self._node(target, args, kwargs, small)
         return _Value(made, None, inner, like)
 
     # -- nodes for values ---------------------------------------------------------------------
@@ -287,14 +306,9 @@ class _Simplifier:
         return self._filled(value, ())
 
     def _filled(self, value: _Value, shape: tuple[int, ...]) -> fx.Node:
-        like = value.like
-        node = self._node(
-            aten.full.default,
-            (list(shape), value.number),
-            {"dtype": like.dtype, "device": like.device},
-        )
-        node.meta["like"] = like.reshaped(shape)
-        return node
+        like = value.like.reshaped(shape)
+        made = {"dtype": like.dtype, "device": like.device}
+        return self._node(aten.full.default, (list(shape), value.number), made, like)
 
     def _materialised(self, argument: Any) -> Any:
         """The node of a whole value, in the place of a node of the old graph."""
@@ -307,14 +321,13 @@ class _Simplifier:
             return self._filled(value, value.like.shape)
         if not value.is_spread:
             return value.node
-        node = self._node(aten.expand.default, (value.node, list(value.like.shape)))
-        node.meta["like"] = value.like.reshaped(value.inner).spread(value.like.shape)
+        shape, spread = list(value.like.shape), value.node.meta["like"].spread(value.like.shape)
+        node = self._node(aten.expand.default, (value.node, shape), {}, spread)
         if value.is_view:
             return node
         # As it lay in memory, so that sums run in the same order.
-        node = self._node(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
-        node.meta["like"] = value.like
-        return node
+        layout = {"memory_format": torch.contiguous_format}
+        return self._node(aten.clone.default, (node,), layout, value.like.reshaped(value.like.shape))
 
 
 def _reshaped_inner(value: _Value, shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -325,6 +338,13 @@ def _reshaped_inner(value: _Value, shape: tuple[int, ...]) -> tuple[int, ...] | 
     padded = (1,) * (len(old) - len(value.inner)) + value.inner
     rest = iter([own for own, whole in zip(padded, old, strict=True) if whole != 1])
     return tuple(1 if whole == 1 else next(rest) for whole in shape)
+
+
+def _is_identity(node: fx.Node) -> bool:
+    """Whether axes are permuted into the order that they are in."""
+    return node.target is aten.permute.default and list(node.args[1]) == list(
+        range(len(node.args[1]))
+    )
 
 
 def _is_node(value: Any) -> bool:
