@@ -28,7 +28,7 @@ from dcpc.start import (
     guide_refusal,
     starting_references,
 )
-from dcpc.sweep import PLAIN, Runner, SweepInfo, SweepState, loss, sweep
+from dcpc.sweep import PLAIN, Runner, SweepInfo, SweepState, sweep
 from dcpc.threads import exclusive
 
 
@@ -156,7 +156,7 @@ class Problem:
     def loss(self, state: SweepState) -> Tensor:
         """`- sum_cells sum_k W_k log p(x, z_k)`: its gradient trains the model's parameters."""
         self._check_state(state)
-        return loss(self.density, state)
+        return self._runner.loss(self.density, state)
 
     @exclusive("Problem.guide_loss")
     def guide_loss(self, state: SweepState) -> Tensor:

@@ -149,6 +149,10 @@ class Runner:
         """Moves units, as `move_units` does."""
         return move_units(density, state, info, evaluations, parts, groups, how)
 
+    def loss(self, density: Density, state: SweepState) -> Tensor:
+        """The loss of particles, as `loss` gives it."""
+        return loss(density, state)
+
     @contextmanager
     def expecting(self, num_sweeps: int, say: Callable[[str], None]) -> Iterator[None]:
         """A block of code that makes at least so many sweeps.

@@ -68,6 +68,17 @@ class Recording:
         self._outputs = _lift_outputs(graph)
         self.run: Function = with_plain_targets(graph)
 
+    def entries(self) -> list[tuple[list[fx.Node], pytree.TreeSpec]]:
+        """For every entry of a result that is a tuple, its nodes and its structure."""
+        output = next(node for node in self.graph.nodes if node.op == "output")
+        inputs = (node for node in self.graph.nodes if node.op == "placeholder")
+        values = [*output.args[0], *inputs]
+        rest = iter([values[position] for position in self._outputs])
+        return [
+            ([next(rest) for _ in range(entry.num_leaves)], entry)
+            for entry in self._structure.children()
+        ]
+
     @property
     def num_operators(self) -> int:
         """Number of operators of the graph."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from dcpc.divide import Density, Division, ScoredDensity, UnitGroup
 from dcpc.divide.program import GraphProgram
 from dcpc.divide.tempering import Reference, Tempering
 from dcpc.graphs.tiers import Mode, Tiered
+from dcpc.graphs.visits import EVALUATE, MOVE, LearningSweep, Left
 from dcpc.parts import Adaptation, Parts
 from dcpc.recombine import LogWeights
 from dcpc.sweep import Adapting, Runner, SweepInfo, SweepState, move_units
@@ -47,6 +48,10 @@ class RecordedRunner(Runner):
         self._num_expected = 0
         self._say: Callable[[str], None] = _silent
         self._tiers: WeakKeyDictionary[Division, dict[Any, Tiered]] = WeakKeyDictionary()
+        self._learning: WeakKeyDictionary[Division, dict[Any, LearningSweep]] = WeakKeyDictionary()
+        self._pending: Left | None = None
+        self._left: Left | None = None
+        self._has_loss: WeakSet[Division] = WeakSet()
         self._told: set[str] = set()
 
     def __getstate__(self) -> Mode:
@@ -67,15 +72,26 @@ class RecordedRunner(Runner):
     def evaluate(
         self, density: Density, state: SweepState, parts: Parts
     ) -> tuple[dict[str, ScoredDensity], Tensor]:
+        self._pending = None
         if self._refuses(density, parts):
             return super().evaluate(density, state, parts)
+        if self._learns(density, state):
+            groups = density.division.groups
+            settled, moving = self._trees(density, state, {}, Adapting(True, True))
+            self._pending = self._begin(density, parts, groups, settled, moving)
+            if self._pending is not None:
+                result = self._pending.run.stage(EVALUATE, pytree.tree_leaves((settled, moving)))
+                return _scored(result["evaluations"]), result["log_joint"]
         is_compiled = any(tier.is_compiled for tier in self._of(density).values())
         function = _log_joint if is_compiled else _evaluate_leading
         result = self._run(
-            density, (function,), lambda: _of_density(density, function), {}, _moving(state)
+            density,
+            (function,),
+            lambda: _of_density(density, function),
+            self._settled(density, state),
+            _moving(state),
         )
-        evaluations = {name: ScoredDensity(*pair) for name, pair in result["evaluations"].items()}
-        return evaluations, result["log_joint"]
+        return _scored(result["evaluations"]), result["log_joint"]
 
     def move(
         self,
@@ -88,42 +104,105 @@ class RecordedRunner(Runner):
         how: Adapting,
     ) -> tuple[SweepState, SweepInfo]:
         names = {group.name for group in groups}
+        pending, self._pending, self._left = self._pending, None, None
         if self._refuses(density, parts) or not names <= state.adaptation.keys():
             return super().move(density, state, info, evaluations, parts, groups, how)
+        settled, moving = self._trees(density, state, evaluations, how)
+        if pending is not None and info.ancestors is None and pending.latents is state.latents:
+            moving["evaluations"] = {}  # they are in the run
+        else:
+            pending = None
+            if evaluations and self._learns(density, state):
+                pending = self._begin(density, parts, groups, settled, moving)
+        if pending is not None:
+            result = pending.run.stage(MOVE, pytree.tree_leaves((settled, moving)))
+            self._left = replace(
+                pending, settled=settled, moving=moving, latents=result["latents"]
+            )
+        else:
+            result = self._run(
+                density,
+                ("move", parts, tuple(group.name for group in groups)),
+                lambda: _of_moves(density, parts, groups),
+                settled,
+                {name: value for name, value in moving.items() if name != "weights"},
+            )
+        return _moved(state, result, info, how)
+
+    def loss(self, density: Density, state: SweepState) -> Tensor:
+        self._has_loss.add(density.division)
+        left, self._left = self._left, None
+        if left is None or left.latents is not state.latents or not left.run.is_current:
+            return super().loss(density, state)
+        return left.loss(state.log_weight.normalized())
+
+    def _learns(self, density: Density, state: SweepState) -> bool:
+        """Whether a sweep is one of many of which each is followed by a loss."""
+        division = density.division
+        names = {group.name for group in division.groups}
+        return (
+            division in self._has_loss
+            and state.num_particles <= division.program.num_particles
+            and names <= state.adaptation.keys()
+        )
+
+    def _begin(
+        self,
+        density: Density,
+        parts: Parts,
+        groups: Sequence[UnitGroup],
+        settled: Tree,
+        moving: Tree,
+    ) -> Left | None:
+        """Begins a sweep that is followed by a loss; None as long as it is not recorded."""
+        sweeps = self._learning.setdefault(density.division, {})
+        key = (parts, tuple(group.name for group in groups), *_key((settled, moving)))
+        if key not in sweeps:
+            evaluate = _of_density(density, _evaluate_leading)
+            sweeps[key] = LearningSweep(
+                _given if moving["evaluations"] else evaluate,
+                _of_moves(density, parts, groups),
+                _of_loss(density),
+            )
+        run = sweeps[key].start(settled, moving)
+        if run is None:
+            return None
+        return Left(sweeps[key], run, settled, moving, moving["latents"])
+
+    def _trees(
+        self,
+        density: Density,
+        state: SweepState,
+        evaluations: Mapping[str, ScoredDensity],
+        how: Adapting,
+    ) -> tuple[Tree, Tree]:
+        """What the moves depend on: what does not differ between particles, and what does."""
         adaptation = {
             name: (learned.preconditioner, _in_use(learned.step_size, how))
             for name, learned in state.adaptation.items()
         }
-        moving = _moving(state) | {
-            "log_weight": state.log_weight.log_weight,
+        settled = self._settled(density, state)
+        settled |= {"adaptation": adaptation, "active": density.active_values()}
+        log_weight = state.log_weight.log_weight
+        return settled, _moving(state) | {
+            "log_weight": log_weight,
+            "weights": log_weight,  # what is normalised of them comes in their place
             "memory": {kind: dict(by_latent) for kind, by_latent in state.memory.items()},
             "evaluations": {k: (e.log_density, e.score) for k, e in evaluations.items()},
         }
-        result = self._run(
-            density,
-            ("move", parts, tuple(group.name for group in groups)),
-            lambda: _of_moves(density, parts, groups),
-            {"adaptation": adaptation, "active": density.active_values()},
-            moving,
-        )
-        log_weight = result["log_weight"]
-        weights = state.log_weight
-        if log_weight is not weights.log_weight:
-            weights = LogWeights(log_weight)
-        learned = {
-            name: _learned(before, result["adaptation"].get(name), how)
-            for name, before in state.adaptation.items()
+
+    def _settled(self, density: Density, state: SweepState) -> Tree:
+        """What the density of particles depends on besides them."""
+        tempering = density.tempering
+        return {
+            "tensors": [value.contiguous() for value in density.tensors],
+            "beta": _tensor(tempering.temperature, state.log_joint),
+            "references": {
+                name: (reference.loc, _tensor(reference.scale, reference.loc))
+                for name, reference in tempering.references.items()
+                if tempering.temperature != 1.0
+            },
         }
-        moved = SweepState(
-            result["latents"], weights, result["log_joint"], learned, result["memory"]
-        )
-        for name in result["num_bad_scores"]:
-            info.step_size[name] = result["step_size"][name]
-            info.num_bad_scores[name] = result["num_bad_scores"][name]
-            if name in result["statistic"]:
-                info.statistic[name] = result["statistic"][name]
-        info.num_bad = info.num_bad + result["num_bad"]
-        return moved, info
 
     def _run(
         self,
@@ -134,19 +213,8 @@ class RecordedRunner(Runner):
         moving: Tree,
     ) -> Tree:
         """The result of a function, as fast as it has become."""
-        settled = settled | {
-            "tensors": [value.contiguous() for value in density.tensors],
-            "beta": _tensor(density.tempering.temperature, moving["log_joint"]),
-            "references": {
-                name: (reference.loc, _tensor(reference.scale, reference.loc))
-                for name, reference in density.tempering.references.items()
-                if density.tempering.temperature != 1.0
-            },
-        }
-        leaves, structure = pytree.tree_flatten((settled, moving))
-        likes = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
-        key = (what, structure, likes)
         tiers = self._of(density)
+        key = (what, *_key((settled, moving)))
         if key not in tiers:
             tiers[key] = Tiered(make(), self.mode)
         tier = tiers[key]
@@ -190,6 +258,12 @@ def _refusal(density: Density, parts: Parts) -> str:
     return ""
 
 
+def _key(trees: tuple[Tree, Tree]) -> tuple:
+    """Structure, shapes, types and devices of trees."""
+    leaves, structure = pytree.tree_flatten(trees)
+    return structure, tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
+
+
 @dataclass(frozen=True)
 class _Bound(Density):
     """A density that is told which values are active.
@@ -223,6 +297,21 @@ def _of_density(
     return function
 
 
+def _given(settled: Tree, moving: Tree) -> Tree:
+    """What an evaluation gave that was made before."""
+    return {"evaluations": moving["evaluations"], "log_joint": moving["log_joint"]}
+
+
+def _of_loss(density: Density) -> Callable[[Tree, Tree, Tensor], Tensor]:
+    """The loss of particles as a function of trees and normalised weights."""
+
+    def function(settled: Tree, latents: Tree, weights: Tensor) -> Tensor:
+        detached = {name: u.detach() for name, u in latents.items()}
+        return -(weights * _bound(density, settled).learnable_log_joint(detached)).sum()
+
+    return function
+
+
 def _evaluate_leading(density: Density, latents: Mapping[str, Tensor]) -> Tree:
     evaluations, log_joint = density.evaluate_leading(latents)
     pairs = {name: (e.log_density, e.score) for name, e in evaluations.items()}
@@ -246,12 +335,11 @@ def _of_moves(density: Density, parts: Parts, groups: Sequence[UnitGroup]) -> Fu
             {name: Adaptation(*pair) for name, pair in settled["adaptation"].items()},
             moving["memory"],
         )
-        evaluations = {name: ScoredDensity(*pair) for name, pair in moving["evaluations"].items()}
         state, info = move_units(
             _bound(density, settled),
             state,
             SweepInfo(ess=moving["log_joint"]),
-            evaluations,
+            _scored(moving["evaluations"]),
             parts,
             groups,
             Adapting(True, True),
@@ -274,12 +362,35 @@ def _of_moves(density: Density, parts: Parts, groups: Sequence[UnitGroup]) -> Fu
     return function
 
 
+def _scored(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, ScoredDensity]:
+    return {name: ScoredDensity(*pair) for name, pair in pairs.items()}
+
+
 def _moving(state: SweepState) -> Tree:
     """What differs between particles, as contiguous tensors."""
-    return {
-        "latents": {name: u.contiguous() for name, u in state.latents.items()},
-        "log_joint": state.log_joint,
+    latents = state.latents
+    if not all(u.is_contiguous() for u in latents.values()):
+        latents = {name: u.contiguous() for name, u in latents.items()}
+    return {"latents": latents, "log_joint": state.log_joint}
+
+
+def _moved(
+    state: SweepState, result: Tree, info: SweepInfo, how: Adapting
+) -> tuple[SweepState, SweepInfo]:
+    """The state after moves, and the sweep's diagnostics."""
+    weights = state.log_weight
+    if result["log_weight"] is not weights.log_weight:
+        weights = LogWeights(result["log_weight"])
+    learned = {
+        name: _learned(before, result["adaptation"].get(name), how)
+        for name, before in state.adaptation.items()
     }
+    moved = SweepState(result["latents"], weights, result["log_joint"], learned, result["memory"])
+    info.step_size |= result["step_size"]
+    info.num_bad_scores |= result["num_bad_scores"]
+    info.statistic |= result["statistic"]
+    info.num_bad = info.num_bad + result["num_bad"]
+    return moved, info
 
 
 def _in_use(step_size: Mapping[str, Tensor], how: Adapting) -> dict[str, Tensor]:

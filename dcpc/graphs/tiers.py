@@ -13,7 +13,7 @@ from dcpc.graphs.compiler import compile_recording
 from dcpc.graphs.recording import NotRecordable, Recording, record
 from dcpc.seeding import random_state_kept
 
-__all__ = ["Mode", "Tiered", "compile_seconds", "saved_seconds"]
+__all__ = ["RECORD_AFTER", "Mode", "Tiered", "are_alike", "compile_seconds", "saved_seconds"]
 
 Mode = Literal["auto"] | bool
 
@@ -127,7 +127,7 @@ class Tiered:
         with random_state_kept():
             result = recording(settled, moving)
         expected = self._function(settled, moving)
-        if _are_alike(pytree.tree_leaves(result), pytree.tree_leaves(expected)):
+        if are_alike(pytree.tree_leaves(result), pytree.tree_leaves(expected)):
             return result
         self._refuse("its recording does not give the same numbers", say)
         return expected
@@ -149,7 +149,8 @@ def compile_seconds(recording: Recording) -> float:
     return COMPILE_SECONDS + COMPILE_SECONDS_PER_OPERATOR * recording.num_operators
 
 
-def _are_alike(first: list[Tensor], second: list[Tensor]) -> bool:
+def are_alike(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Whether tensors are equal but for rounding, and decisions that it has turned."""
     return len(first) == len(second) and all(map(_is_alike, first, second))
 
 
