@@ -77,7 +77,7 @@ class Choices:
                     (args, kwargs),
                 )
                 if target is aten.view.default:
-                    ends.append(self._make(target, *swapped, like))
+                    ends.append(self._view(swapped[0][0], like))
                 else:
                     ends.append(self._find(target, *swapped))
             if None not in ends:
@@ -89,6 +89,14 @@ class Choices:
                 self._chosen[node] = condition, *ends
                 return node
         return None
+
+    def _view(self, node: fx.Node, like: Like) -> fx.Node:
+        """A view of a node, or of what that is a view of."""
+        while node.target is aten.view.default and node.meta["like"].shape != like.shape:
+            node = node.args[0]
+        if node.meta["like"].shape == like.shape:
+            return node
+        return self._make(aten.view.default, (node, list(like.shape)), {}, like)
 
     def _works_on_rows(
         self, target: Any, args: tuple, kwargs: dict, chosen: set[fx.Node], count: int, shape: Shape
