@@ -184,12 +184,16 @@ class _Simplifier:
             for n in node.all_input_nodes
         ):
             return None
-        first = self.values[node.all_input_nodes[0]]
         if target in _RESHAPES or target is aten.expand.default:
-            return first.number
-        if target is aten.neg.default:
-            return -first.number
-        return None
+            return self.values[node.args[0]].number
+        if target not in _OF_NUMBERS:
+            return None
+        like = node.meta["like"]
+        arguments = [
+            torch.tensor(self.values[a].number, dtype=like.dtype) if _is_node(a) else a
+            for a in node.args
+        ]
+        return target(*arguments, **node.kwargs).item()
 
     def _reshaped(self, node: fx.Node, like: Any) -> _Value | None:
         """A view that only names axes anew, of a node whose memory is in order."""
@@ -225,6 +229,8 @@ class _Simplifier:
             small = _Value(value.node, None, value.inner, value.node.meta["like"])
             viewed = self._view(small, value.like.reshaped(inner))
             return None if viewed is None else replace(viewed, like=like, is_view=value.is_view)
+        if value.node.meta["like"].shape == like.shape:
+            return _Value(value.node, None, like.shape, like)
         source = value.node
         if source.target is aten.view.default:
             source = source.args[0]
@@ -374,6 +380,10 @@ _RESHAPES = frozenset(
         aten.squeeze.default,
     )
 )
+
+
+_OF_NUMBERS = frozenset((aten.neg.default, aten.mul.Tensor, aten.mul.Scalar))
+"""Operators that are computed at once where all their arguments are numbers."""
 
 
 def _overloads(names: str) -> frozenset[Callable[..., Any]]:

@@ -27,10 +27,10 @@ def with_plain_targets(old: fx.Graph) -> fx.GraphModule:
 _PLAIN: dict[Any, Callable[..., Any]] = {
     getattr(getattr(aten, name), overload): getattr(torch, name)
     for name, overloads in {
-        "add": "Tensor",
-        "sub": "Tensor",
-        "mul": "Tensor",
-        "div": "Tensor",
+        "add": "Tensor Scalar",
+        "sub": "Tensor Scalar",
+        "mul": "Tensor Scalar",
+        "div": "Tensor Scalar",
         "rsub": "Scalar Tensor",
         "pow": "Tensor_Scalar Tensor_Tensor",
         "lt": "Scalar Tensor",
