@@ -99,7 +99,18 @@ class _Simplifier:
                 if result is not None:
                     return result
         arguments = pytree.tree_map(self._materialised, (node.args, node.kwargs))
+        if node.target is aten.linalg_solve_triangular.default:
+            arguments = self._in_order(*arguments)
         return self._plain(self._node(node.target, *arguments, like, is_random(node)), like)
+
+    def _in_order(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments of a triangular solve from the right, with a matrix that needs no copy."""
+        like = args[0].meta["like"]
+        if kwargs.get("left") is False and not like.is_contiguous:
+            layout = {"memory_format": torch.contiguous_format}
+            copy = self._node(aten.clone.default, args[:1], layout, like.reshaped(like.shape))
+            args = (copy, *args[1:])
+        return args, kwargs
 
     def _node(
         self,

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dcpc.operators import KERNELS
+
 __all__ = ["with_plain_targets"]
 
 aten = torch.ops.aten
@@ -18,7 +20,7 @@ def with_plain_targets(old: fx.Graph) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(old, {}))
     for node in graph.nodes:
-        plain = _PLAIN.get(node.target)
+        plain = _PLAIN.get(node.target) or KERNELS.get(node.target)
         if plain is not None and not node.kwargs and isinstance(node.args[0], fx.Node):
             node.target = plain
     return fx.GraphModule({}, graph)
