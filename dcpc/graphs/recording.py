@@ -29,7 +29,7 @@ _DRAWS: dict[Any, Callable[[Tensor], Tensor]] = {
 """Operators that draw random numbers of a known distribution, and how to draw them."""
 
 
-class NotRecordable(Exception):  # noqa: N818
+class NotRecordable(Exception):
     """A function that cannot be recorded; the message says why."""
 
 
@@ -106,7 +106,9 @@ class Recording:
         return pytree.tree_unflatten([values[i] for i in self._outputs], self._structure)
 
 
-def record(function: Callable[[Any, Any], Any], settled: Any, moving: Any) -> tuple[Recording, Any]:
+def record(
+    function: Callable[[Any, Any], Any], settled: Any, moving: Any, *, is_exact: bool
+) -> Recording:
     """Records a function of two trees of tensors, which gives another tree.
 
     Args:
@@ -114,9 +116,7 @@ def record(function: Callable[[Any, Any], Any], settled: Any, moving: Any) -> tu
         settled: Example of its first argument, what is computed from which alone is to be computed
             once.
         moving: Example of its second argument.
-
-    Returns:
-        The recording, and the function's result for the examples.
+        is_exact: Whether the recording gives what the function gives to the last bit.
 
     Raises:
         NotRecordable: It looks at values, writes in place, or draws random numbers that are not
@@ -134,9 +134,9 @@ def record(function: Callable[[Any, Any], Any], settled: Any, moving: Any) -> tu
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise NotRecordable(message[:200]) from error
     outputs, structure = pytree.tree_flatten(result)
-    graph = simplify(recorder.finish(outputs))
+    graph = simplify(recorder.finish(outputs), is_exact=is_exact)
     closure, draws = tuple(recorder.closure), recorder.draws
-    return Recording(graph, num_settled, closure, draws, structure), result
+    return Recording(graph, num_settled, closure, draws, structure)
 
 
 def _lift_outputs(graph: fx.Graph) -> list[int]:

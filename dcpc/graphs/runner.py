@@ -82,8 +82,9 @@ class RecordedRunner(Runner):
             if self._pending is not None:
                 result = self._pending.run.stage(EVALUATE, pytree.tree_leaves((settled, moving)))
                 return _scored(result["evaluations"]), result["log_joint"]
-        is_compiled = any(tier.is_compiled for tier in self._of(density).values())
-        function = _log_joint if is_compiled else _evaluate_leading
+        # One graph of the moves, which does not begin with an evaluation, is enough for a run.
+        is_run = self.mode is True or self._num_expected > 0
+        function = _log_joint if is_run else _evaluate_leading
         result = self._run(
             density,
             (function,),
@@ -141,7 +142,8 @@ class RecordedRunner(Runner):
         division = density.division
         names = {group.name for group in division.groups}
         return (
-            division in self._has_loss
+            self.mode is not True
+            and division in self._has_loss
             and state.num_particles <= division.program.num_particles
             and names <= state.adaptation.keys()
         )

@@ -3,9 +3,7 @@
 A gradient that was captured is full of constants: it begins with ones, spread to a shape, and what
 is spread goes through many an operator before it meets a value that varies. Here what is constant
 over an axis is computed once for it, and spread as late as possible; equal nodes are computed once;
-views of views, copies by `detach`, and operators without an effect go away. Every number that is
-left is made by the same operations as before, so that results are the same to the last bit, but for
-the sign of zeros.
+views of views, copies by `detach`, and operators without an effect go away.
 """
 
 from __future__ import annotations
@@ -51,9 +49,16 @@ class _Value:
         return self.inner != tuple(self.like.shape)
 
 
-def simplify(graph: fx.Graph) -> fx.Graph:
-    """The graph with fewer operators. Its nodes tell in `meta["like"]` what they give."""
-    return _Simplifier(graph).run()
+def simplify(graph: fx.Graph, *, is_exact: bool) -> fx.Graph:
+    """The graph with fewer operators.
+
+    Args:
+        graph: A graph whose nodes tell in `meta["like"]` what they give.
+        is_exact: Whether results are to be the same to the last bit. Torch's functions round
+            differently in the middle and at the end of a tensor, so that those of what is spread
+            then come after it is.
+    """
+    return _Simplifier(graph, _EXACT if is_exact else _ELEMENTWISE).run()
 
 
 def is_random(node: fx.Node) -> bool:
@@ -67,8 +72,9 @@ def is_random(node: fx.Node) -> bool:
 class _Simplifier:
     """Copies a graph node by node; nodes that are equal become one."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, before_spreading: frozenset[Any]) -> None:
         self.old = graph
+        self.before_spreading = before_spreading
         self.graph = fx.Graph()
         self.values: dict[fx.Node, Any] = {}
         self.known: dict[Any, fx.Node] = {}
@@ -267,6 +273,8 @@ class _Simplifier:
         tensors = [self.values[n] for n in node.all_input_nodes]
         if all(value.number is not None for value in tensors):
             return None
+        if any(value.is_spread for value in tensors) and not self._may_come_before(node):
+            return None
         inverse = self._inverse(node, like)
         if inverse is not None:
             return inverse
@@ -285,6 +293,12 @@ class _Simplifier:
             *(n.meta["like"].shape for n in pytree.tree_leaves((args, kwargs)) if _is_node(n))
         )
         return self._pointwise(node.target, args, kwargs, like, tuple(inner))
+
+    def _may_come_before(self, node: fx.Node) -> bool:
+        """Whether an operator may be applied to a value before it is spread."""
+        if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2:
+            return True
+        return node.target in self.before_spreading
 
     def _inverse(self, node: fx.Node, like: Like) -> _Value | None:
         """Plus or minus one times a value or divided by it."""
@@ -406,11 +420,15 @@ def _overloads(names: str) -> frozenset[Callable[..., Any]]:
     )
 
 
-_ELEMENTWISE = _overloads(
-    "add sub rsub mul div neg abs exp expm1 log log1p log2 sqrt rsqrt reciprocal square pow sigmoid"
-    " tanh relu sin cos lgamma digamma erf clamp clamp_min clamp_max maximum minimum where"
-    " masked_fill lt le gt ge eq ne logical_not logical_and logical_or bitwise_not bitwise_and"
-    " bitwise_or sign addcmul addcdiv lerp nan_to_num softplus log_sigmoid_forward isnan isinf"
-    " threshold_backward softplus_backward sigmoid_backward tanh_backward"
+_EXACT = _overloads(
+    "add sub rsub mul div neg abs sqrt reciprocal square relu clamp clamp_min clamp_max maximum"
+    " minimum where masked_fill lt le gt ge eq ne logical_not logical_and logical_or bitwise_not"
+    " bitwise_and bitwise_or sign nan_to_num isnan isinf threshold_backward"
+)
+"""Operators by element that round like the real numbers, or not at all."""
+
+_ELEMENTWISE = _EXACT | _overloads(
+    "exp expm1 log log1p log2 rsqrt pow sigmoid tanh sin cos lgamma digamma erf addcmul addcdiv"
+    " lerp softplus log_sigmoid_forward softplus_backward sigmoid_backward tanh_backward"
 )
 """Operators whose result at an element depends on that element of their arguments."""

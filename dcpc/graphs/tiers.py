@@ -18,7 +18,7 @@ __all__ = ["RECORD_AFTER", "Mode", "Tiered", "are_alike", "compile_seconds", "sa
 Mode = Literal["auto"] | bool
 
 RECORD_AFTER = 8
-"""Calls after which a function is recorded where it is not known how many follow."""
+"""Calls after which a function is recorded if it is not known how many follow."""
 
 WORTH_RECORDING = 100
 """Calls that make up for recording, which takes the time of some 50."""
@@ -38,11 +38,12 @@ SHARE_ALIKE = 0.99
 
 
 class Tiered:
-    """A function of two trees of tensors that gets faster when it is called often.
+    """A function of two trees of tensors that gets faster where it is called often.
 
-    A recording gives the same numbers to the last bit, compiled code the same but for rounding. So
-    whether a function is compiled does not depend on the clock, nor on what a disk holds: the same
-    seed gives the same result.
+    Where many calls are known to come, it is recorded, and compiled if that pays, before the first
+    one; all results then are those of the recording. Else it is recorded after a few calls, in a
+    way that gives the same numbers to the last bit. Nothing here depends on the clock, nor on what
+    a disk holds: the same seed gives the same result, and a run that goes on elsewhere too.
 
     Args:
         function: The function, of trees of the same structure and shapes in every call.
@@ -60,12 +61,7 @@ class Tiered:
         self._mode = mode
         self._recording: Recording | None = None
         self._num_calls = 0
-        self._checks = 0
-
-    @property
-    def is_recorded(self) -> bool:
-        """Whether a recording runs that was found to be right."""
-        return self._checks > 0 and not self.refusal
+        self._num_recorded = 0
 
     def __call__(
         self, settled: Any, moving: Any, num_expected: int, say: Callable[[str], None]
@@ -75,62 +71,57 @@ class Tiered:
         Args:
             settled: Its first argument.
             moving: Its second argument.
-            num_expected: Number of calls that are known to come.
+            num_expected: Number of calls that are known to come; 0 if that is not known.
             say: Told what takes long, or what is not done and why.
         """
         self._num_calls += 1
-        if self.refusal:
-            return self._function(settled, moving)
+        if self._recording is None and not self.refusal:
+            self._prepare(settled, moving, num_expected, say)
         recording = self._recording
         if recording is None:
-            if self._is_worth_recording(num_expected):
-                return self._record(settled, moving, say)
             return self._function(settled, moving)
-        if self._checks == 0:
-            return self._check(recording, settled, moving, say)
-        if not self.is_compiled and self._pays(recording, num_expected):
+        self._num_recorded += 1
+        if self._num_recorded == 2:  # on other values than it was recorded with
+            self._check(recording, settled, moving, say)
+        if self.refusal:
+            return self._function(settled, moving)
+        return recording(settled, moving)
+
+    def _prepare(
+        self, settled: Any, moving: Any, num_expected: int, say: Callable[[str], None]
+    ) -> None:
+        """Records the function where that is worth while, and compiles it where that pays."""
+        is_known = self._mode is True or num_expected >= WORTH_RECORDING
+        if not is_known and (num_expected > 0 or self._num_calls <= RECORD_AFTER):
+            return
+        try:
+            with random_state_kept():
+                recording = record(self._function, settled, moving, is_exact=not is_known)
+        except NotRecordable as error:
+            self._refuse(str(error), say)
+            return
+        if self._mode is True or num_expected * saved_seconds(recording) > compile_seconds(
+            recording
+        ):
             say("compiling the sweep")
             try:
                 compile_recording(recording)
             except Exception as error:
                 self._refuse(f"torch's compiler failed: {_first_line(error)}", say)
-                return self._function(settled, moving)
+                return
             self.is_compiled = True
-            return self._check(recording, settled, moving, say)
-        return recording(settled, moving)
-
-    def _is_worth_recording(self, num_expected: int) -> bool:
-        if self._mode is True or num_expected >= WORTH_RECORDING:
-            return True
-        return self._num_calls > RECORD_AFTER
-
-    def _pays(self, recording: Recording, num_expected: int) -> bool:
-        """Whether the calls that follow, or else as many as there were, make up for compiling."""
-        if self._mode is True:
-            return True
-        calls = max(num_expected, self._num_calls)
-        return calls * saved_seconds(recording) > compile_seconds(recording)
-
-    def _record(self, settled: Any, moving: Any, say: Callable[[str], None]) -> Any:
-        try:
-            with random_state_kept():
-                self._recording, _ = record(self._function, settled, moving)
-        except NotRecordable as error:
-            self._refuse(str(error), say)
-        return self._function(settled, moving)
+        self._recording = recording
 
     def _check(
         self, recording: Recording, settled: Any, moving: Any, say: Callable[[str], None]
-    ) -> Any:
-        """The result as written, or as compiled, after a comparison of the two."""
-        self._checks += 1
+    ) -> None:
+        """Compares the recording with what was recorded."""
         with random_state_kept():
             result = recording(settled, moving)
-        expected = self._function(settled, moving)
-        if are_alike(pytree.tree_leaves(result), pytree.tree_leaves(expected)):
-            return result
-        self._refuse("its recording does not give the same numbers", say)
-        return expected
+        with random_state_kept():
+            expected = self._function(settled, moving)
+        if not are_alike(pytree.tree_leaves(result), pytree.tree_leaves(expected)):
+            self._refuse("its recording does not give the same numbers", say)
 
     def _refuse(self, reason: str, say: Callable[[str], None]) -> None:
         self.refusal, self._recording, self.is_compiled = reason, None, False

@@ -76,7 +76,7 @@ class LearningSweep:
         self._parameters = _leaves_of(loss)
         try:
             with random_state_kept():
-                recording, _ = record(self._whole, settled, moving)
+                recording = record(self._whole, settled, moving, is_exact=True)
         except NotRecordable:
             self.is_refused = True
         else:
