@@ -46,7 +46,7 @@ class NoisyMoment(Preconditioner):
         return {**state, "noise": noise, "noise_mass": score.new_zeros(()), "last": score}
 
     def update(self, state: State, score: Tensor, population: int) -> State:
-        kept = {name: state[name] for name in ("moment", "mass", "factor") if name in state}
+        kept: State = {name: state[name] for name in ("moment", "mass", "factor") if name in state}
         learned = DenseSecondMoment(self.decay).update(kept, score, population)
         difference = score - state["last"]
         noise, mass = state["noise"], state["noise_mass"]

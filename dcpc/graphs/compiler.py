@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -141,7 +142,7 @@ def _inductor(
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        table = {**select_decomp_table(), **FORMULAS, aten.nan_to_num.default: _nan_to_num}
+        table: Any = {**select_decomp_table(), **FORMULAS, aten.nan_to_num.default: _nan_to_num}
         flat = make_fx(module, decomposition_table=table, tracing_mode="fake")(*examples)
         fake = [n.meta["val"] for n in flat.graph.nodes if n.op == "placeholder"]
         if not fake or not any(node.op == "call_function" for node in flat.graph.nodes):

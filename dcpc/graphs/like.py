@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Like", "contiguous_strides"]
+__all__ = ["Like", "Node", "contiguous_strides"]
+
+Node = Any
+"""A node of a graph, `fx.Node`; what its arguments are is known by its target, not by its type."""
 
 
 @dataclass(frozen=True)

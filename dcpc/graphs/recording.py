@@ -20,7 +20,7 @@ __all__ = ["Function", "NotRecordable", "Recording", "record"]
 
 aten = torch.ops.aten
 
-Function = Callable[..., tuple[Tensor, ...]]
+Function = Callable[..., Sequence[Tensor]]
 
 _DRAWS: dict[Any, Callable[[Tensor], Tensor]] = {
     aten.rand_like.default: Tensor.uniform_,

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from dcpc.graphs.like import Like
+from dcpc.graphs.like import Like, Node
 from dcpc.operators import ELEMENTWISE
 
 __all__ = ["Choices"]
@@ -30,8 +30,7 @@ class Choices:
     """The nodes of a graph that are choices between rows of two others.
 
     Args:
-        make: Finds or makes a node of the graph: of a target, arguments, keyword arguments, and what
-            it is like.
+        make: Finds or makes a node of a target, arguments, keyword arguments and what it is like.
         find: Finds one, or gives None.
         elementwise: Operators that work element by element.
     """
@@ -45,9 +44,9 @@ class Choices:
         self._make = make
         self._find = find
         self._elementwise = elementwise
-        self._chosen: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = {}
+        self._chosen: dict[Node, tuple[Node, fx.Node, fx.Node]] = {}
 
-    def note(self, node: fx.Node) -> None:
+    def note(self, node: Node) -> None:
         """Takes note of a `where` that chooses between rows."""
         condition, first, second = node.args
         if not all(isinstance(n, fx.Node) for n in node.args):
@@ -61,7 +60,7 @@ class Choices:
         if rows and _is_by_row(node.args[0].meta["like"].shape, shape, rows):
             self._chosen[node] = condition, first, second
 
-    def pushed(self, target: Any, args: tuple, kwargs: dict, like: Like) -> fx.Node | None:
+    def pushed(self, target: Any, args: tuple, kwargs: dict, like: Like) -> Node | None:
         """The choice between an operator's results, if they are there; the latest choice first."""
         shape = like.shape
         arguments = [n for n in pytree.tree_leaves((args, kwargs)) if n in self._chosen]
@@ -90,7 +89,7 @@ class Choices:
                 return node
         return None
 
-    def _view(self, node: fx.Node, like: Like) -> fx.Node:
+    def _view(self, node: Node, like: Like) -> Node:
         """A view of a node, or of what that is a view of."""
         while node.target is aten.view.default and node.meta["like"].shape != like.shape:
             node = node.args[0]
@@ -99,7 +98,7 @@ class Choices:
         return self._make(aten.view.default, (node, list(like.shape)), {}, like)
 
     def _works_on_rows(
-        self, target: Any, args: tuple, kwargs: dict, chosen: set[fx.Node], count: int, shape: Shape
+        self, target: Any, args: tuple, kwargs: dict, chosen: set[Node], count: int, shape: Shape
     ) -> bool:
         """Whether each row of the result depends on the same row of what was chosen, only."""
         rows = _num_rows(shape, count)

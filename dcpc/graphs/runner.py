@@ -61,6 +61,11 @@ class RecordedRunner(Runner):
     def __setstate__(self, mode: Mode) -> None:
         self.__init__(mode)  # type: ignore[misc]
 
+    def num_operators(self) -> list[int]:
+        """Number of operators of every graph that was recorded."""
+        tiers = [tier for by_key in self._tiers.values() for tier in by_key.values()]
+        return [tier.num_operators for tier in tiers if tier.num_operators]
+
     @contextmanager
     def expecting(self, num_sweeps: int, say: Callable[[str], None]) -> Iterator[None]:
         self._num_expected, self._say = num_sweeps, say
@@ -117,9 +122,7 @@ class RecordedRunner(Runner):
                 pending = self._begin(density, parts, groups, settled, moving)
         if pending is not None:
             result = pending.run.stage(MOVE, pytree.tree_leaves((settled, moving)))
-            self._left = replace(
-                pending, settled=settled, moving=moving, latents=result["latents"]
-            )
+            self._left = replace(pending, settled=settled, moving=moving, latents=result["latents"])
         else:
             result = self._run(
                 density,

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from dcpc.graphs.like import Like
+from dcpc.graphs.like import Like, Node
 from dcpc.graphs.rows import Choices
 
 __all__ = ["is_random", "simplify"]
@@ -35,10 +35,10 @@ class _Value:
         number: The number that every element is, if it is known.
         inner: Shape of the node's value before it is spread; it broadcasts to `shape`.
         like: What the operator in the old graph gives.
-        is_view: Whether that is a view in the old graph, which need not be copied when it is spread.
+        is_view: Whether that is a view in the old graph, which is not copied when it is spread.
     """
 
-    node: fx.Node | None
+    node: Node | None
     number: float | bool | None
     inner: tuple[int, ...]
     like: Like
@@ -61,7 +61,7 @@ def simplify(graph: fx.Graph, *, is_exact: bool) -> fx.Graph:
     return _Simplifier(graph, _EXACT if is_exact else _ELEMENTWISE).run()
 
 
-def is_random(node: fx.Node) -> bool:
+def is_random(node: Node) -> bool:
     """Whether a node draws random numbers."""
     return (
         isinstance(node.target, torch._ops.OpOverload)
@@ -76,7 +76,7 @@ class _Simplifier:
         self.old = graph
         self.before_spreading = before_spreading
         self.graph = fx.Graph()
-        self.values: dict[fx.Node, Any] = {}
+        self.values: dict[Node, Any] = {}
         self.known: dict[Any, fx.Node] = {}
         self.choices = Choices(self._node, self._find, _ELEMENTWISE)
 
@@ -91,23 +91,23 @@ class _Simplifier:
         self.graph.eliminate_dead_code()
         return self.graph
 
-    def _plain(self, node: fx.Node, like: Any) -> Any:
+    def _plain(self, node: Node, like: Any) -> Any:
         node.meta["like"] = like
         if not isinstance(like, Like):
             return node
         return _Value(node, None, like.shape, like)
 
-    def _rewritten(self, node: fx.Node) -> Any:
+    def _rewritten(self, node: Node) -> Any:
         like = node.meta.get("like")
         for rule in (self._without_effect, self._number, self._reshaped, self._elementwise):
             if isinstance(like, Like) or rule is self._reshaped:
                 result = rule(node, like)
                 if result is not None:
                     return result
-        arguments = pytree.tree_map(self._materialised, (node.args, node.kwargs))
+        args, kwargs = pytree.tree_map(self._materialised, (node.args, node.kwargs))
         if node.target is aten.linalg_solve_triangular.default:
-            arguments = self._in_order(*arguments)
-        return self._plain(self._node(node.target, *arguments, like, is_random(node)), like)
+            args, kwargs = self._in_order(args, kwargs)
+        return self._plain(self._node(node.target, args, kwargs, like, is_random(node)), like)
 
     def _in_order(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The arguments of a triangular solve from the right, with a matrix that needs no copy."""
@@ -125,7 +125,7 @@ class _Simplifier:
         kwargs: dict[str, Any],
         like: Any,
         is_new: bool = False,
-    ) -> fx.Node:
+    ) -> Node:
         """The node of an operator; one that is there already unless it is to be a new one."""
         node = None if is_new else self._find(target, args, kwargs)
         if node is None and isinstance(like, Like) and not is_new:
@@ -138,7 +138,7 @@ class _Simplifier:
         self.known[self._key(target, args, kwargs)] = node
         return node
 
-    def _find(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> fx.Node | None:
+    def _find(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Node | None:
         return self.known.get(self._key(target, args, kwargs))
 
     def _key(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
@@ -146,7 +146,7 @@ class _Simplifier:
 
     # -- rules: the value of a node of the old graph, or None ---------------------------------
 
-    def _without_effect(self, node: fx.Node, like: Like) -> _Value | None:
+    def _without_effect(self, node: Node, like: Like) -> _Value | None:
         target, args = node.target, node.args
         if target in (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default):
             return self._same(args[0], like)
@@ -175,14 +175,14 @@ class _Simplifier:
             return isinstance(value, _Value) and value.number == number
         return isinstance(argument, int | float) and argument == number
 
-    def _number(self, node: fx.Node, like: Like) -> _Value | None:
+    def _number(self, node: Node, like: Like) -> _Value | None:
         """A tensor of one number, made so or computed from such ones."""
         number = self._number_of(node)
         if number is None:
             return None
         return _Value(None, number, (), like)
 
-    def _number_of(self, node: fx.Node) -> float | bool | None:
+    def _number_of(self, node: Node) -> float | bool | None:
         target = node.target
         if not isinstance(target, torch._ops.OpOverload):
             return None
@@ -212,7 +212,7 @@ class _Simplifier:
         ]
         return target(*arguments, **node.kwargs).item()
 
-    def _reshaped(self, node: fx.Node, like: Any) -> _Value | None:
+    def _reshaped(self, node: Node, like: Any) -> _Value | None:
         """A view that only names axes anew, of a node whose memory is in order."""
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
             split, index = node.args
@@ -222,7 +222,8 @@ class _Simplifier:
             if split.target is aten.unbind.int:
                 dim = split.args[1] if len(split.args) > 1 else 0
                 source = self._materialised(split.args[0])
-                return self._plain(self._node(aten.select.int, (source, dim, index), {}, like), like)
+                row = self._node(aten.select.int, (source, dim, index), {}, like)
+                return self._plain(row, like)
             return None
         if node.target is aten.stack.default and len(node.args[0]) == 1:
             return self._view(self.values[node.args[0][0]], like)
@@ -264,7 +265,7 @@ class _Simplifier:
             return None
         return _Value(value.node, None, value.inner, like, is_view=True)
 
-    def _elementwise(self, node: fx.Node, like: Like) -> _Value | None:
+    def _elementwise(self, node: Node, like: Like) -> _Value | None:
         """An operator element by element, on what is not spread yet."""
         if node.target not in _ELEMENTWISE or any(
             not isinstance(self.values[n], _Value) for n in node.all_input_nodes
@@ -294,13 +295,13 @@ class _Simplifier:
         )
         return self._pointwise(node.target, args, kwargs, like, tuple(inner))
 
-    def _may_come_before(self, node: fx.Node) -> bool:
+    def _may_come_before(self, node: Node) -> bool:
         """Whether an operator may be applied to a value before it is spread."""
         if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2:
             return True
         return node.target in self.before_spreading
 
-    def _inverse(self, node: fx.Node, like: Like) -> _Value | None:
+    def _inverse(self, node: Node, like: Like) -> _Value | None:
         """Plus or minus one times a value or divided by it."""
         target, args = node.target, node.args
         if target not in (aten.div.Tensor, aten.mul.Tensor) or node.kwargs:
@@ -330,13 +331,13 @@ class _Simplifier:
 
     # -- nodes for values ---------------------------------------------------------------------
 
-    def _inner(self, value: _Value) -> fx.Node:
+    def _inner(self, value: _Value) -> Node:
         """The node of a value before it is spread."""
         if value.node is not None:
             return value.node
         return self._filled(value, ())
 
-    def _filled(self, value: _Value, shape: tuple[int, ...]) -> fx.Node:
+    def _filled(self, value: _Value, shape: tuple[int, ...]) -> Node:
         like = value.like.reshaped(shape)
         made = {"dtype": like.dtype, "device": like.device}
         return self._node(aten.full.default, (list(shape), value.number), made, like)
@@ -358,7 +359,8 @@ class _Simplifier:
             return node
         # As it lay in memory, so that sums run in the same order.
         layout = {"memory_format": torch.contiguous_format}
-        return self._node(aten.clone.default, (node,), layout, value.like.reshaped(value.like.shape))
+        whole = value.like.reshaped(value.like.shape)
+        return self._node(aten.clone.default, (node,), layout, whole)
 
 
 def _reshaped_inner(value: _Value, shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -371,7 +373,7 @@ def _reshaped_inner(value: _Value, shape: tuple[int, ...]) -> tuple[int, ...] | 
     return tuple(1 if whole == 1 else next(rest) for whole in shape)
 
 
-def _is_identity(node: fx.Node) -> bool:
+def _is_identity(node: Node) -> bool:
     """Whether axes are permuted into the order that they are in."""
     return node.target is aten.permute.default and list(node.args[1]) == list(
         range(len(node.args[1]))

@@ -61,13 +61,24 @@ _PLAIN: dict[Any, Callable[..., Any]] = {
         "nan_to_num": "default",
         "stack": "default",
         "cat": "default",
-        **dict.fromkeys(
-            (
-                "neg abs exp expm1 log log1p sqrt rsqrt reciprocal sigmoid tanh relu lgamma digamma"
-                " bitwise_not isnan erf t"
-            ).split(),
-            "default",
-        ),
+        "neg": "default",
+        "abs": "default",
+        "exp": "default",
+        "expm1": "default",
+        "log": "default",
+        "log1p": "default",
+        "sqrt": "default",
+        "rsqrt": "default",
+        "reciprocal": "default",
+        "sigmoid": "default",
+        "tanh": "default",
+        "relu": "default",
+        "lgamma": "default",
+        "digamma": "default",
+        "bitwise_not": "default",
+        "isnan": "default",
+        "erf": "default",
+        "t": "default",
     }.items()
     for overload in overloads.split()
 } | {aten.view.default: Tensor.view, aten.expand.default: Tensor.expand}

@@ -63,6 +63,11 @@ class Tiered:
         self._num_calls = 0
         self._num_recorded = 0
 
+    @property
+    def num_operators(self) -> int:
+        """Number of operators of the recording; 0 if there is none."""
+        return 0 if self._recording is None else self._recording.num_operators
+
     def __call__(
         self, settled: Any, moving: Any, num_expected: int, say: Callable[[str], None]
     ) -> Any:
