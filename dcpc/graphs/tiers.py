@@ -158,7 +158,8 @@ def _is_alike(first: Tensor, second: Tensor) -> bool:
     else:
         finite = second[second.isfinite()]
         size = float(finite.abs().max()) if finite.numel() else 0.0
-        tolerance = torch.finfo(first.dtype).eps ** 0.5
+        # Far from the posterior, ratios of acceptance are differences of large numbers.
+        tolerance = torch.finfo(first.dtype).eps ** 0.25
         same = first.isclose(second, rtol=tolerance, atol=tolerance * size, equal_nan=True)
     return not same.numel() or float(same.double().mean()) >= SHARE_ALIKE
 
