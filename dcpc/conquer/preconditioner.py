@@ -2,7 +2,8 @@
 
 A preconditioner turns scores into a `Metric`, a factor of P. Its state, a dict of tensors, is
 updated between sweeps, so that within a sweep P does not depend on the particles it moves; only
-`ParticleVariance`, which belongs to the paper's correction, looks at the current scores.
+`ParticleVariance`, which belongs to the paper's correction, looks at the current scores. Averages
+have an entry `mass` in it from their first scores on.
 
 Shapes: scores are `(K, *plates, n, d)`. An estimate is shared by the particles and by the
 population, whose data change from call to call; every element of the other plates has its own.

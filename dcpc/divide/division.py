@@ -40,6 +40,7 @@ class Division:
         population: The plates that hold every site and whose elements are independent.
         completion: The division of the same model with the latents that this one sums out; None if
             there are none.
+        recordings: What was recorded of sweeps on it, by whoever records.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Division:
         completion: Division | None = None,
     ) -> None:
         self.completion = completion
+        self.recordings: dict[Any, Any] = {}
         self.program = program
         self.graph = graph
         self.units = tuple(units)

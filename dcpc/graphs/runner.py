@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -47,8 +47,7 @@ class RecordedRunner(Runner):
         self.mode = mode
         self._num_expected = 0
         self._say: Callable[[str], None] = _silent
-        self._tiers: WeakKeyDictionary[Division, dict[Any, Tiered]] = WeakKeyDictionary()
-        self._learning: WeakKeyDictionary[Division, dict[Any, LearningSweep]] = WeakKeyDictionary()
+        self._divisions: WeakSet[Division] = WeakSet()
         self._pending: Left | None = None
         self._left: Left | None = None
         self._has_loss: WeakSet[Division] = WeakSet()
@@ -63,8 +62,8 @@ class RecordedRunner(Runner):
 
     def num_operators(self) -> list[int]:
         """Number of operators of every graph that was recorded."""
-        tiers = [tier for by_key in self._tiers.values() for tier in by_key.values()]
-        return [tier.num_operators for tier in tiers if tier.num_operators]
+        kept = [value for division in self._divisions for value in division.recordings.values()]
+        return [recorded.num_operators for recorded in kept if recorded.num_operators]
 
     @contextmanager
     def expecting(self, num_sweeps: int, say: Callable[[str], None]) -> Iterator[None]:
@@ -93,7 +92,7 @@ class RecordedRunner(Runner):
         result = self._run(
             density,
             (function,),
-            lambda: _of_density(density, function),
+            lambda: _of_density(density.division, function),
             self._settled(density, state),
             _moving(state),
         )
@@ -127,7 +126,7 @@ class RecordedRunner(Runner):
             result = self._run(
                 density,
                 ("move", parts, tuple(group.name for group in groups)),
-                lambda: _of_moves(density, parts, groups),
+                lambda: _of_moves(density.division, parts, groups),
                 settled,
                 {name: value for name, value in moving.items() if name != "weights"},
             )
@@ -160,14 +159,16 @@ class RecordedRunner(Runner):
         moving: Tree,
     ) -> Left | None:
         """Begins a sweep that is followed by a loss; None as long as it is not recorded."""
-        sweeps = self._learning.setdefault(density.division, {})
-        key = (parts, tuple(group.name for group in groups), *_key((settled, moving)))
+        sweeps = self._of(density)
+        leaves, structure = pytree.tree_flatten((settled, moving))
+        names = tuple(group.name for group in groups)
+        key = ("learn", parts, names, structure, _likes(leaves))
         if key not in sweeps:
-            evaluate = _of_density(density, _evaluate_leading)
+            evaluate = _of_density(density.division, _evaluate_leading)
             sweeps[key] = LearningSweep(
                 _given if moving["evaluations"] else evaluate,
-                _of_moves(density, parts, groups),
-                _of_loss(density),
+                _of_moves(density.division, parts, groups),
+                _of_loss(density.division),
             )
         run = sweeps[key].start(settled, moving)
         if run is None:
@@ -219,17 +220,20 @@ class RecordedRunner(Runner):
     ) -> Tree:
         """The result of a function, as fast as it has become."""
         tiers = self._of(density)
-        key = (what, *_key((settled, moving)))
+        leaves, structure = pytree.tree_flatten((settled, moving))
+        key = (what, structure, _likes(leaves))
         if key not in tiers:
             tiers[key] = Tiered(make(), self.mode)
         tier = tiers[key]
-        result = tier(settled, moving, self._num_expected, self._say)
+        result = tier(settled, moving, leaves, self._num_expected, self._say)
         if tier.refusal:
             self._tell(tier.refusal)
         return result
 
-    def _of(self, density: Density) -> dict[Any, Tiered]:
-        return self._tiers.setdefault(density.division, {})
+    def _of(self, density: Density) -> dict[Any, Any]:
+        """What was recorded of a division, by a key; it is kept as long as the division."""
+        self._divisions.add(density.division)
+        return density.division.recordings
 
     def _refuses(self, density: Density, parts: Parts) -> bool:
         if density.tempering.temperature == 0.0:
@@ -263,10 +267,9 @@ def _refusal(density: Density, parts: Parts) -> str:
     return ""
 
 
-def _key(trees: tuple[Tree, Tree]) -> tuple:
-    """Structure, shapes, types and devices of trees."""
-    leaves, structure = pytree.tree_flatten(trees)
-    return structure, tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
+def _likes(leaves: Sequence[Tensor]) -> tuple:
+    """Shapes, types and devices of tensors."""
+    return tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
 
 
 @dataclass(frozen=True)
@@ -283,21 +286,21 @@ class _Bound(Density):
         return dict(self.active)
 
 
-def _bound(density: Density, settled: Tree) -> _Bound:
+def _bound(division: Division, settled: Tree) -> _Bound:
     """The density of a settled tree."""
     references = {name: Reference(*pair) for name, pair in settled["references"].items()}
     tempering = Tempering(settled["beta"], references)
     tensors = tuple(settled["tensors"])
-    return _Bound(density.division, tensors, tempering, settled.get("active", {}))
+    return _Bound(division, tensors, tempering, settled.get("active", {}))
 
 
 def _of_density(
-    density: Density, evaluate: Callable[[Density, Mapping[str, Tensor]], Tree]
+    division: Division, evaluate: Callable[[Density, Mapping[str, Tensor]], Tree]
 ) -> Function:
     """A function of the log-density of particles, as one of trees."""
 
     def function(settled: Tree, moving: Tree) -> Tree:
-        return evaluate(_bound(density, settled), moving["latents"])
+        return evaluate(_bound(division, settled), moving["latents"])
 
     return function
 
@@ -307,12 +310,12 @@ def _given(settled: Tree, moving: Tree) -> Tree:
     return {"evaluations": moving["evaluations"], "log_joint": moving["log_joint"]}
 
 
-def _of_loss(density: Density) -> Callable[[Tree, Tree, Tensor], Tensor]:
+def _of_loss(division: Division) -> Callable[[Tree, Tree, Tensor], Tensor]:
     """The loss of particles as a function of trees and normalised weights."""
 
     def function(settled: Tree, latents: Tree, weights: Tensor) -> Tensor:
         detached = {name: u.detach() for name, u in latents.items()}
-        return -(weights * _bound(density, settled).learnable_log_joint(detached)).sum()
+        return -(weights * _bound(division, settled).learnable_log_joint(detached)).sum()
 
     return function
 
@@ -327,7 +330,7 @@ def _log_joint(density: Density, latents: Mapping[str, Tensor]) -> Tree:
     return {"evaluations": {}, "log_joint": density.log_joint(latents)}
 
 
-def _of_moves(density: Density, parts: Parts, groups: Sequence[UnitGroup]) -> Function:
+def _of_moves(division: Division, parts: Parts, groups: Sequence[UnitGroup]) -> Function:
     """The moves of a sweep as a function of trees; what is learned is always computed."""
 
     def function(settled: Tree, moving: Tree) -> Tree:
@@ -341,7 +344,7 @@ def _of_moves(density: Density, parts: Parts, groups: Sequence[UnitGroup]) -> Fu
             moving["memory"],
         )
         state, info = move_units(
-            _bound(density, settled),
+            _bound(division, settled),
             state,
             SweepInfo(ess=moving["log_joint"]),
             _scored(moving["evaluations"]),

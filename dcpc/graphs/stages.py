@@ -42,6 +42,11 @@ class Stages:
             kept = [n for n in own if n in wanted or not later.isdisjoint(n.users)]
             self._stages.append(_Stage(own, kept, outputs, structure))
 
+    @property
+    def num_operators(self) -> int:
+        """Number of operators of all stages."""
+        return self._recording.num_operators
+
     def start(self) -> Run:
         """A run, before its first stage."""
         return Run(self._recording, self._inputs, self._stages)

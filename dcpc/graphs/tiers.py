@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -69,13 +69,19 @@ class Tiered:
         return 0 if self._recording is None else self._recording.num_operators
 
     def __call__(
-        self, settled: Any, moving: Any, num_expected: int, say: Callable[[str], None]
+        self,
+        settled: Any,
+        moving: Any,
+        leaves: Sequence[Tensor],
+        num_expected: int,
+        say: Callable[[str], None],
     ) -> Any:
         """The function's result.
 
         Args:
             settled: Its first argument.
             moving: Its second argument.
+            leaves: Leaves of both.
             num_expected: Number of calls that are known to come; 0 if that is not known.
             say: Told what takes long, or what is not done and why.
         """
@@ -90,7 +96,7 @@ class Tiered:
             self._check(recording, settled, moving, say)
         if self.refusal:
             return self._function(settled, moving)
-        return recording(settled, moving)
+        return recording.on_leaves(leaves)
 
     def _prepare(
         self, settled: Any, moving: Any, num_expected: int, say: Callable[[str], None]

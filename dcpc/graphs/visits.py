@@ -53,6 +53,11 @@ class LearningSweep:
         self._stages: Stages | None = None
         self._num_calls = 0
 
+    @property
+    def num_operators(self) -> int:
+        """Number of operators of the recording; 0 if there is none."""
+        return 0 if self._stages is None else self._stages.num_operators
+
     def start(self, settled: Tree, moving: Tree) -> Run | None:
         """A run of the recording; None as long as there is none."""
         self._num_calls += 1

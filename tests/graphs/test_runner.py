@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 
 import pyro
 import pyro.distributions as dist
@@ -16,6 +18,7 @@ from dcpc.conquer import Langevin
 from dcpc.graphs import tiers
 from dcpc.graphs.compiler import compile_recording
 from dcpc.graphs.runner import CompileWarning, RecordedRunner
+from dcpc.graphs.visits import LearningSweep
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -139,9 +142,10 @@ def test_learning_with_recorded_sweeps_is_learning_as_written_bit_for_bit(
             losses.append(loss.detach())
         learned.append([*losses, *state.latents.values(), *model.parameters()])
         if mode == "auto":
-            sweeps = [s for d in engine._runner._learning.values() for s in d.values()]
-            assert any(s._stages is not None for s in sweeps)
-            assert not any(s.is_refused for s in sweeps)
+            kept = engine.division(x).recordings.values()
+            sweeps = [sweep for sweep in kept if isinstance(sweep, LearningSweep)]
+            assert any(sweep.num_operators for sweep in sweeps)
+            assert not any(sweep.is_refused for sweep in sweeps)
     assert equal(*learned)
 
 
@@ -194,6 +198,15 @@ def test_a_recorded_run_is_reproduced_by_its_seed():
     assert all(torch.equal(runs[0].samples[n], runs[1].samples[n]) for n in chain.names)
 
 
+def test_what_was_recorded_goes_with_its_engine():
+    engine = DCPC(schools, num_particles=20)
+    sweep(engine, DATA)
+    kept = weakref.ref(engine.division(*DATA))
+    del engine
+    gc.collect()
+    assert kept() is None
+
+
 class Halved(Langevin):
     """A user's own move."""
 
@@ -233,10 +246,11 @@ def test_a_recording_that_is_wrong_is_found_out(monkeypatch):
     right = tiers.record
     wrong = lambda settled, moving: moving["u"] + 2.0  # noqa: E731
     monkeypatch.setattr(tiers, "record", lambda f, *trees, **how: right(wrong, *trees, **how))
+    u = torch.zeros(3)
     for _ in range(3):
-        tier({}, {"u": torch.zeros(3)}, 1000, said.append)
+        tier({}, {"u": u}, [u], 1000, said.append)
     assert tier.refusal
-    assert torch.equal(tier({}, {"u": torch.zeros(3)}, 1000, said.append), torch.ones(3))
+    assert torch.equal(tier({}, {"u": u}, [u], 1000, said.append), torch.ones(3))
     assert len(said) == 1
 
 
@@ -247,7 +261,8 @@ def test_auto_compiles_where_the_sweeps_make_up_for_it(monkeypatch):
 
     def run(size: int, num_expected: int) -> bool:
         tier = tiers.Tiered(lambda settled, moving: moving["u"].exp().sum(), "auto")
-        tier({}, {"u": torch.zeros(size)}, num_expected, lambda text: None)
+        u = torch.zeros(size)
+        tier({}, {"u": u}, [u], num_expected, lambda text: None)
         return tier.is_compiled
 
     assert not run(10, 1000)
