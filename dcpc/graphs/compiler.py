@@ -126,6 +126,8 @@ def _compile(
         copied[node] = graph.call_function(made[node], (copied[node],))
     for node in nodes:
         copied[node] = graph.node_copy(node, copied.__getitem__)
+        if node.target is aten.view.default:  # the compiler lays out some results otherwise
+            copied[node].target = aten.reshape.default
     graph.output(tuple(copied[node] for node in outputs))
     graph.eliminate_dead_code()
     module = fx.GraphModule({}, graph)
