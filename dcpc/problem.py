@@ -121,6 +121,7 @@ class Problem:
         adapt: bool = True,
         adapt_preconditioner: bool = True,
         retargets: bool = True,
+        learns: bool = False,
     ) -> tuple[SweepState, SweepInfo]:
         """Reweights the particles to the present parameters, then moves every unit once.
 
@@ -129,12 +130,15 @@ class Problem:
             adapt: Whether step sizes and preconditioners learn from the sweep.
             adapt_preconditioner: Set to False to let only the step sizes learn.
             retargets: Set to False where the weights refer to this very density already.
+            learns: Whether it is one of many sweeps that are followed by `loss`, and is to be
+                recorded with it at once. Such sweeps are found out in any case, after a few.
 
         Raises:
             DataError: The state's particles do not fit these arguments.
             DegenerateWeightsError: No particle of a population cell has positive density.
         """
         self._check_state(state)
+        self._runner.begin(self.density, learns=learns)
         return sweep(
             self.density,
             state,

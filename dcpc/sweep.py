@@ -126,6 +126,9 @@ class Adapting:
 class Runner:
     """What evaluates and moves the particles of a sweep: as it is written here, or a recording."""
 
+    def begin(self, density: Density, *, learns: bool) -> None:
+        """Begins a sweep, which the gradient of a loss follows if it `learns`."""
+
     def evaluate(
         self, density: Density, state: SweepState, parts: Parts
     ) -> tuple[dict[str, ScoredDensity], Tensor]:

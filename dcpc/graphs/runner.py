@@ -51,6 +51,7 @@ class RecordedRunner(Runner):
         self._pending: Left | None = None
         self._left: Left | None = None
         self._has_loss: WeakSet[Division] = WeakSet()
+        self._learns_now = False
         self._told: set[str] = set()
 
     def __getstate__(self) -> Mode:
@@ -72,6 +73,11 @@ class RecordedRunner(Runner):
             yield
         finally:
             self._num_expected, self._say = 0, _silent
+
+    def begin(self, density: Density, *, learns: bool) -> None:
+        self._learns_now = learns
+        if learns:
+            self._has_loss.add(density.division)
 
     def evaluate(
         self, density: Density, state: SweepState, parts: Parts
@@ -170,7 +176,7 @@ class RecordedRunner(Runner):
                 _of_moves(density.division, parts, groups),
                 _of_loss(density.division),
             )
-        run = sweeps[key].start(settled, moving)
+        run = sweeps[key].start(settled, moving, at_once=self._learns_now)
         if run is None:
             return None
         return Left(sweeps[key], run, settled, moving, moving["latents"])

@@ -52,23 +52,30 @@ class LearningSweep:
         self._parameters: list[Tensor] = []
         self._stages: Stages | None = None
         self._num_calls = 0
+        self._num_recorded = 0
 
     @property
     def num_operators(self) -> int:
         """Number of operators of the recording; 0 if there is none."""
         return 0 if self._stages is None else self._stages.num_operators
 
-    def start(self, settled: Tree, moving: Tree) -> Run | None:
-        """A run of the recording; None as long as there is none."""
+    def start(self, settled: Tree, moving: Tree, *, at_once: bool = False) -> Run | None:
+        """A run of the recording; None as long as there is none.
+
+        Args:
+            settled: What does not differ between particles.
+            moving: What does.
+            at_once: Whether to record now, instead of after a few calls.
+        """
         self._num_calls += 1
-        if self.is_refused or self._num_calls <= RECORD_AFTER:
-            return None
-        if self._stages is None:
+        if self._stages is None and (at_once or self._num_calls > RECORD_AFTER):
             self._record(settled, moving)
+        if self._stages is None:
             return None
-        if self._num_calls == RECORD_AFTER + 2:
+        self._num_recorded += 1
+        if self._num_recorded == 2:  # on other values than it was recorded with
             self._check(self._stages, settled, moving)
-        return None if self.is_refused else self._stages.start()
+        return None if self._stages is None else self._stages.start()
 
     def loss(self, run: Run, leaves: Sequence[Tensor]) -> Tensor:
         """The loss after the moves of a run, whose gradient is known."""
@@ -76,6 +83,8 @@ class LearningSweep:
         return known_loss(result["loss"], result["gradients"], self._parameters)
 
     def _record(self, settled: Tree, moving: Tree) -> None:
+        if self.is_refused:
+            return
         with torch.enable_grad():
             loss = self._loss(settled, moving["latents"], moving["weights"])
         self._parameters = _leaves_of(loss)
@@ -103,7 +112,8 @@ class LearningSweep:
             results = tuple(run.stage(index, leaves) for index in (EVALUATE, MOVE, LOSS))
         with random_state_kept(), torch.no_grad():
             expected = self._whole(settled, moving)
-        self.is_refused = not are_alike(pytree.tree_leaves(results), pytree.tree_leaves(expected))
+        if not are_alike(pytree.tree_leaves(results), pytree.tree_leaves(expected)):
+            self.is_refused, self._stages = True, None
 
 
 @dataclass(frozen=True)
