@@ -20,7 +20,7 @@ from dcpc.divide import Density
 from dcpc.errors import DegenerateWeightsError
 from dcpc.parts import Adaptation, Parts
 from dcpc.recombine import LogWeights, take_particles
-from dcpc.sweep import SweepState, restart_adaptation, retarget, sweep
+from dcpc.sweep import PLAIN, Runner, SweepState, restart_adaptation, retarget, sweep
 
 MAX_TEMPERATURES = 2000
 """Rungs after which an adaptive ladder gives up: the particles cannot follow the target."""
@@ -141,6 +141,7 @@ def anneal(
     max_sweeps: int = MAX_SWEEPS,
     adapt: bool = True,
     progress: Progress | None = None,
+    runner: Runner = PLAIN,
 ) -> Annealed:
     """Brings particles from temperature zero to one.
 
@@ -159,6 +160,7 @@ def anneal(
         adapt: Whether proposals learn on the way. The evidence is exactly unbiased only where
             the ladder is given and nothing adapts.
         progress: Called with the temperature after each rung.
+        runner: What evaluates and moves the particles.
 
     Raises:
         DegenerateWeightsError: No particle has positive density, or an adaptive ladder does not
@@ -179,7 +181,7 @@ def anneal(
         tempered = density.at(rung.temperature)
         if rung.temperature >= 1.0:
             break
-        cloud, rung = _climb(tempered, cloud, rung, parts, adapt)
+        cloud, rung = _climb(tempered, cloud, rung, parts, adapt, runner)
         climbed.append(rung)
         if progress is not None:
             progress(rung.temperature)
@@ -262,7 +264,7 @@ def _annealed(state: SweepState, eve: Tensor, ladder: tuple[Rung, ...]) -> Annea
 
 
 def _climb(
-    density: Density, cloud: _Cloud, rung: Rung, parts: Parts, adapt: bool
+    density: Density, cloud: _Cloud, rung: Rung, parts: Parts, adapt: bool, runner: Runner
 ) -> tuple[_Cloud, Rung]:
     """Reweights the particles to the density of a rung and sweeps there.
 
@@ -275,7 +277,9 @@ def _climb(
     state, correlation, num_sweeps = cloud.state, rung.correlation, 0
     slope = None
     while num_sweeps < rung.num_sweeps:
-        state, info = sweep(density, state, parts, adapt=adapt, retargets=num_sweeps == 0)
+        state, info = sweep(
+            density, state, parts, adapt=adapt, retargets=num_sweeps == 0, runner=runner
+        )
         num_sweeps += 1
         if info.ancestors is not None:
             cloud = cloud.descend(info.ancestors)

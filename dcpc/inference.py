@@ -20,6 +20,8 @@ from dcpc.divide.cache import Divisions
 from dcpc.divide.graph import Schedule
 from dcpc.divide.model import Model
 from dcpc.errors import OptionError
+from dcpc.graphs.runner import RecordedRunner
+from dcpc.graphs.tiers import Mode
 from dcpc.habits import check_model_arguments, refuse
 from dcpc.minibatches import (
     LOCAL_SWEEPS,
@@ -39,7 +41,7 @@ from dcpc.progress import ProgressBar
 from dcpc.recombine.correction import Correction
 from dcpc.recorder import Recorder
 from dcpc.seeding import continued, seeded
-from dcpc.sweep import SweepInfo, SweepState, restart_adaptation
+from dcpc.sweep import PLAIN, SweepInfo, SweepState, restart_adaptation
 from dcpc.sweeping import check_continuation, continuation_of, sweep_to_end, with_blocks_of
 from dcpc.tables import table
 from dcpc.threads import exclusive
@@ -114,6 +116,9 @@ class DCPC:
         resample_threshold: Whole particles are resampled where ESS / K is below it.
         backend: `auto`, `graph`, `vmap` or `loop`.
         certify: Whether divided programs are compared with plain runs of the model.
+        compile: Whether sweeps are recorded as graphs and compiled; `auto` compiles them where the
+            sweeps that are asked for make up for the time, some ten seconds and more. Compiled
+            sweeps take the same random numbers, and give the same results but for rounding.
 
     Raises:
         OptionError: An unknown name, a value out of range, or parts that do not go together.
@@ -137,6 +142,7 @@ class DCPC:
         resample_threshold: float = 0.5,
         backend: str = "auto",
         certify: bool = True,
+        compile: Mode = "auto",
         **unknown: Any,
     ) -> None:
         refuse(unknown, "DCPC")
@@ -182,6 +188,9 @@ class DCPC:
             certify=certify,
         )
         self._divisions = self._divide(model)
+        if compile not in (True, False, "auto"):
+            raise OptionError(f"compile must be True, False or 'auto', got {compile!r}")
+        self._runner = RecordedRunner(compile) if compile else PLAIN
         self._posterior: Posterior | None = None
 
     # -- what users call ---------------------------------------------------------------------
@@ -256,7 +265,12 @@ class DCPC:
             model = Subsampled(self.model)
             length = Length(num_sweeps, num_warmup, keep_every)
             return self._run_over(model, Drawn(plates, args, kwargs), length, seed, progress)
-        with exclusive("DCPC.run"), seeded(seed), ProgressBar(progress) as bar:
+        with (
+            exclusive("DCPC.run"),
+            seeded(seed),
+            ProgressBar(progress) as bar,
+            self._runner.expecting(num_sweeps, bar.say),
+        ):
             problem = self._problem(args, kwargs, thorough=True)
             arrival = approach(
                 problem,
@@ -348,7 +362,12 @@ class DCPC:
         continuation = continuation_of(posterior)
         check_model_arguments(self.model, kwargs, "DCPC.resume")
         random_state = continuation.random_state
-        with exclusive("DCPC.resume"), continued(random_state), ProgressBar(progress) as bar:
+        with (
+            exclusive("DCPC.resume"),
+            continued(random_state),
+            ProgressBar(progress) as bar,
+            self._runner.expecting(continuation.num_sweeps, bar.say),
+        ):
             problem = self._problem(args, kwargs, thorough=True)
             if self.finds_blocks:
                 problem = with_blocks_of(problem, posterior)
@@ -386,7 +405,12 @@ class DCPC:
             ThreadError: Another thread is in an inference.
         """
         check_annealing(num_temperatures, conditional_ess)
-        with exclusive("DCPC.anneal"), seeded(seed), ProgressBar(progress) as bar:
+        with (
+            exclusive("DCPC.anneal"),
+            seeded(seed),
+            ProgressBar(progress) as bar,
+            self._runner.expecting(0, bar.say),
+        ):
             problem = self._problem(args, kwargs, thorough=True)
             return problem.anneal(num_temperatures, conditional_ess=conditional_ess, bar=bar)
 
@@ -454,7 +478,14 @@ class DCPC:
 
     def _problem(self, args: tuple, kwargs: dict, *, thorough: bool = False) -> Problem:
         arguments = Arguments(args, kwargs)
-        return Problem(self._divisions, arguments, self.algorithm, self.guide, thorough=thorough)
+        return Problem(
+            self._divisions,
+            arguments,
+            self.algorithm,
+            self.guide,
+            thorough=thorough,
+            runner=self._runner,
+        )
 
     def _run_over(
         self, model: Model, source: Source, length: Length, seed: int | None, progress: bool

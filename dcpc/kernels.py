@@ -244,3 +244,27 @@ discretized_normal_log_prob = define_elementwise(
     _discretized_normal_log_prob,
     (_label, _by_loc, _by_scale),
 )
+
+
+def _plain_log_prob(value: Tensor, logits: Tensor) -> Tensor:
+    magnitude = logits.abs().clamp(min=torch.finfo(logits.dtype).tiny)
+    log_ratio = torch.log(-torch.expm1(-magnitude) / magnitude)
+    return value * logits - logits.clamp(min=0) - log_ratio
+
+
+def _plain_mean(logits: Tensor) -> Tensor:
+    series = _SERIES if logits.dtype == torch.float64 else _SERIES[:4]
+    square = logits.square()
+    near_zero = torch.zeros_like(logits)
+    for coefficient in reversed(series):
+        near_zero = near_zero * square + coefficient
+    large = torch.where(square < _SWITCH**2, _SWITCH, logits)
+    far = (1 - torch.exp(-large)).reciprocal() - large.reciprocal()
+    return torch.where(square < _SWITCH**2, near_zero * logits + 0.5, far)
+
+
+FORMULAS = {
+    continuous_bernoulli_log_prob: _plain_log_prob,
+    continuous_bernoulli_mean: _plain_mean,
+}
+"""Plain formulas of operators, for a compiler that makes one pass of many."""

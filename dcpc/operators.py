@@ -16,7 +16,13 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-__all__ = ["define_elementwise"]
+__all__ = ["ELEMENTWISE", "KERNELS", "define_elementwise"]
+
+ELEMENTWISE: set[Any] = set()
+"""Operators whose result at an element depends on that element of their arguments."""
+
+KERNELS: dict[Any, Callable[..., Tensor]] = {}
+"""Kernels of the operators, to be called where nothing is differentiated or captured."""
 
 LIBRARY = torch.library.Library("dcpc", "FRAGMENT")
 
@@ -129,4 +135,6 @@ def define_elementwise(
         return op(*aligned), 0
 
     op = _define(schema, kernel, vjp=vjp, jvp=jvp, fake=fake, vmap=vmap)
+    ELEMENTWISE.add(op)
+    KERNELS[op] = kernel
     return op

@@ -124,7 +124,7 @@ class Parts:
             score = score / share.clamp(min=1e-12).sqrt()
         state = self.preconditioner.update(learned.preconditioner, score, group.population)
         if self.preconditioner.sees_values:
-            mass = weights.normalized()
+            mass = weights.log_weight.softmax(0)
             mass = mass.reshape(mass.shape + (1,) * (len(group.plates) - group.population))
             state = self.preconditioner.see_values(state, unit.value, mass)
         return replace(learned, preconditioner=state)

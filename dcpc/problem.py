@@ -29,7 +29,7 @@ from dcpc.start import (
     guide_refusal,
     starting_references,
 )
-from dcpc.sweep import SweepInfo, SweepState, loss, sweep
+from dcpc.sweep import PLAIN, Runner, SweepInfo, SweepState, sweep
 from dcpc.threads import exclusive
 
 
@@ -47,6 +47,7 @@ class Problem:
         guide: A Pyro program that particles may start from.
         thorough: Whether the sites and the data are looked at anew, and what was captured before
             is compared with a plain run of the model.
+        runner: What evaluates and moves the particles of a sweep.
 
     Attributes:
         arguments: The model's arguments.
@@ -67,7 +68,9 @@ class Problem:
         guide: Model | None = None,
         *,
         thorough: bool = False,
+        runner: Runner = PLAIN,
     ) -> None:
+        self._runner = runner
         self._divisions = divisions
         self.arguments = arguments
         self.algorithm = algorithm
@@ -132,6 +135,7 @@ class Problem:
         adapt: bool = True,
         adapt_preconditioner: bool = True,
         retargets: bool = True,
+        learns: bool = False,
     ) -> tuple[SweepState, SweepInfo]:
         """Reweights the particles to the present parameters, then moves every unit once.
 
@@ -140,12 +144,15 @@ class Problem:
             adapt: Whether step sizes and preconditioners learn from the sweep.
             adapt_preconditioner: Set to False to let only the step sizes learn.
             retargets: Set to False where the weights refer to this very density already.
+            learns: Whether it is one of many sweeps that are followed by `loss`, and is to be
+                recorded with it at once. Such sweeps are found out in any case, after a few.
 
         Raises:
             DataError: The state's particles do not fit these arguments.
             DegenerateWeightsError: No particle of a population cell has positive density.
         """
         self._check_state(state)
+        self._runner.begin(self.density, learns=learns)
         return sweep(
             self.density,
             state,
@@ -153,6 +160,7 @@ class Problem:
             adapt=adapt,
             adapt_preconditioner=adapt_preconditioner,
             retargets=retargets and self.parts.correction.is_exact,
+            runner=self._runner,
         )
 
     @exclusive("Problem.log_joint")
@@ -166,7 +174,7 @@ class Problem:
     def loss(self, state: SweepState) -> Tensor:
         """`- sum_cells sum_k W_k log p(x, z_k)`: its gradient trains the model's parameters."""
         self._check_state(state)
-        return loss(self.density, state)
+        return self._runner.loss(self.density, state)
 
     @exclusive("Problem.guide_loss")
     def guide_loss(self, state: SweepState) -> Tensor:
@@ -245,6 +253,7 @@ class Problem:
             max_sweeps=max_sweeps,
             adapt=adapt,
             progress=bar.temperature,
+            runner=self._runner,
         )
 
     def starting_density(self, initial_values: Mapping[str, Tensor]) -> Density:

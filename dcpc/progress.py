@@ -44,6 +44,11 @@ class ProgressBar:
         assert self._bar is not None
         self._bar.update(temperature - self._bar.n)
 
+    def say(self, text: str) -> None:
+        """Shows what the stage is at."""
+        if self._bar is not None and self._show:
+            self._bar.set_postfix_str(text)
+
     def advance(self, info: SweepInfo) -> None:
         """One sweep is done."""
         assert self._bar is not None

@@ -7,14 +7,15 @@ varies is in `Parts`; everything that persists is in `SweepState`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from dcpc.conquer import ConditionalDraw, Start, draw_from_conditional
-from dcpc.divide import Conditional, Density, Division, ScoredDensity
+from dcpc.divide import Conditional, Density, Division, ScoredDensity, UnitGroup
 from dcpc.errors import DegenerateWeightsError
 from dcpc.parts import Adaptation, Parts
 from dcpc.recombine import LogWeights, take_particles
@@ -109,6 +110,66 @@ class SweepInfo:
             self.probabilities[name] = (mass.permute(order).reshape(shape) * probability).sum(0)
 
 
+@dataclass(frozen=True)
+class Adapting:
+    """What learns from a sweep.
+
+    Attributes:
+        step_size: Whether step sizes do.
+        preconditioner: Whether preconditioners do.
+    """
+
+    step_size: bool
+    preconditioner: bool
+
+
+class Runner:
+    """What evaluates and moves the particles of a sweep: as it is written here, or a recording."""
+
+    def begin(self, density: Density, *, learns: bool) -> None:
+        """Begins a sweep, which the gradient of a loss follows if it `learns`."""
+
+    def evaluate(
+        self, density: Density, state: SweepState, parts: Parts
+    ) -> tuple[dict[str, ScoredDensity], Tensor]:
+        """Log-density `(K, *population)` of the particles.
+
+        Returns:
+            Evaluations by group name that fell off on the way, and the log-density.
+        """
+        return density.evaluate_leading(state.latents)
+
+    def move(
+        self,
+        density: Density,
+        state: SweepState,
+        info: SweepInfo,
+        evaluations: Mapping[str, ScoredDensity],
+        parts: Parts,
+        groups: Sequence[UnitGroup],
+        how: Adapting,
+    ) -> tuple[SweepState, SweepInfo]:
+        """Moves units, as `move_units` does."""
+        return move_units(density, state, info, evaluations, parts, groups, how)
+
+    def loss(self, density: Density, state: SweepState) -> Tensor:
+        """The loss of particles, as `loss` gives it."""
+        return loss(density, state)
+
+    @contextmanager
+    def expecting(self, num_sweeps: int, say: Callable[[str], None]) -> Iterator[None]:
+        """A block of code that makes at least so many sweeps.
+
+        Args:
+            num_sweeps: Their number.
+            say: Told what takes long, and what is not done and why.
+        """
+        yield
+
+
+PLAIN = Runner()
+
+
 def sweep(
     density: Density,
     state: SweepState,
@@ -118,6 +179,7 @@ def sweep(
     adapt_preconditioner: bool = True,
     retargets: bool = False,
     groups: Collection[str] | None = None,
+    runner: Runner = PLAIN,
 ) -> tuple[SweepState, SweepInfo]:
     """Moves every unit once.
 
@@ -131,6 +193,7 @@ def sweep(
         retargets: Whether the particles are first reweighted to the density, as by `retarget`,
             which costs less here than on its own.
         groups: Names of the groups to move; None for all.
+        runner: What evaluates and moves the particles.
 
     Returns:
         The new state and the sweep's diagnostics.
@@ -139,14 +202,38 @@ def sweep(
         DegenerateWeightsError: All particles of a population cell have zero density; names the
             sites that are to blame.
     """
-    state, info, evaluations = _recombine(density, state, parts, retargets)
+    state, info, evaluations = _recombine(density, state, parts, retargets, runner)
+    chosen = [g for g in density.division.groups if groups is None or g.name in groups]
+    how = Adapting(adapt, adapt and adapt_preconditioner)
+    return runner.move(density, state, info, evaluations, parts, chosen, how)
+
+
+def move_units(
+    density: Density,
+    state: SweepState,
+    info: SweepInfo,
+    evaluations: Mapping[str, ScoredDensity],
+    parts: Parts,
+    groups: Sequence[UnitGroup],
+    how: Adapting,
+) -> tuple[SweepState, SweepInfo]:
+    """Moves units, group after group, each with the others where they have come to be.
+
+    Args:
+        density: Density to leave invariant.
+        state: Particles, weights, adaptation.
+        info: Diagnostics so far.
+        evaluations: By group name, evaluations at `state` that are known already, of the groups
+            that move first.
+        parts: Parts of the sweep.
+        groups: The groups to move, in order.
+        how: What learns from the sweep.
+    """
     latents, adaptation = dict(state.latents), dict(state.adaptation)
     memory = _copied(state.memory or parts.init_memory(latents))
     log_weight, log_joint = parts.correction.begin(state.log_weight), state.log_joint
     active = density.active_values()
-    for group in density.division.groups:
-        if groups is not None and group.name not in groups:
-            continue
+    for group in groups:
         unit = density.conditional(group, latents, active.get(group.name))
         own = parts.of(group)
         if group.is_discrete:
@@ -156,13 +243,13 @@ def sweep(
         else:
             predicted = evaluations.get(group.name) or unit.evaluate_raw(unit.value)
             learned = adaptation.get(group.name) or _init_adaptation(
-                unit, own, predicted, log_weight if adapt else None
+                unit, own, predicted, log_weight, how
             )
-            step_size = own.dual_averaging.step_size(learned.step_size, adapting=adapt)
+            step_size = own.dual_averaging.step_size(learned.step_size, adapting=how.step_size)
             proposed = _propose(unit, predicted, learned, step_size, own, log_weight, memory)
             outcome = own.correction.apply(proposed)
-            if adapt:
-                score = proposed.before.score if adapt_preconditioner else None
+            if how.step_size:
+                score = proposed.before.score if how.preconditioner else None
                 learned = _learn(unit, own, learned, score, log_weight, outcome.statistic)
             adaptation[group.name] = learned
             info.add(group.name, step_size, predicted, outcome.statistic)
@@ -180,7 +267,7 @@ def sweep(
 
 
 def _recombine(
-    density: Density, state: SweepState, parts: Parts, retargets: bool
+    density: Density, state: SweepState, parts: Parts, retargets: bool, runner: Runner
 ) -> tuple[SweepState, SweepInfo, dict[str, ScoredDensity]]:
     """Reweights the particles if asked to, and resamples whole ones where the ESS is low.
 
@@ -189,7 +276,7 @@ def _recombine(
     """
     evaluations: dict[str, ScoredDensity] = {}
     if retargets:
-        evaluations, log_joint = density.evaluate_leading(state.latents)
+        evaluations, log_joint = runner.evaluate(density, state, parts)
         state = _reweighted(density, state, log_joint)
     info = SweepInfo(state.log_weight.ess())
     if parts.correction.is_exact:
@@ -238,12 +325,18 @@ def _copied(memory: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, T
 
 
 def _init_adaptation(
-    unit: Conditional, parts: Parts, predicted: ScoredDensity, weights: LogWeights | None
+    unit: Conditional,
+    parts: Parts,
+    predicted: ScoredDensity,
+    weights: LogWeights,
+    how: Adapting,
 ) -> Adaptation:
     """Adaptation state before any move; with weights, it learns from the particles at once."""
     score = unit.usable(predicted).score
     first = parts.init_adaptation(unit.group, score)
-    return first if weights is None else parts.learn_preconditioner(first, unit, score, weights)
+    if not how.step_size:
+        return first
+    return parts.learn_preconditioner(first, unit, score, weights)
 
 
 def restart_adaptation(state: SweepState, parts: Parts) -> SweepState:

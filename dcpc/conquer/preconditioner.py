@@ -2,7 +2,8 @@
 
 A preconditioner turns scores into a `Metric`, a factor of P. Its state, a dict of tensors, is
 updated between sweeps, so that within a sweep P does not depend on the particles it moves; only
-`ParticleVariance`, which belongs to the paper's correction, looks at the current scores.
+`ParticleVariance`, which belongs to the paper's correction, looks at the current scores. Averages
+have an entry `mass` in it from their first scores on.
 
 Shapes: scores are `(K, *plates, n, d)`. An estimate is shared by the particles and by the
 population, whose data change from call to call; every element of the other plates has its own.
@@ -156,21 +157,20 @@ class SecondMoment(Preconditioner):
     decay: float = 0.95
 
     def init(self, score: Tensor, population: int) -> State:
-        return {
-            "moment": torch.zeros_like(_pool(score, population)),
-            "mass": score.new_zeros(()),
-        }
+        return {"moment": torch.zeros_like(_pool(score, population))}
 
     def update(self, state: State, score: Tensor, population: int) -> State:
         squared = score.square()
         squared = squared.minimum(MAX_OUTLIER * _typical(state, squared, population))
         return {
             "moment": torch.lerp(_pool(squared, population), state["moment"], self.decay),
-            "mass": 1.0 - self.decay * (1.0 - state["mass"]),
+            "mass": _grown(state, score, self.decay),
         }
 
     def metric(self, state: Mapping[str, Tensor], score: Tensor) -> Metric:
-        moment = state["moment"] / state["mass"].clamp(min=1.0 - self.decay)
+        moment = state["moment"]
+        if "mass" in state:
+            moment = moment / state["mass"]
         # Scores of zero (particles at a mode) measure nothing: the identity until they do.
         moment = torch.where(moment > 0, moment, 1.0)
         return Diagonal(moment.clamp(min=_tiny(moment)).pow(-0.5 * self.exponent))
@@ -192,14 +192,10 @@ class DenseSecondMoment(Preconditioner):
         pooled = _pool(score, population)
         identity = torch.eye(score.shape[-1], dtype=score.dtype, device=score.device)
         factor = identity.expand(*pooled.shape, score.shape[-1]).clone()
-        return {
-            "moment": torch.zeros_like(factor),
-            "mass": score.new_zeros(()),
-            "factor": factor,
-        }
+        return {"moment": torch.zeros_like(factor), "factor": factor}
 
     def update(self, state: State, score: Tensor, population: int) -> State:
-        if bool(state["mass"] > 0):
+        if "mass" in state:
             length = Dense(state["factor"]).whiten_score(score).square().mean(-1, keepdim=True)
             score = score * (MAX_OUTLIER / length).clamp(max=1.0).sqrt()
         else:
@@ -207,7 +203,7 @@ class DenseSecondMoment(Preconditioner):
             bound = MAX_OUTLIER * _typical(state, squared, population)
             score = score * (bound / squared).clamp(max=1.0).sqrt().nan_to_num(nan=1.0)
         moment = torch.lerp(self._average(score, population), state["moment"], self.decay)
-        mass = 1.0 - self.decay * (1.0 - state["mass"])
+        mass = _grown(state, score, self.decay)
         return {"moment": moment, "mass": mass, "factor": _inverse_factor(moment / mass)}
 
     def metric(self, state: Mapping[str, Tensor], score: Tensor) -> Metric:
@@ -322,13 +318,20 @@ def _pool(value: Tensor, population: int) -> Tensor:
     return value.mean(tuple(range(1 + population)), keepdim=True)[0]
 
 
+def _grown(state: State, score: Tensor, decay: float) -> Tensor:
+    """Total weight of the scores in an average, which is none before the first of them."""
+    if "mass" not in state:
+        return score.new_full((), 1.0 - decay)
+    return 1.0 - decay * (1.0 - state["mass"])
+
+
 def _typical(state: State, squared: Tensor, population: int) -> Tensor:
     """Reference level for outliers among squared scores: their running mean or the median.
 
     Heavy-tailed posteriors throw scores of a thousand standard deviations, one of which would
     freeze a unit for as long as the average remembers it.
     """
-    if bool(state["mass"] > 0):
+    if "mass" in state:
         moment = state["moment"] / state["mass"]
         # A value that had no score yet (it was masked out, say) has nothing to be measured against.
         return torch.where(moment > 0, moment.clamp(min=_tiny(moment)), math.inf)
@@ -366,6 +369,5 @@ def _correlation_factor(moment: Tensor) -> tuple[Tensor, Tensor]:
     identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     ridge = 100 * torch.finfo(moment.dtype).eps
     factor, failed = torch.linalg.cholesky_ex(correlation + ridge * identity)
-    if bool(failed.any()):
-        factor = torch.where((failed > 0)[..., None, None], identity, factor)
+    factor = torch.where((failed > 0)[..., None, None], identity, factor)
     return scale, factor

@@ -43,10 +43,10 @@ class NoisyMoment(Preconditioner):
     def init(self, score: Tensor, population: int) -> State:
         state = DenseSecondMoment(self.decay).init(score, population)
         noise = torch.zeros_like(state["moment"])
-        return {**state, "noise": noise, "noise_mass": state["mass"].clone(), "last": score}
+        return {**state, "noise": noise, "noise_mass": score.new_zeros(()), "last": score}
 
     def update(self, state: State, score: Tensor, population: int) -> State:
-        kept = {name: state[name] for name in ("moment", "mass", "factor")}
+        kept: State = {name: state[name] for name in ("moment", "mass", "factor") if name in state}
         learned = DenseSecondMoment(self.decay).update(kept, score, population)
         difference = score - state["last"]
         noise, mass = state["noise"], state["noise_mass"]

@@ -41,6 +41,7 @@ class Division:
         completion: The division of the same model with the latents that this one sums out; None if
             there are none.
         arranged: The same captured model with other blocks of latents, as `divide` takes them.
+        recordings: What was recorded of sweeps on it, by whoever records.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Division:
     ) -> None:
         self.completion = completion
         self.arranged = arranged
+        self.recordings: dict[Any, Any] = {}
         self.program = program
         self.graph = graph
         self.units = tuple(units)

@@ -45,19 +45,21 @@ class Tempering:
     density is `r(u)^(1 - beta) p(u, x)^beta`.
 
     Attributes:
-        temperature: `beta`, from 0 (prior or reference) to 1 (posterior).
+        temperature: `beta`, from 0 (prior or reference) to 1 (posterior); a positive tensor where a
+            recording is to serve many.
         references: Reference distributions by latent.
         joint: Reference distribution of all latents, which are one unit; None for none.
     """
 
-    temperature: float = 1.0
+    temperature: float | Tensor = 1.0
     references: Mapping[str, Reference] = field(default_factory=dict)
     joint: JointReference | None = None
 
     @property
     def starts_jointly(self) -> bool:
         """Whether a joint reference is a part of the density."""
-        return self.joint is not None and self.temperature < 1.0
+        is_posterior = not isinstance(self.temperature, Tensor) and self.temperature >= 1.0
+        return self.joint is not None and not is_posterior
 
     def bridge(self, log_reference: Tensor) -> Tensor:
         """What a joint reference's log-density contributes."""
@@ -66,16 +68,20 @@ class Tempering:
     def weigh(self, factors: Factors, latents: Latents, sites: Mapping[str, Site]) -> Factors:
         """Log-factors of the tempered density from those of the joint, all `(K, *batch_shape)`."""
         beta = self.temperature
-        if beta == 1.0:
+        is_recorded = isinstance(beta, Tensor)  # then it is positive
+        if not is_recorded and beta == 1.0:
             return factors
         weighed = {}
         for name, value in factors.items():
             if name in self.references:
                 batch_dims = len(sites[name].batch_shape)
                 start = self.references[name].log_prob(latents[name], batch_dims)
-                weighed[name] = (1.0 - beta) * start + (beta * value if beta > 0 else 0.0)
+                weighed[name] = (1.0 - beta) * start + (
+                    beta * value if is_recorded or beta > 0 else 0.0
+                )
             elif sites[name].is_observed or self.joint is not None:
-                weighed[name] = beta * value if beta > 0 else value.new_zeros(value.shape)
+                zero = not is_recorded and beta <= 0
+                weighed[name] = value.new_zeros(value.shape) if zero else beta * value
             else:
                 weighed[name] = value
         return weighed

@@ -192,7 +192,7 @@ class Metropolis(Correction):
     def apply(self, proposed: ProposedMove) -> Outcome:
         after = proposed.arrive()
         ratio, bad = after.log_ratio, after.bad
-        accepted = torch.rand_like(ratio).log_() < ratio
+        accepted = torch.rand_like(ratio).log() < ratio
         gained = torch.where(accepted, after.log_density - proposed.before.log_density, 0.0)
         return Outcome(
             value=torch.where(accepted.unsqueeze(-1), proposed.proposal.value, proposed.value),

@@ -229,7 +229,7 @@ class ParticleModule(GenerativeModule):
         state = draw() if self.restarts else here.recall(draw)
         state = replace(state, adaptation=self.adaptation)
         for remaining in reversed(range(num_sweeps)):
-            state, info = problem.sweep(state)
+            state, info = problem.sweep(state, learns=True)
             if remaining == 0 or self._steps_after(remaining):
                 losses = {
                     name: weight * loss for name, loss in self._losses(problem, state, x).items()

@@ -269,7 +269,9 @@ def test_first_visits_get_their_extra_sweeps(
 ) -> None:
     module, count = deep_module(start=Start(first_sweeps=4)), []
     sweep = Problem.sweep
-    monkeypatch.setattr(Problem, "sweep", lambda *args: count.append(1) or sweep(*args))
+    monkeypatch.setattr(
+        Problem, "sweep", lambda *args, **how: count.append(1) or sweep(*args, **how)
+    )
     trainer(max_epochs=2).fit(module, datamodule=images(batch_size=20))
     assert len(count) == (4 + 1) + 1
 

@@ -1,0 +1,1 @@
+"""Sweeps as graphs of operators: recorded, simplified, compiled."""

@@ -1,0 +1,227 @@
+"""A function of trees of tensors, recorded as one graph of operators."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dcpc.graphs.like import Like
+from dcpc.graphs.simplify import is_random, simplify
+from dcpc.graphs.targets import with_plain_targets
+
+__all__ = ["Function", "NotRecordable", "Recording", "record"]
+
+aten = torch.ops.aten
+
+Function = Callable[..., Sequence[Tensor]]
+
+_DRAWS: dict[Any, Callable[[Tensor], Tensor]] = {
+    aten.rand_like.default: Tensor.uniform_,
+    aten.randn_like.default: Tensor.normal_,
+}
+"""Operators that draw random numbers of a known distribution, and how to draw them."""
+
+
+class NotRecordable(Exception):
+    """A function that cannot be recorded; the message says why."""
+
+
+class Recording:
+    """A function of two trees of tensors, as a graph of operators that can be compiled.
+
+    Tensors of the function's closure, such as parameters, are inputs of the graph too, by
+    reference, so that their changes in place are seen. So are random numbers: they are drawn from
+    torch's generator before the graph runs, in the order in which the function draws them.
+
+    Args:
+        graph: The graph, of the leaves of the function's arguments, the tensors of the closure and
+            the random numbers.
+        num_settled: Number of leaves of the first argument.
+        closure: Tensors of the closure.
+        draws: For every random input, how it is drawn, and what it is like.
+        structure: Structure of the result.
+
+    Attributes:
+        run: What runs the graph.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        num_settled: int,
+        closure: tuple[Tensor, ...],
+        draws: list[tuple[Callable[[Tensor], Tensor], Like]],
+        structure: pytree.TreeSpec,
+    ) -> None:
+        self.graph = graph
+        self.num_settled = num_settled
+        self.closure = closure
+        self.draws = draws
+        self._structure = structure
+        self._outputs = _lift_outputs(graph)
+        self.run: Function = with_plain_targets(graph)
+
+    def entries(self) -> list[tuple[list[fx.Node], pytree.TreeSpec]]:
+        """For every entry of a result that is a tuple, its nodes and its structure."""
+        output = next(node for node in self.graph.nodes if node.op == "output")
+        inputs = (node for node in self.graph.nodes if node.op == "placeholder")
+        values = [*output.args[0], *inputs]
+        rest = iter([values[position] for position in self._outputs])
+        return [
+            ([next(rest) for _ in range(entry.num_leaves)], entry)
+            for entry in self._structure.children()
+        ]
+
+    @property
+    def num_operators(self) -> int:
+        """Number of operators of the graph."""
+        return sum(node.op == "call_function" for node in self.graph.nodes)
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements that its operators write."""
+        return sum(
+            node.meta["like"].numel
+            for node in self.graph.nodes
+            if node.op == "call_function" and isinstance(node.meta.get("like"), Like)
+        )
+
+    def __call__(self, settled: Any, moving: Any) -> Any:
+        """The function's result; the trees must have the structure that was recorded."""
+        return self.on_leaves(pytree.tree_leaves((settled, moving)))
+
+    def on_leaves(self, leaves: Sequence[Tensor]) -> Any:
+        """The function's result, from the leaves of its arguments."""
+        with torch.no_grad():
+            noise = [draw(like.empty()) for draw, like in self.draws]
+            inputs = (*leaves, *self.closure, *noise)
+            values = (*self.run(*inputs), *inputs)
+        return pytree.tree_unflatten([values[i] for i in self._outputs], self._structure)
+
+
+def record(
+    function: Callable[[Any, Any], Any], settled: Any, moving: Any, *, is_exact: bool
+) -> Recording:
+    """Records a function of two trees of tensors, which gives another tree.
+
+    Args:
+        function: The function. It must do the same operations whatever the values are.
+        settled: Example of its first argument, what is computed from which alone is to be computed
+            once.
+        moving: Example of its second argument.
+        is_exact: Whether the recording gives what the function gives to the last bit.
+
+    Raises:
+        NotRecordable: It looks at values, writes in place, or draws random numbers that are not
+            known here.
+    """
+    leaves, inputs = pytree.tree_flatten((settled, moving))
+    num_settled = len(pytree.tree_leaves(settled))
+    # Tensors of their own: what comes in twice, or is a parameter too, must not be taken for one.
+    leaves = [leaf.detach() for leaf in leaves]
+    recorder = _Recorder(leaves)
+    try:
+        with torch.no_grad(), recorder:
+            result = function(*pytree.tree_unflatten(leaves, inputs))
+    except Exception as error:
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise NotRecordable(message[:200]) from error
+    outputs, structure = pytree.tree_flatten(result)
+    graph = simplify(recorder.finish(outputs), is_exact=is_exact)
+    closure, draws = tuple(recorder.closure), recorder.draws
+    return Recording(graph, num_settled, closure, draws, structure)
+
+
+def _lift_outputs(graph: fx.Graph) -> list[int]:
+    """Lets a graph give what it computes only, once.
+
+    Returns:
+        For every output, its position among what the graph now gives, followed by its inputs.
+    """
+    output = next(node for node in graph.nodes if node.op == "output")
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    computed = list(dict.fromkeys(node for node in output.args[0] if node.op != "placeholder"))
+    position = {node: index for index, node in enumerate((*computed, *inputs))}
+    outputs = [position[node] for node in output.args[0]]
+    output.args = (tuple(computed),)
+    return outputs
+
+
+class _Recorder(TorchDispatchMode):
+    """Records every operator that runs, below autograd, so that gradients are recorded too.
+
+    Attributes:
+        closure: Tensors that came from elsewhere than the leaves.
+        draws: For every draw of random numbers, how it was made, and what it is like.
+    """
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        super().__init__()
+        self.closure: list[Tensor] = []
+        self.draws: list[tuple[Callable[[Tensor], Tensor], Like]] = []
+        self._graph = fx.Graph()
+        self._inputs: dict[str, list[fx.Node]] = {"leaf": [], "closure": [], "noise": []}
+        self._nodes: Any = WeakTensorKeyDictionary()
+        for leaf in leaves:
+            self._nodes[leaf] = self._input("leaf", leaf)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            raise NotRecordable("it looks at the values of tensors")
+        if func._schema.is_mutable:
+            raise NotRecordable(f"it writes in place ({func})")
+        result = func(*args, **kwargs)
+        if func in _DRAWS:
+            self._nodes[result] = self._input("noise", result)
+            self.draws.append((_DRAWS[func], Like.of(result)))
+            return result
+        arguments = pytree.tree_map(self._node_of, (args, kwargs))
+        node = self._graph.call_function(func, *arguments)
+        if is_random(node):
+            raise NotRecordable(f"it draws random numbers by {func}")
+        self._track(result, node)
+        return result
+
+    def finish(self, outputs: list[Tensor]) -> fx.Graph:
+        """The graph, with these outputs; its inputs are the leaves, the closure and the noise."""
+        self._graph.output(tuple(self._node_of(value) for value in outputs))
+        last, *rest = [node for kind in self._inputs.values() for node in kind]
+        for node in rest:
+            last.append(node)
+            last = node
+        return self._graph
+
+    def _input(self, kind: str, value: Tensor) -> fx.Node:
+        node = self._graph.placeholder(f"{kind}{len(self._inputs[kind])}")
+        node.meta["like"] = Like.of(value)
+        self._inputs[kind].append(node)
+        return node
+
+    def _node_of(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        node = self._nodes.get(value)
+        if node is None:
+            node = self._nodes[value] = self._input("closure", value)
+            self.closure.append(value)
+        return node
+
+    def _track(self, result: Any, node: fx.Node) -> None:
+        if isinstance(result, Tensor):
+            node.meta["like"] = Like.of(result)
+            self._nodes[result] = node
+            return
+        node.meta["like"] = [Like.of(x) if isinstance(x, Tensor) else None for x in result]
+        for index, part in enumerate(result):
+            if isinstance(part, Tensor):
+                self._track(part, self._graph.call_function(operator.getitem, (node, index)))

@@ -1,0 +1,174 @@
+"""A function that is called again and again: plainly, then recorded, then compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dcpc.graphs.compiler import compile_recording
+from dcpc.graphs.recording import NotRecordable, Recording, record
+from dcpc.seeding import random_state_kept
+
+__all__ = ["RECORD_AFTER", "Mode", "Tiered", "are_alike", "compile_seconds", "saved_seconds"]
+
+Mode = Literal["auto"] | bool
+
+RECORD_AFTER = 8
+"""Calls after which a function is recorded if it is not known how many follow."""
+
+WORTH_RECORDING = 100
+"""Calls that make up for recording, which takes the time of some 50."""
+
+SECONDS_PER_OPERATOR = 4e-6
+SECONDS_PER_ELEMENT = 0.6e-9
+SAVED_SHARE = 0.6
+"""Time of a recording by its operators and the elements that they write, and share of it that
+compiled code saves, on the slow side: `experiments.benchmarks.compiled_sweep` measures them."""
+
+COMPILE_SECONDS = 5.0
+COMPILE_SECONDS_PER_OPERATOR = 0.02
+"""Time of compiling for the first time; from Inductor's cache it takes a twentieth."""
+
+SHARE_ALIKE = 0.99
+"""Share of the elements that must agree: rounding may turn a decision to accept."""
+
+
+class Tiered:
+    """A function of two trees of tensors that gets faster where it is called often.
+
+    Where many calls are known to come, it is recorded, and compiled if that pays, before the first
+    one; all results then are those of the recording. Else it is recorded after a few calls, in a
+    way that gives the same numbers to the last bit. Nothing here depends on the clock, nor on what
+    a disk holds: the same seed gives the same result, and a run that goes on elsewhere too.
+
+    Args:
+        function: The function, of trees of the same structure and shapes in every call.
+        mode: True to compile it, `auto` to compile it where that pays.
+
+    Attributes:
+        refusal: Why it runs as it is written; empty if it does not, or not yet.
+        is_compiled: Whether compiled code runs.
+    """
+
+    def __init__(self, function: Callable[[Any, Any], Any], mode: Mode) -> None:
+        self.refusal = ""
+        self.is_compiled = False
+        self._function = function
+        self._mode = mode
+        self._recording: Recording | None = None
+        self._num_calls = 0
+        self._num_recorded = 0
+
+    @property
+    def num_operators(self) -> int:
+        """Number of operators of the recording; 0 if there is none."""
+        return 0 if self._recording is None else self._recording.num_operators
+
+    def __call__(
+        self,
+        settled: Any,
+        moving: Any,
+        leaves: Sequence[Tensor],
+        num_expected: int,
+        say: Callable[[str], None],
+    ) -> Any:
+        """The function's result.
+
+        Args:
+            settled: Its first argument.
+            moving: Its second argument.
+            leaves: Leaves of both.
+            num_expected: Number of calls that are known to come; 0 if that is not known.
+            say: Told what takes long, or what is not done and why.
+        """
+        self._num_calls += 1
+        if self._recording is None and not self.refusal:
+            self._prepare(settled, moving, num_expected, say)
+        recording = self._recording
+        if recording is None:
+            return self._function(settled, moving)
+        self._num_recorded += 1
+        if self._num_recorded == 2:  # on other values than it was recorded with
+            self._check(recording, settled, moving, say)
+        if self.refusal:
+            return self._function(settled, moving)
+        return recording.on_leaves(leaves)
+
+    def _prepare(
+        self, settled: Any, moving: Any, num_expected: int, say: Callable[[str], None]
+    ) -> None:
+        """Records the function where that is worth while, and compiles it where that pays."""
+        is_known = self._mode is True or num_expected >= WORTH_RECORDING
+        if not is_known and (num_expected > 0 or self._num_calls <= RECORD_AFTER):
+            return
+        try:
+            with random_state_kept():
+                recording = record(self._function, settled, moving, is_exact=not is_known)
+        except NotRecordable as error:
+            self._refuse(str(error), say)
+            return
+        if self._mode is True or num_expected * saved_seconds(recording) > compile_seconds(
+            recording
+        ):
+            say("compiling the sweep")
+            try:
+                compile_recording(recording)
+            except Exception as error:
+                self._refuse(f"torch's compiler failed: {_first_line(error)}", say)
+                return
+            self.is_compiled = True
+        self._recording = recording
+
+    def _check(
+        self, recording: Recording, settled: Any, moving: Any, say: Callable[[str], None]
+    ) -> None:
+        """Compares the recording with what was recorded."""
+        with random_state_kept():
+            result = recording(settled, moving)
+        with random_state_kept():
+            expected = self._function(settled, moving)
+        if not are_alike(pytree.tree_leaves(result), pytree.tree_leaves(expected)):
+            self._refuse("its recording does not give the same numbers", say)
+
+    def _refuse(self, reason: str, say: Callable[[str], None]) -> None:
+        self.refusal, self._recording, self.is_compiled = reason, None, False
+        say(f"sweeps are not compiled: {reason}")
+
+
+def saved_seconds(recording: Recording) -> float:
+    """Time that compiled code saves in a call, about."""
+    elements = recording.num_elements
+    time = SECONDS_PER_OPERATOR * recording.num_operators + SECONDS_PER_ELEMENT * elements
+    return SAVED_SHARE * time
+
+
+def compile_seconds(recording: Recording) -> float:
+    """Time that it takes to compile, about, where Inductor has not done so before."""
+    return COMPILE_SECONDS + COMPILE_SECONDS_PER_OPERATOR * recording.num_operators
+
+
+def are_alike(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Whether tensors are equal but for rounding, and decisions that it has turned."""
+    return len(first) == len(second) and all(map(_is_alike, first, second))
+
+
+def _is_alike(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    if not first.is_floating_point():
+        same = first == second
+    else:
+        finite = second[second.isfinite()]
+        size = float(finite.abs().max()) if finite.numel() else 0.0
+        # Far from the posterior, ratios of acceptance are differences of large numbers.
+        tolerance = torch.finfo(first.dtype).eps ** 0.25
+        same = first.isclose(second, rtol=tolerance, atol=tolerance * size, equal_nan=True)
+    return not same.numel() or float(same.double().mean()) >= SHARE_ALIKE
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,172 @@
+"""Sweeps of learning: evaluation, moves and the gradient of the loss as one graph.
+
+Where parameters learn between sweeps, a sweep begins with an evaluation of the particles under the
+new ones, and a loss is taken after it. The three share most of what they compute: the moves begin
+at what was evaluated, and the loss is taken where moves end, which was evaluated too. As one graph
+in stages, nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dcpc.graphs.recording import NotRecordable, record
+from dcpc.graphs.stages import Run, Stages
+from dcpc.graphs.tiers import RECORD_AFTER, are_alike
+from dcpc.seeding import random_state_kept
+
+__all__ = ["EVALUATE", "LOSS", "MOVE", "LearningSweep", "Left", "known_loss"]
+
+Tree = dict[str, Any]
+
+EVALUATE, MOVE, LOSS = range(3)
+"""The stages."""
+
+
+class LearningSweep:
+    """A sweep and the loss after it, recorded once there were several.
+
+    Args:
+        evaluate: Evaluates the particles: a function of settled and moving trees.
+        move: Moves them: a function of these, with what `evaluate` gave among the moving.
+        loss: The loss of particles: a function of a settled tree, latents and weights.
+
+    Attributes:
+        is_refused: Whether it cannot be recorded.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[Tree, Tree], Tree],
+        move: Callable[[Tree, Tree], Tree],
+        loss: Callable[[Tree, Tree, Tensor], Tensor],
+    ) -> None:
+        self.is_refused = False
+        self._evaluate, self._move, self._loss = evaluate, move, loss
+        self._parameters: list[Tensor] = []
+        self._stages: Stages | None = None
+        self._num_calls = 0
+        self._num_recorded = 0
+
+    @property
+    def num_operators(self) -> int:
+        """Number of operators of the recording; 0 if there is none."""
+        return 0 if self._stages is None else self._stages.num_operators
+
+    def start(self, settled: Tree, moving: Tree, *, at_once: bool = False) -> Run | None:
+        """A run of the recording; None as long as there is none.
+
+        Args:
+            settled: What does not differ between particles.
+            moving: What does.
+            at_once: Whether to record now, instead of after a few calls.
+        """
+        self._num_calls += 1
+        if self._stages is None and (at_once or self._num_calls > RECORD_AFTER):
+            self._record(settled, moving)
+        if self._stages is None:
+            return None
+        self._num_recorded += 1
+        if self._num_recorded == 2:  # on other values than it was recorded with
+            self._check(self._stages, settled, moving)
+        return None if self._stages is None else self._stages.start()
+
+    def loss(self, run: Run, leaves: Sequence[Tensor]) -> Tensor:
+        """The loss after the moves of a run, whose gradient is known."""
+        result = run.stage(LOSS, leaves)
+        return known_loss(result["loss"], result["gradients"], self._parameters)
+
+    def _record(self, settled: Tree, moving: Tree) -> None:
+        if self.is_refused:
+            return
+        with torch.enable_grad():
+            loss = self._loss(settled, moving["latents"], moving["weights"])
+        self._parameters = _leaves_of(loss)
+        try:
+            with random_state_kept():
+                recording = record(self._whole, settled, moving, is_exact=True)
+        except NotRecordable:
+            self.is_refused = True
+        else:
+            self._stages = Stages(recording)
+
+    def _whole(self, settled: Tree, moving: Tree) -> tuple[Tree, Tree, Tree]:
+        first = self._evaluate(settled, moving)
+        moved = self._move(settled, moving | first)
+        with torch.enable_grad():
+            loss = self._loss(settled, moved["latents"], moving["weights"])
+            gradients = torch.autograd.grad(loss, self._parameters)
+        return first, moved, {"loss": loss.detach(), "gradients": list(gradients)}
+
+    def _check(self, stages: Stages, settled: Tree, moving: Tree) -> None:
+        """Compares the recording with what was recorded."""
+        leaves = pytree.tree_leaves((settled, moving))
+        run = stages.start()
+        with random_state_kept():
+            results = tuple(run.stage(index, leaves) for index in (EVALUATE, MOVE, LOSS))
+        with random_state_kept(), torch.no_grad():
+            expected = self._whole(settled, moving)
+        if not are_alike(pytree.tree_leaves(results), pytree.tree_leaves(expected)):
+            self.is_refused, self._stages = True, None
+
+
+@dataclass(frozen=True)
+class Left:
+    """What the moves of a sweep leave behind for the loss after them.
+
+    Attributes:
+        sweep: The sweep.
+        run: Its run.
+        settled: What does not differ between particles.
+        moving: What does.
+        latents: The latents after the moves.
+    """
+
+    sweep: LearningSweep
+    run: Run
+    settled: Tree
+    moving: Tree
+    latents: dict[str, Tensor]
+
+    def loss(self, weights: Tensor) -> Tensor:
+        """The loss, given the particles' normalised weights."""
+        leaves = pytree.tree_leaves((self.settled, self.moving | {"weights": weights}))
+        return self.sweep.loss(self.run, leaves)
+
+
+def known_loss(value: Tensor, gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    """A loss whose gradients in leaf tensors are known already."""
+
+    class Known(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *_: Tensor) -> Tensor:
+            return value.clone()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+            return tuple(grad * gradient for gradient in gradients)
+
+    with torch.enable_grad():
+        return Known.apply(*parameters)
+
+
+def _leaves_of(loss: Tensor) -> list[Tensor]:
+    """The leaf tensors that a loss can be differentiated by."""
+    found: dict[int, Tensor] = {}
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        stack.extend(function for function, _ in node.next_functions)
+    return list(found.values())

@@ -1,0 +1,202 @@
+"""Recordings: the numbers of what was recorded, to the last bit, from fewer operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcpc import kernels
+from dcpc.graphs.recording import NotRecordable, Recording, record
+from dcpc.graphs.stages import Stages
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def recorded(function, moving, settled=None, *, is_exact: bool = True) -> Recording:
+    return record(function, {} if settled is None else settled, moving, is_exact=is_exact)
+
+
+def both(function, moving, settled=None):
+    """A function's result and its recording's, from the same random numbers."""
+    recording = recorded(function, moving, settled)
+    torch.manual_seed(1)
+    expected = function({} if settled is None else settled, moving)
+    torch.manual_seed(1)
+    return recording({} if settled is None else settled, moving), expected
+
+
+def score(log_density):
+    """Value and gradient of a log-density of one tensor."""
+
+    def function(settled, moving):
+        with torch.enable_grad():
+            u = moving["u"].detach().requires_grad_()
+            value = log_density(settled, u)
+            (gradient,) = torch.autograd.grad(value.sum(), u)
+        return {"value": value.detach(), "score": gradient}
+
+    return function
+
+
+def normal(loc: Tensor, scale: Tensor | float, u: Tensor) -> Tensor:
+    return torch.distributions.Normal(loc, scale, validate_args=False).log_prob(u).sum(-1)
+
+
+def student(loc: Tensor, u: Tensor) -> Tensor:
+    return -2.0 * torch.log1p(((u - loc) / 1.5).square() / 3.0).sum(-1)
+
+
+LOG_DENSITIES = {
+    "normal": lambda s, u: normal(s["loc"], 2.0, u),
+    "scale": lambda s, u: normal(s["loc"], u[:, :1].exp(), u),
+    "student": lambda s, u: student(s["loc"], u),
+    "poisson": lambda s, u: (u.flip(-1) * s["loc"] - u.exp()).sum(-1),
+    "matrix": lambda s, u: -(u @ s["matrix"]).square().sum(-1),
+    "kernel": lambda s, u: kernels.continuous_bernoulli_log_prob(s["loc"].sigmoid(), u).sum(-1),
+    "stacked": lambda s, u: torch.stack([u.square().sum(-1), u.sin().sum(-1)], -1).sum(-1),
+    "solve": lambda s, u: (
+        -torch.linalg.solve_triangular(
+            s["matrix"].tril().mT + 3 * torch.eye(5), u, upper=True, left=False
+        )
+        .square()
+        .sum(-1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOG_DENSITIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["single", "double"])
+def test_a_recorded_score_is_that_of_autograd_bit_for_bit(name, dtype):
+    torch.manual_seed(0)
+    settled = {"loc": torch.randn(5, dtype=dtype), "matrix": torch.randn(5, 5, dtype=dtype)}
+    torch.set_default_dtype(dtype)
+    moving = {"u": torch.randn(37, 5)}
+    got, expected = both(score(LOG_DENSITIES[name]), moving, settled)
+    assert torch.equal(got["value"], expected["value"])
+    assert torch.equal(got["score"], expected["score"])
+
+
+def test_a_recording_takes_other_values_of_the_same_shapes():
+    function = score(LOG_DENSITIES["scale"])
+    first, second = ({"u": torch.randn(7, 5)} for _ in range(2))
+    settled = {"loc": torch.zeros(5)}
+    recording = recorded(function, first, settled)
+    other = {"loc": torch.ones(5)}
+    expected = function(other, second)
+    assert torch.equal(recording(other, second)["score"], expected["score"])
+
+
+def test_random_numbers_are_those_that_torch_would_draw():
+    def function(settled, moving):
+        noise = torch.randn_like(moving["u"])
+        return noise, torch.rand_like(noise) + noise, torch.randn_like(moving["u"])
+
+    got, expected = both(function, {"u": torch.zeros(20, 3)})
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_changes_in_place_of_tensors_of_the_closure_are_seen():
+    parameter = torch.nn.Parameter(torch.tensor(2.0))
+    recording = recorded(lambda settled, moving: moving["u"] * parameter, {"u": torch.ones(3)})
+    with torch.no_grad():
+        parameter.mul_(3.0)
+    assert torch.equal(recording({}, {"u": torch.ones(3)}), torch.full((3,), 6.0))
+
+
+def test_inputs_that_come_out_again_are_the_same_tensors():
+    moving = {"u": torch.ones(3)}
+    recording = recorded(lambda settled, moving: (moving["u"], moving["u"] + 1), moving)
+    assert recording({}, moving)[0] is moving["u"]
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda settled, moving: moving["u"] if moving["u"].sum() > 0 else -moving["u"], "values"),
+        (lambda settled, moving: moving["u"].clone().add_(1.0), "in place"),
+        (lambda settled, moving: torch.bernoulli(moving["u"]), "random"),
+    ],
+)
+def test_what_a_graph_cannot_do_is_refused_by_name(function, why):
+    with pytest.raises(NotRecordable, match=why):
+        recorded(function, {"u": torch.ones(3)})
+
+
+def test_what_is_constant_over_an_axis_is_computed_once_for_it():
+    def function(settled, moving):
+        spread = settled["scale"].expand(100, 50)
+        return moving["u"] / spread.exp(), spread.exp() + 1.0
+
+    moving, settled = {"u": torch.randn(100, 50)}, {"scale": torch.randn(100, 1)}
+    recording = recorded(function, moving, settled, is_exact=False)
+    sizes = {
+        str(n.target): n.meta["like"].numel
+        for n in recording.graph.nodes
+        if n.op == "call_function"
+    }
+    assert sizes["aten.exp.default"] == 100
+    for got, expected in zip(recording(settled, moving), function(settled, moving), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def count(recording: Recording, name: str) -> int:
+    return sum(name in str(node.target) for node in recording.graph.nodes)
+
+
+def metropolis(settled, moving):
+    """A step whose both ends are evaluated, and an evaluation of where it has led."""
+
+    def evaluate(u: Tensor) -> Tensor:
+        return (u.relu() @ settled["matrix"]).square().sum(-1)
+
+    u = moving["u"]
+    proposal = u + torch.randn_like(u)
+    accepted = torch.rand_like(u[:, 0]).log() < evaluate(proposal) - evaluate(u)
+    u = torch.where(accepted.unsqueeze(-1), proposal, u)
+    return u, evaluate(u)
+
+
+def test_rows_that_were_evaluated_at_both_ends_are_not_evaluated_anew():
+    moving, settled = {"u": torch.randn(30, 4)}, {"matrix": torch.randn(4, 6)}
+    recording = recorded(metropolis, moving, settled)
+    assert count(recording, "mm") == 2
+    got, expected = both(metropolis, moving, settled)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_choices_between_columns_are_no_choices_between_rows():
+    def function(settled, moving):
+        first, second = moving["u"], moving["u"] + 1.0
+        chosen = torch.where(moving["u"][:1] > 0, first, second)
+        return first @ settled["matrix"], second @ settled["matrix"], chosen @ settled["matrix"]
+
+    moving, settled = {"u": torch.randn(6, 6)}, {"matrix": torch.randn(6, 6)}
+    got, expected = both(function, moving, settled)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_choice_that_rows_are_mixed_after_is_made_before():
+    def function(settled, moving):
+        first, second = moving["u"], moving["u"] + 1.0
+        chosen = torch.where(moving["u"][:, :1] > 0, first, second)
+        return first.mT @ first, second.mT @ second, chosen.mT @ chosen, chosen.sum(0)
+
+    got, expected = both(function, {"u": torch.randn(6, 4)})
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_stages_give_what_the_whole_gives_and_compute_nothing_twice():
+    def function(settled, moving):
+        whole = moving["u"].exp()
+        return {"a": whole.sum(0)}, {"b": whole + torch.randn_like(whole)}, {"c": whole.sum(1)}
+
+    moving = {"u": torch.randn(5, 3)}
+    recording = recorded(function, moving)
+    torch.manual_seed(1)
+    expected = function({}, moving)
+    torch.manual_seed(1)
+    run = Stages(recording).start()
+    got = [run.stage(index, [moving["u"]]) for index in range(3)]
+    for one, other in zip(got, expected, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in other)
