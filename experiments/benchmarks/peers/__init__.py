@@ -75,7 +75,7 @@ SAMPLERS = {
         "BlackJAX ChEES",
         "blackjax_chees",
         "sample",
-        "256 vectorised chains, `chees_adaptation` with a diagonal metric, 500 + 100 draws each",
+        "256 vectorised chains, `chees_adaptation` with a diagonal metric, 1000 + 100 draws each",
         (*JAX, "blackjax", "optax"),
     ),
 }

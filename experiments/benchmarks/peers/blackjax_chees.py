@@ -14,7 +14,7 @@ from experiments.benchmarks.peers.jax_density import Position, prepare, timed, t
 from experiments.benchmarks.peers.sampled import SAMPLING, Sampled, Stopwatch, Task
 
 NUM_CHAINS = 256
-NUM_WARMUP = 500
+NUM_WARMUP = 1000
 NUM_SAMPLES = 100
 LEARNING_RATE = 0.02
 INITIAL_STEP_SIZE = 0.1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import time
 import warnings
 from dataclasses import asdict
@@ -57,7 +58,10 @@ def main() -> None:
     parser.add_argument("--references", type=Path, default=FOLDER, help="folder of the references")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-particles", type=int, default=1000, help="particles of dcpc")
+    parser.add_argument("--time-limit", type=int, help="CPU seconds after which it is ended")
     options = parser.parse_args()
+    if options.time_limit:
+        resource.setrlimit(resource.RLIMIT_CPU, (options.time_limit, options.time_limit + 10))
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
