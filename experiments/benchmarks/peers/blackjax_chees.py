@@ -6,11 +6,12 @@ from typing import Any
 
 import blackjax
 import jax
+import numpy as np
 import optax
 from blackjax.adaptation.base import get_filter_adapt_info_fn
 from jax import Array
 
-from experiments.benchmarks.peers.jax_density import Position, prepare, timed, to_numpy
+from experiments.benchmarks.peers.jax_density import Position, prepare, timed
 from experiments.benchmarks.peers.sampled import SAMPLING, Sampled, Stopwatch, Task
 
 NUM_CHAINS = 256
@@ -55,4 +56,4 @@ def sample(task: Task) -> Sampled:
 
         states, parameters = timed(watch, "adaptation", adaptation, adapt, problem.positions)
         draws, num_gradients = timed(watch, SAMPLING, sampling, draw, states, parameters)
-    return Sampled(to_numpy(draws), watch.seconds, int(num_gradients))
+    return Sampled(jax.tree.map(np.asarray, draws), watch.seconds, int(num_gradients))

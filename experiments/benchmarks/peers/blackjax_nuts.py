@@ -7,7 +7,7 @@ from typing import Any
 
 import blackjax
 import jax
-import jax.numpy as jnp
+import numpy as np
 from blackjax.adaptation.base import get_filter_adapt_info_fn
 from jax import Array
 
@@ -15,9 +15,8 @@ from experiments.benchmarks.peers.jax_density import (
     Position,
     Problem,
     compiled,
+    joined,
     prepare,
-    stacked,
-    to_numpy,
     unstacked,
 )
 from experiments.benchmarks.peers.sampled import SAMPLING, Sampled, Stopwatch, Task
@@ -52,8 +51,8 @@ def sample_few(task: Task) -> Sampled:
         run = compiled(watch, partial(chain, problem, NUM_SAMPLES), keys[0], *states[0])
         watch.start(SAMPLING)
         chains = [run(key, *state)[1:] for key, state in zip(keys, states, strict=True)]
-        draws, num_gradients = jax.block_until_ready(stacked(chains))
-    return Sampled(to_numpy(draws), watch.seconds, int(num_gradients.sum()))
+        draws, num_gradients = joined(chains)
+    return Sampled(draws, watch.seconds, int(num_gradients.sum()))
 
 
 def sample_many(task: Task) -> Sampled:
@@ -66,7 +65,7 @@ def sample_many(task: Task) -> Sampled:
     with watch.running("initial values"):
         start, adapt, draw = jax.random.split(jax.random.key(task.seed), 3)
         problem = prepare(task, start, NUM_FEW)
-        adapted = stacked(adapt_few(watch, problem, adapt))
+        adapted = joined(adapt_few(watch, problem, adapt))
         parameters, positions = shared_proposal(adapted[1]), spread_starts(adapted[2])
         begin = jax.vmap(partial(blackjax.nuts.init, logdensity_fn=problem.log_density))
         states = jax.jit(begin)(positions)
@@ -80,10 +79,8 @@ def sample_many(task: Task) -> Sampled:
         for key in keys[1:]:
             states, draws, num_gradients = run(key, states, parameters)
             rounds.append((draws, num_gradients))
-        draws, num_gradients = jax.block_until_ready(
-            jax.tree.map(lambda *values: jnp.concatenate(values, 1), *rounds)
-        )
-    return Sampled(to_numpy(draws), watch.seconds, int(num_gradients.sum()))
+        draws, num_gradients = joined(rounds, axis=1)
+    return Sampled(draws, watch.seconds, int(num_gradients.sum()))
 
 
 def adapt_few(watch: Stopwatch, problem: Problem, key: Array) -> list[Adapted]:
@@ -99,7 +96,7 @@ def adapt_few(watch: Stopwatch, problem: Problem, key: Array) -> list[Adapted]:
 def shared_proposal(parameters: dict[str, Any]) -> dict[str, Any]:
     """One step size and one metric from those of the few chains."""
     return {
-        "step_size": jnp.exp(jnp.log(parameters["step_size"]).mean()),
+        "step_size": np.exp(np.log(parameters["step_size"]).mean()),
         "inverse_mass_matrix": jax.tree.map(
             lambda value: value.mean(0), parameters["inverse_mass_matrix"]
         ),
@@ -108,7 +105,7 @@ def shared_proposal(parameters: dict[str, Any]) -> dict[str, Any]:
 
 def spread_starts(visited: Position) -> Position:
     """Starting points `(NUM_MANY, ...)` among the states that the few chains have visited."""
-    steps = jnp.linspace(NUM_WARMUP // 2, NUM_WARMUP - 1, NUM_MANY // NUM_FEW).astype(int)
+    steps = np.linspace(NUM_WARMUP // 2, NUM_WARMUP - 1, NUM_MANY // NUM_FEW).astype(int)
     return jax.tree.map(lambda value: value[:, steps].reshape(NUM_MANY, *value.shape[2:]), visited)
 
 

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from numpyro.infer.util import initialize_model
@@ -79,15 +78,15 @@ def timed(watch: Stopwatch, stage: str, function: Callable[..., Any], *args: Any
 
 def unstacked(values: Any) -> list[Any]:
     """One tree per chain, of arrays `(chains, ...)`."""
-    count = len(jax.tree.leaves(values)[0])
-    return [jax.tree.map(lambda value, i=i: value[i], values) for i in range(count)]
+    arrays = jax.tree.map(np.asarray, values)
+    count = len(jax.tree.leaves(arrays)[0])
+    return [jax.tree.map(lambda value, i=i: value[i], arrays) for i in range(count)]
 
 
-def stacked(chains: Sequence[Any]) -> Any:
-    """Arrays `(chains, ...)` of one tree per chain."""
-    return jax.tree.map(lambda *values: jnp.stack(values), *chains)
+def joined(trees: Sequence[Any], axis: int | None = None) -> Any:
+    """Arrays of several trees end to end along an axis, or along a new first one.
 
-
-def to_numpy(draws: dict[str, Array]) -> dict[str, np.ndarray]:
-    """Draws by site, for the scores."""
-    return {name: np.asarray(value) for name, value in draws.items()}
+    NumPy's: every shape that JAX joins it compiles for.
+    """
+    join = np.stack if axis is None else partial(np.concatenate, axis=axis)
+    return jax.tree.map(lambda *values: join([np.asarray(value) for value in values]), *trees)

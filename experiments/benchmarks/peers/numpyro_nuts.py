@@ -12,9 +12,8 @@ from numpyro.infer import NUTS
 from experiments.benchmarks.peers.jax_density import (
     Position,
     compiled,
+    joined,
     prepare,
-    stacked,
-    to_numpy,
     unstacked,
 )
 from experiments.benchmarks.peers.sampled import SAMPLING, Sampled, Stopwatch, Task
@@ -53,8 +52,8 @@ def sample(task: Task) -> Sampled:
         for _ in range(NUM_WARMUP // NUM_SAMPLES):
             chains = jax.block_until_ready([run(chain)[0] for chain in chains])
         watch.start(SAMPLING)
-        draws, num_steps = jax.block_until_ready(stacked([run(chain)[1] for chain in chains]))
-    return Sampled(to_numpy(draws), watch.seconds, int(num_steps.sum()))
+        draws, num_steps = joined([run(chain)[1] for chain in chains])
+    return Sampled(draws, watch.seconds, int(num_steps.sum()))
 
 
 def begin_chain(kernel: NUTS, key: Array, position: Position) -> Any:
