@@ -57,7 +57,8 @@ of {LARGEST_ERROR} or more, a ratio outside of {SD_RATIOS}, or an R-hat of {LARG
   out. Set-up is all else before the draws that are kept: capture, compilation, annealing, warm-up.
 - The bulk ESS is ArviZ's, of `(chains, draws)`; the particles of DCPC are chains. It is biased
   where many chains are short, by .7 to 1.3 times (`peers/scores.py`). For more than 16 chains the
-  ESS by the spread of the chains' means stands beside it, which has no bias.
+  ESS by the spread of the chains' means stands beside it, which has no bias where chains are
+  independent. DCPC's own estimate allows for particles that descend from the same one.
 - R-hat is rank-normalised and split; of more than 16 chains it is that of four superchains
   (`dcpc.draws.r_hat`).
 - CPU seconds to {TARGET:,} effective draws are the set-up and the sampling that these take.
@@ -87,8 +88,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="only compare the ESS of eight schools with the spread over seeds, by default of "
-        "dcpc and blackjax",
+        help="only compare the ESS with the spread over seeds, by default on eight schools of dcpc "
+        "and blackjax",
     )
     parser.add_argument("--check-seeds", type=int, default=24, help="number of these seeds")
     parser.add_argument(
@@ -178,9 +179,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.check:
         from experiments.benchmarks.peers.ess_check import check_ess
 
-        task = task_of(CHEAP, known[CHEAP], num_particles=options.num_particles)
         samplers = installed(options.samplers or ["dcpc", "blackjax"])
-        print(check_ess(samplers, task, known[CHEAP], options.check_seeds))
+        for name in options.names if options.models != [""] else [CHEAP]:
+            task = task_of(name, known[name], num_particles=options.num_particles)
+            print(f"{name}:\n\n{check_ess(samplers, task, options.check_seeds)}")
         return
     if options.check_models:
         from experiments.benchmarks.peers.model_check import check_model

@@ -31,6 +31,7 @@ def row(sampler: str, **changes: object) -> dict:
         "r_hat": 1.001,
         "ess": 1000.0,
         "ess_by_chains": None,
+        "own_ess": 900.0,
         "worst": "tau",
         "set_up": 6.0,
         "sampling": 2.0,
@@ -87,6 +88,7 @@ def test_labels_of_elements_are_stan_s() -> None:
     labelled = by_label(draws)
     assert list(labelled) == ["mu", "beta[1]", "beta[2]"]
     assert labelled["beta[2]"][1, 0] == 7.0
+    assert by_label({"beta": np.array([1.0, 2.0])}, axes=0) == {"beta[1]": 1.0, "beta[2]": 2.0}
 
 
 def test_scores_are_those_of_the_worst_quantity() -> None:
@@ -118,7 +120,7 @@ def test_the_spread_of_chains_tells_their_ess_however_short_they_are(correlation
 def test_a_row_has_its_rates_and_is_bold_where_it_disagrees() -> None:
     titles = cells(row("dcpc"))
     assert titles[1] == "DCPC"
-    assert titles[7:] == ("6", "2", "125", "500", "14", "2")
+    assert titles[7:] == ("900", "6", "2", "125", "500", "14", "2")
     assert seconds_to_target(row("dcpc")) == 14.0
     for wrong in ({"mean_error": 0.2}, {"sd_ratios": [0.7, 1.0]}, {"r_hat": 1.1}):
         assert not agrees(row("dcpc", **wrong))
@@ -149,6 +151,7 @@ def test_the_stages_of_a_default_run_are_measured() -> None:
     assert [stage for stage in sampled.seconds if stage != "imports"] == stages
     assert sampled.draws["z"].shape[0] == 16
     assert sampled.num_gradients == 16 * 500
+    assert sampled.own_ess["z"] > 16
     assert abs(sampled.draws["z"].mean() - 0.5) < 0.2
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from experiments.benchmarks.peers import SAMPLERS, Sampled, Task
-from experiments.benchmarks.peers.scores import score
+from experiments.benchmarks.peers.scores import by_label, score
 from tests.posteriordb import CASES, FOLDER, HARD, references
 
 PYRO_MODELS = {case.name: case.model for case in (*CASES, *HARD)}
@@ -36,6 +36,7 @@ def measure(sampler: str, task: Task, reference: dict[str, Any]) -> dict[str, An
     sampled: Sampled = sample(task)
     wall = time.perf_counter() - began
     set_up, rest = sampled.cost
+    own = by_label(sampled.own_ess, axes=0)
     return {
         "sampler": sampler,
         "model": task.name,
@@ -44,6 +45,7 @@ def measure(sampler: str, task: Task, reference: dict[str, Any]) -> dict[str, An
         "sampling": rest,
         "stages": dict(sampled.seconds),
         "wall": wall,
+        "own_ess": min(float(own[name]) for name in task.quantities) if own else None,
         "num_gradients": sampled.num_gradients,
         "warning": sampled.warning,
     }

@@ -53,6 +53,7 @@ def sample(task: Task) -> Sampled:
         watch.seconds,
         num_sweeps * task.num_particles * engine.parts.move.num_scores,
         " ".join(posterior.warnings),
+        {name: about["ess_bulk"].numpy() for name, about in posterior.statistics().items()},
     )
 
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
-from experiments.benchmarks.peers import SAMPLERS, Task
+from experiments.benchmarks.peers import SAMPLERS, Sampled, Task
 from experiments.benchmarks.peers.scores import MANY, bulk_ess, by_label, ess_by_chains
 
-ESTIMATORS = {"ArviZ's bulk ESS": bulk_ess, "ESS by chains' means": ess_by_chains}
-
-HEADER = ("sampler", "estimator", "variance over seeds / expected, mean of quantities", "range")
+HEADER = ("sampler", "estimator", "variance over seeds / sd^2 / ESS: mean of quantities", "range")
 
 
-def check_ess(
-    samplers: Sequence[str], task: Task, reference: Mapping[str, Any], num_seeds: int
-) -> str:
+def check_ess(samplers: Sequence[str], task: Task, num_seeds: int) -> str:
     """Ratios of the variance of the posterior mean over seeds to `sd^2 / ESS`, as a table.
 
     Above one the ESS is too large, below too small. Of n seeds a quantity's ratio is known to
@@ -27,23 +23,32 @@ def check_ess(
     """
     lines = []
     for sampler in samplers:
+        title = SAMPLERS[sampler].title
         sample = SAMPLERS[sampler].load()
-        runs = []
+        means, expected = [], defaultdict(list)
         for seed in range(num_seeds):
-            draws = by_label(sample(replace(task, seed=seed)).draws)
-            runs.append([draws[name] for name in reference["mean"]])
-            print(f"{SAMPLERS[sampler].title}: seed {seed} of {num_seeds}", flush=True)
-        for title, estimate in ESTIMATORS.items():
-            if estimate is ess_by_chains and len(runs[0][0]) <= MANY:
-                continue
-            ratios = variance_ratios(runs, estimate)
+            sampled = sample(replace(task, seed=seed))
+            labelled = by_label(sampled.draws)
+            draws = [labelled[name] for name in task.quantities]
+            means.append([values.mean() for values in draws])
+            for name, estimates in estimated(sampled, task, draws).items():
+                variances = [values.var() for values in draws]
+                expected[name].append(np.divide(variances, estimates))
+            print(f"{title}: seed {seed} of {num_seeds}", flush=True)
+        variance = np.var(means, 0, ddof=1)
+        for name, variances in expected.items():
+            ratios = variance / np.mean(variances, 0)
             span = f"{ratios.min():.2f} to {ratios.max():.2f}"
-            lines.append((SAMPLERS[sampler].title, title, f"{ratios.mean():.2f}", span))
+            lines.append((title, name, f"{ratios.mean():.2f}", span))
     return tabulate(lines, HEADER, "github", disable_numparse=True)
 
 
-def variance_ratios(runs: Sequence[Sequence[np.ndarray]], estimate: Any) -> np.ndarray:
-    """The ratio of every quantity, from draws `(chains, draws)` by run and quantity."""
-    mean = np.array([[values.mean() for values in run] for run in runs])
-    expected = np.array([[values.var() / estimate(values) for values in run] for run in runs])
-    return mean.var(0, ddof=1) / expected.mean(0)
+def estimated(sampled: Sampled, task: Task, draws: Sequence[np.ndarray]) -> dict[str, list[float]]:
+    """ESS of every quantity by estimator; those that do not apply are left out."""
+    result = {"ArviZ": [bulk_ess(values) for values in draws]}
+    if len(draws[0]) > MANY:
+        result["chains' means"] = [ess_by_chains(values) for values in draws]
+    if sampled.own_ess:
+        own = by_label(sampled.own_ess, axes=0)
+        result["DCPC itself"] = [float(own[name]) for name in task.quantities]
+    return result

@@ -6,7 +6,7 @@ import builtins
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -107,12 +107,14 @@ class Sampled:
         num_gradients: Gradients of the log-density that the stage `sampling` took, each for one
             chain; None where they were not counted.
         warning: What the sampler itself says is wrong.
+        own_ess: Bulk ESS by site, `(*batch, *event)`, as the sampler itself estimates it.
     """
 
     draws: Mapping[str, np.ndarray]
     seconds: Mapping[str, float]
     num_gradients: int | None = None
     warning: str = ""
+    own_ess: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def cost(self) -> tuple[float, float]:

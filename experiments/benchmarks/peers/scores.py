@@ -38,15 +38,20 @@ class Score:
     worst: str
 
 
-def by_label(draws: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Draws `(chains, draws)` by Stan's names: `beta[1]` and so on."""
+def by_label(draws: Mapping[str, np.ndarray], axes: int = 2) -> dict[str, np.ndarray]:
+    """Draws `(chains, draws)` by Stan's names, `beta[1]` and so on.
+
+    Args:
+        draws: By site, `(chains, draws, *batch, *event)`.
+        axes: Number of axes to keep, of other arrays than draws.
+    """
     result = {}
     for name, values in draws.items():
-        if values.ndim == 2:
+        if values.ndim == axes:
             result[name] = values
         else:
-            flat = values.reshape(*values.shape[:2], -1)
-            result |= {f"{name}[{i + 1}]": flat[:, :, i] for i in range(flat.shape[2])}
+            flat = values.reshape(*values.shape[:axes], -1)
+            result |= {f"{name}[{i + 1}]": flat[..., i] for i in range(flat.shape[-1])}
     return result
 
 
