@@ -40,6 +40,17 @@ PRIVATE = {
     "torch._C._AutoDispatchBelowAutograd": "As for enable_single_level_autograd_function.",
     "torch._C._after_autograd_keyset": "As for enable_single_level_autograd_function.",
     "torch._C._is_fwd_grad_enabled": "As for enable_single_level_autograd_function.",
+    "torch._inductor.compile_fx.compile_fx_inner": (
+        "Compiles a graph (graphs/compiler.py): torch.compile takes the same module, and more "
+        "time; where compiling fails, sweeps run as they are written."
+    ),
+    "torch._inductor.config": "As for compile_fx_inner.",
+    "torch._inductor.decomposition.select_decomp_table": "As for compile_fx_inner.",
+    "torch._inductor.cpu_vec_isa.valid_vec_isa_list": (
+        "Width of the vectors in compiled code: leave it out; eight schools takes longer then."
+    ),
+    "torch._guards.TracingContext": "As for compile_fx_inner.",
+    "torch._guards.tracing": "As for compile_fx_inner.",
 }
 
 
