@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dcpc.annealing import Annealed
-from dcpc.approach import approach
+from dcpc.approach import anneal_with_evidence, approach
 from dcpc.conquer import Move, Preconditioner
 from dcpc.convergence import ConvergenceWarning, format_problems
 from dcpc.divide import Arguments, Division, Unit
@@ -387,10 +387,11 @@ class DCPC:
         progress: bool = False,
         **kwargs: Any,
     ) -> Annealed:
-        """Evidence of the arguments by annealing from the prior, and particles at the posterior.
+        """Evidence of the arguments by annealing, and particles at the posterior.
 
         A pilot adapts the proposals (and chooses the temperatures, unless their number is given);
-        the second run, with everything fixed, is the estimate. An adaptive ladder repeats the
+        the second run, with everything fixed, is the estimate. It starts from where `run` does,
+        from the prior where the number of temperatures is given. An adaptive ladder repeats the
         sweeps at each temperature until the particles have decorrelated; with `num_temperatures`
         there is one sweep per temperature. The standard error is infinite where too few of the
         initial particles have descendants to tell.
@@ -412,7 +413,7 @@ class DCPC:
             self._runner.expecting(0, bar.say),
         ):
             problem = self._problem(args, kwargs, thorough=True)
-            return problem.anneal(num_temperatures, conditional_ess=conditional_ess, bar=bar)
+            return anneal_with_evidence(problem, num_temperatures, conditional_ess, bar)
 
     def get_samples(self) -> Samples:
         """Equally weighted constrained samples of the last run, `(K, *batch, *event)`."""

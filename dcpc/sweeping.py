@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dcpc.approach.joint import joint_problem
 from dcpc.continuation import Continuation
 from dcpc.errors import DataError, OptionError
 from dcpc.interruption import Interruption
@@ -66,14 +67,12 @@ def continuation_of(posterior: Posterior) -> Continuation:
 
 def with_blocks_of(problem: Problem, posterior: Posterior) -> Problem:
     """The problem with the blocks that a run has found by itself."""
-    units: dict[str, list[str]] = {}
-    for name, unit in posterior.unit_of.items():
-        units.setdefault(unit, []).append(name)
-    blocks = [members for members in units.values() if len(members) > 1]
-    if not blocks:
+    found = set(posterior.unit_of.values())
+    if found == {unit.name for unit in problem.division.units}:
         return problem
-    whole = set(blocks[0]) == set(problem.division.latents)
-    return problem.arranged(blocks, problem.algorithm.joint if whole else None)
+    joint = joint_problem(problem)
+    assert joint is not None
+    return joint
 
 
 def check_continuation(problem: Problem, state: SweepState, continuation: Continuation) -> None:

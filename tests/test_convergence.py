@@ -105,7 +105,7 @@ def ridge(y):
 
 
 def test_a_ridge_names_the_block_that_mends_it():
-    posterior = run(ridge, torch.tensor(0.5), num_particles=400, num_sweeps=200)
+    posterior = run(ridge, torch.tensor(0.5), num_particles=400, num_sweeps=200, blocks=())
     slow = next(m for m in posterior.warnings if m.startswith("bulk ESS"))
     assert "'a'" in slow
     assert "'c'" not in slow
@@ -136,7 +136,8 @@ def test_resampled_particles_that_hardly_move_are_flagged():
             pyro.sample("y", dist.Normal(a + b, 0.1), obs=y)
 
     y = torch.tensor([1.0, 2.0, 0.5, -0.3, 1.7, 0.9])
-    posterior = run(model, y, num_particles=400, algorithm="dcpc-smc", num_sweeps=100)
+    options = {"algorithm": "dcpc-smc", "blocks": ()}
+    posterior = run(model, y, num_particles=400, num_sweeps=100, **options)
     assert any("a lineage has taken no more than" in message for message in posterior.warnings)
 
 
@@ -217,12 +218,13 @@ def test_a_density_that_is_nan_names_the_site():
 
 def test_an_evidence_without_an_error_is_flagged(monkeypatch):
     chain = gaussian_chain()
-    anneal = Problem.anneal_twice
+    anneal = Problem.anneal_once
 
-    def few_families(self, *args):
-        return replace(anneal(self, *args), log_evidence_se=torch.tensor(float("inf")))
+    def few_families(self, *args, **options):
+        annealed = anneal(self, *args, **options)
+        return replace(annealed, log_evidence_se=torch.tensor(float("inf")))
 
-    monkeypatch.setattr(Problem, "anneal_twice", few_families)
+    monkeypatch.setattr(Problem, "anneal_once", few_families)
     posterior = run(chain.model, *chain.args, num_particles=1000, num_sweeps=100)
     (message,) = posterior.warnings
     assert "evidence estimate is not reliable" in message

@@ -180,5 +180,5 @@ def test_every_command_of_the_readme_is_covered_here() -> None:
     assert {notebook for notebook in re.findall(r"\((notebooks/\w+\.ipynb)\)", README)} == {
         f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")
     }
-    assert len(BENCHMARKS) == 4
+    assert len(BENCHMARKS) == 5
     assert set(c for c in table_commands() if c.startswith("dcpc ")) <= set(commands())

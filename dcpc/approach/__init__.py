@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dcpc.annealing import Annealed, importance_evidence
 from dcpc.approach.blocks import are_correlated
-from dcpc.approach.joint import joint_problem, send_pilots
+from dcpc.approach.joint import follow, joint_problem, send_pilots
 from dcpc.divide import Density
 from dcpc.posterior import Evidence
 from dcpc.problem import Problem
@@ -91,6 +91,29 @@ def approach(
     return replace(arrival, state=state, families=descended(arrival.families, ancestors))
 
 
+def anneal_with_evidence(
+    problem: Problem, num_temperatures: int | None, conditional_ess: float, bar: ProgressBar
+) -> Annealed:
+    """Evidence by annealing: from the reference of pilots where there is one, else from the prior.
+
+    Args:
+        problem: A model bound to its data.
+        num_temperatures: Length of a fixed ladder from the prior; None to adapt it.
+        conditional_ess: Conditional ESS that each step of an adaptive ladder keeps, over K.
+        bar: Where progress is shown.
+
+    Raises:
+        EvidenceError: The correction is not exact, or a prior is improper.
+    """
+    joint = None
+    if num_temperatures is None and not problem.evidence_refusal():
+        joint = joint_problem(problem)
+    if joint is None:
+        return problem.anneal(num_temperatures, conditional_ess=conditional_ess, bar=bar)
+    annealed = follow(joint, send_pilots(joint, conditional_ess, bar), conditional_ess, bar)
+    return replace(annealed, state=replace(annealed.state, adaptation={}))
+
+
 def _from_guide(problem: Problem, refusal: str) -> Arrival:
     """Particles from the guide, with the weights that make them the posterior's."""
     state = retarget(problem.density, problem.init())
@@ -121,12 +144,7 @@ def _from_pilots(
 ) -> Arrival:
     """Particles annealed from a reference that pilots have fitted, all latents at once."""
     pilot = send_pilots(joint, conditional_ess, bar)
-    annealed = pilot.annealed
-    if not refusal:
-        start = joint.density.starting_from(pilot.reference)
-        annealed = joint.anneal_once(
-            start, "annealing", conditional_ess, bar, annealed.ladder, adapt=False
-        )
+    annealed = pilot.annealed if refusal else follow(joint, pilot, conditional_ess, bar)
     if finds_blocks and are_correlated(joint, pilot.annealed.state):
         return _arrival(annealed, joint, refusal)
     state = replace(annealed.state, adaptation={})

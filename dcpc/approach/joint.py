@@ -109,6 +109,14 @@ def send_pilots(problem: Problem, conditional_ess: float, bar: ProgressBar) -> P
     return last
 
 
+def follow(problem: Problem, pilot: Pilot, conditional_ess: float, bar: ProgressBar) -> Annealed:
+    """Fresh draws of a pilot's reference on its way, with nothing that adapts."""
+    start = problem.density.starting_from(pilot.reference)
+    return problem.anneal_once(
+        start, "annealing", conditional_ess, bar, pilot.annealed.ladder, adapt=False
+    )
+
+
 def _send(
     problem: Problem,
     reference: JointReference,
@@ -150,4 +158,4 @@ def _finds_more(first: Annealed, other: Annealed) -> bool:
     return bool((low > high).any())
 
 
-__all__ = ["Pilot", "joint_problem", "send_pilots"]
+__all__ = ["Pilot", "follow", "joint_problem", "send_pilots"]
