@@ -15,6 +15,7 @@ from experiments.benchmarks import samplers
 from experiments.benchmarks.peers import SAMPLERS, Sampled, Sampler, Task
 from experiments.benchmarks.peers.cell import PYRO_MODELS, task_of
 from experiments.benchmarks.peers.dcpc_default import sample
+from experiments.benchmarks.peers.pyro_nuts import deterministic_sites
 from experiments.benchmarks.peers.sampled import Stopwatch
 from experiments.benchmarks.peers.scores import by_label, ess_by_chains, score
 from experiments.benchmarks.peers.table import agrees, cells, ratio_table, seconds_to_target
@@ -153,6 +154,20 @@ def test_the_stages_of_a_default_run_are_measured() -> None:
     assert sampled.num_gradients == 16 * 500
     assert sampled.own_ess["z"] > 16
     assert abs(sampled.draws["z"].mean() - 0.5) < 0.2
+
+
+def test_deterministic_sites_keep_their_shapes() -> None:
+    def model(data: dict) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.deterministic("twice", 2 * z)
+        with pyro.plate("n", 3):
+            pyro.deterministic("shifted", z + torch.arange(3.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(3))
+
+    draws = {"z": torch.randn(2, 4)}
+    found = deterministic_sites(Task("toy", model, {}, ("z", "twice", "shifted[1]")), draws)
+    assert torch.equal(found["twice"], 2 * draws["z"])
+    assert torch.equal(found["shifted"], draws["z"][..., None] + torch.arange(3.0))
 
 
 @pytest.mark.slow

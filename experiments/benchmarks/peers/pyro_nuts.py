@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
 import pyro
 import torch
-from pyro.infer import MCMC, NUTS, Predictive
+from pyro import poutine
+from pyro.infer import MCMC, NUTS
 from pyro.infer.mcmc import nuts
 from torch import Tensor
 from torch.distributions import biject_to
@@ -78,7 +80,11 @@ def deterministic_sites(task: Task, samples: dict[str, Tensor]) -> dict[str, Ten
     names = sorted(task.sites() - samples.keys())
     if not names:
         return {}
-    flat = {name: value.flatten(0, 1) for name, value in samples.items()}
-    values = Predictive(task.model, posterior_samples=flat, return_sites=names)(task.data)
     shape = next(iter(samples.values())).shape[:2]
-    return {name: value.detach().unflatten(0, shape) for name, value in values.items()}
+    values: dict[str, list[Tensor]] = {name: [] for name in names}
+    for index in product(*map(range, shape)):
+        draw = {name: value[index] for name, value in samples.items()}
+        trace = poutine.trace(poutine.condition(task.model, draw)).get_trace(task.data)
+        for name in names:
+            values[name].append(trace.nodes[name]["value"].detach())
+    return {name: torch.stack(found).unflatten(0, shape) for name, found in values.items()}
