@@ -28,6 +28,7 @@ from dcpc.conquer import Langevin
 from dcpc.divide import Reference
 from dcpc.errors import EvidenceError, OptionError
 from dcpc.recombine import LogWeights
+from dcpc.seeding import seeded
 from dcpc.sweep import SweepState, sweep
 
 CELLS = 3000
@@ -317,8 +318,10 @@ def many_latents(size):
 
 
 def anneal_many_latents(size, num_particles, seed) -> tuple[Annealed, float]:
+    """An adaptive ladder from the prior, and the error of its log-evidence."""
     model, x, log_evidence = many_latents(size)
-    annealed = DCPC(model, num_particles=num_particles).anneal(x, seed=seed)
+    with seeded(seed):
+        annealed = DCPC(model, num_particles=num_particles).bind(x).anneal()
     return annealed, float(annealed.log_evidence) - log_evidence
 
 
