@@ -18,7 +18,13 @@ from experiments.benchmarks.peers.dcpc_default import sample
 from experiments.benchmarks.peers.pyro_nuts import deterministic_sites
 from experiments.benchmarks.peers.sampled import Stopwatch
 from experiments.benchmarks.peers.scores import by_label, ess_by_chains, score
-from experiments.benchmarks.peers.table import agrees, cells, ratio_table, seconds_to_target
+from experiments.benchmarks.peers.table import (
+    agrees,
+    cells,
+    counted_ess,
+    ratio_table,
+    seconds_to_target,
+)
 from tests.posteriordb import FILES, FOLDER, references
 
 
@@ -126,6 +132,16 @@ def test_a_row_has_its_rates_and_is_bold_where_it_disagrees() -> None:
     for wrong in ({"mean_error": 0.2}, {"sd_ratios": [0.7, 1.0]}, {"r_hat": 1.1}):
         assert not agrees(row("dcpc", **wrong))
         assert cells(row("dcpc", **wrong))[1] == "**DCPC**"
+
+
+@pytest.mark.parametrize(
+    ("by_chains", "own", "expected"),
+    [(None, None, 1000.0), (800.0, None, 800.0), (800.0, 900.0, 800.0), (800.0, 200.0, 200.0)],
+)
+def test_rates_are_of_the_ess_that_is_not_biased(by_chains, own, expected) -> None:
+    many = row("dcpc", ess_by_chains=by_chains, own_ess=own)
+    assert counted_ess(many) == expected
+    assert seconds_to_target(many) == 6.0 + 2.0 * 4000 / expected
 
 
 def test_ratios_are_of_models_where_both_agree() -> None:

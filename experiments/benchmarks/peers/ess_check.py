@@ -12,7 +12,12 @@ from tabulate import tabulate
 from experiments.benchmarks.peers import SAMPLERS, Sampled, Task
 from experiments.benchmarks.peers.scores import MANY, bulk_ess, by_label, ess_by_chains
 
-HEADER = ("sampler", "estimator", "variance over seeds / sd^2 / ESS: mean of quantities", "range")
+HEADER = (
+    "sampler",
+    "estimator",
+    "variance of the mean over seeds, over sd^2 / ESS: mean of the quantities",
+    "range",
+)
 
 
 def check_ess(samplers: Sequence[str], task: Task, num_seeds: int) -> str:
@@ -34,12 +39,12 @@ def check_ess(samplers: Sequence[str], task: Task, num_seeds: int) -> str:
             for name, estimates in estimated(sampled, task, draws).items():
                 variances = [values.var() for values in draws]
                 expected[name].append(np.divide(variances, estimates))
-            print(f"{title}: seed {seed} of {num_seeds}", flush=True)
         variance = np.var(means, 0, ddof=1)
         for name, variances in expected.items():
             ratios = variance / np.mean(variances, 0)
             span = f"{ratios.min():.2f} to {ratios.max():.2f}"
             lines.append((title, name, f"{ratios.mean():.2f}", span))
+            print(*lines[-1], sep=" | ", flush=True)
     return tabulate(lines, HEADER, "github", disable_numparse=True)
 
 
