@@ -11,13 +11,12 @@ few evaluations, and steps can be Newton's, with the absolute values of the curv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dcpc.divide import Density
+from dcpc.divide import Conditional, Density
 from dcpc.divide.joint_reference import StudentMixture
 from dcpc.recombine import zero_density
 
@@ -68,7 +67,7 @@ class Paths:
 
     Args:
         density: The density; its division has one unit.
-        num_particles: Values that are evaluated at once.
+        num_particles: K; there are about as many draws and steps at once.
     """
 
     def __init__(self, density: Density, num_particles: int) -> None:
@@ -113,34 +112,23 @@ class Paths:
 
     def log_density(self, value: Tensor) -> Tensor:
         """Log-densities `(m, *plates)` of any number of values `(m, *plates, d)`."""
-        (log_density,) = self._by_batch(self._log_density, value)
-        return log_density
+        conditional, filled = self._conditional(value)
+        return zero_density(conditional.log_density(filled)[: len(value), ..., 0])[0]
 
     def _evaluate(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Log-densities and scores of any number of values."""
-        log_density, score = self._by_batch(self._scored, value)
-        return log_density, score
+        conditional, filled = self._conditional(value)
+        scored = conditional.evaluate(filled)
+        log_density = zero_density(scored.log_density[: len(value), ..., 0])[0]
+        return log_density, scored.score[: len(value), ..., 0, :]
 
-    def _log_density(self, value: Tensor) -> tuple[Tensor]:
-        conditional = self._density.conditional(self._group, self._unpacked(value))
-        return (zero_density(conditional.log_density(value.unsqueeze(-2)).squeeze(-1))[0],)
-
-    def _scored(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        conditional = self._density.conditional(self._group, self._unpacked(value))
-        scored = conditional.evaluate(value.unsqueeze(-2))
-        return zero_density(scored.log_density.squeeze(-1))[0], scored.score.squeeze(-2)
-
-    def _unpacked(self, value: Tensor) -> dict[str, Tensor]:
-        return self._group.unpack(value.unsqueeze(-2))
-
-    def _by_batch(
-        self, function: Callable[[Tensor], tuple[Tensor, ...]], value: Tensor
-    ) -> list[Tensor]:
-        """A function of exactly K values, of any number of them; the last one fills up."""
-        size, count = self._num_particles, len(value)
-        padded = torch.cat([value, value[-1:].expand(-count % size, *value.shape[1:])])
-        results = [function(batch) for batch in padded.split(size)]
-        return [torch.cat(parts)[:count] for parts in zip(*results, strict=True)]
+    def _conditional(self, value: Tensor) -> tuple[Conditional, Tensor]:
+        """The unit's conditional and its packed values, as many as a program takes at least."""
+        missing = self._density.division.program.num_particles - len(value)
+        if missing > 0:
+            value = torch.cat([value, value[-1:].expand(missing, *value.shape[1:])])
+        packed = value.unsqueeze(-2)
+        return self._density.conditional(self._group, self._group.unpack(packed)), packed
 
     def _curvature(self, value: Tensor, step: Tensor) -> Tensor:
         """Minus the second derivatives `(S, *plates, d, d)`, by central differences of scores."""

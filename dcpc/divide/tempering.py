@@ -62,7 +62,7 @@ class Tempering:
         return self.joint is not None and not is_posterior
 
     def bridge(self, log_reference: Tensor) -> Tensor:
-        """What a joint reference's log-density contributes."""
+        """Share of a joint reference in the log-density, `(1 - beta) log r(u)`."""
         return (1.0 - self.temperature) * log_reference
 
     def weigh(self, factors: Factors, latents: Latents, sites: Mapping[str, Site]) -> Factors:

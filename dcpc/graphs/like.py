@@ -1,4 +1,4 @@
-"""What a tensor is, but for its values."""
+"""Shapes, memory layouts, types and devices of the tensors in a graph."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from dcpc.divide import Density, Division, ScoredDensity, UnitGroup
 from dcpc.divide.program import GraphProgram
 from dcpc.divide.tempering import Reference, Tempering
+from dcpc.graphs.learning import EVALUATE, MOVE, LearningSweep, Left
 from dcpc.graphs.tiers import Mode, Tiered
-from dcpc.graphs.visits import EVALUATE, MOVE, LearningSweep, Left
 from dcpc.parts import Adaptation, Parts
 from dcpc.recombine import LogWeights
 from dcpc.sweep import Adapting, Runner, SweepInfo, SweepState, move_units
@@ -188,7 +188,7 @@ class RecordedRunner(Runner):
         evaluations: Mapping[str, ScoredDensity],
         how: Adapting,
     ) -> tuple[Tree, Tree]:
-        """What the moves depend on: what does not differ between particles, and what does."""
+        """Inputs of the moves: those that all particles share, and those of each particle."""
         adaptation = {
             name: (learned.preconditioner, _in_use(learned.step_size, how))
             for name, learned in state.adaptation.items()
@@ -204,7 +204,7 @@ class RecordedRunner(Runner):
         }
 
     def _settled(self, density: Density, state: SweepState) -> Tree:
-        """What the density of particles depends on besides them."""
+        """Inputs of the density that all particles share: data, temperature, references."""
         tempering = density.tempering
         return {
             "tensors": [value.contiguous() for value in density.tensors],
@@ -237,7 +237,7 @@ class RecordedRunner(Runner):
         return result
 
     def _of(self, density: Density) -> dict[Any, Any]:
-        """What was recorded of a division, by a key; it is kept as long as the division."""
+        """Recordings of sweeps on a division, which live as long as it."""
         self._divisions.add(density.division)
         return density.division.recordings
 
@@ -314,7 +314,7 @@ def _of_density(
 
 
 def _given(settled: Tree, moving: Tree) -> Tree:
-    """What an evaluation gave that was made before."""
+    """The result of an evaluation that was made before."""
     return {"evaluations": moving["evaluations"], "log_joint": moving["log_joint"]}
 
 
@@ -383,7 +383,7 @@ def _scored(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, ScoredDensi
 
 
 def _moving(state: SweepState) -> Tree:
-    """What differs between particles, as contiguous tensors."""
+    """Inputs of each particle, as contiguous tensors."""
     latents = state.latents
     if not all(u.is_contiguous() for u in latents.values()):
         latents = {name: u.contiguous() for name, u in latents.items()}
@@ -417,7 +417,7 @@ def _in_use(step_size: Mapping[str, Tensor], how: Adapting) -> dict[str, Tensor]
 
 
 def _learned(before: Adaptation, after: Any, how: Adapting) -> Adaptation:
-    """What was learned of what could be."""
+    """The adaptation state after a sweep; parts that do not adapt stay."""
     if after is None or not how.step_size:
         return before
     preconditioner = after[0] if how.preconditioner else before.preconditioner

@@ -17,8 +17,8 @@ from dcpc import DCPC
 from dcpc.conquer import Langevin
 from dcpc.graphs import tiers
 from dcpc.graphs.compiler import compile_recording
+from dcpc.graphs.learning import LearningSweep
 from dcpc.graphs.runner import CompileWarning, RecordedRunner
-from dcpc.graphs.visits import LearningSweep
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from dcpc.graphs.recording import NotRecordable, record
 from dcpc.graphs.stages import Run, Stages
-from dcpc.graphs.tiers import RECORD_AFTER, are_alike
+from dcpc.graphs.tiers import RECORD_AFTER, are_results
 from dcpc.seeding import random_state_kept
 
 __all__ = ["EVALUATE", "LOSS", "MOVE", "LearningSweep", "Left", "known_loss"]
@@ -110,9 +110,9 @@ class LearningSweep:
         run = stages.start()
         with random_state_kept():
             results = tuple(run.stage(index, leaves) for index in (EVALUATE, MOVE, LOSS))
-        with random_state_kept(), torch.no_grad():
-            expected = self._whole(settled, moving)
-        if not are_alike(pytree.tree_leaves(results), pytree.tree_leaves(expected)):
+        with torch.no_grad():
+            is_right = are_results(results, self._whole, settled, moving)
+        if not is_right:
             self.is_refused, self._stages = True, None
 
 
