@@ -105,6 +105,7 @@ class Continuation:
             are known again.
         random_state: State of the run's own generators by device; empty for a run without a seed,
             which draws from the global ones.
+        leapfrog_steps: Leapfrog steps of the moves, where their number was tuned; 0 elsewhere.
     """
 
     num_done: int
@@ -117,6 +118,7 @@ class Continuation:
     families: Tensor | None
     log_joint: Tensor
     random_state: Mapping[str, Tensor]
+    leapfrog_steps: int = 0
 
     @property
     def num_left(self) -> int:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dcpc.conquer import DualAveraging, Move, Preconditioner
+from dcpc.conquer import DualAveraging, Jump, Move, Preconditioner
+from dcpc.conquer.jump import mixture_of
 from dcpc.divide import Conditional, UnitGroup
 from dcpc.recombine import LogWeights, Resampler
-from dcpc.recombine.correction import Correction
+from dcpc.recombine.correction import Correction, Metropolis
 
 DEFAULT_STEP_SIZE = 0.01
 """Step size of the corrections that have no target to adapt it to."""
@@ -19,16 +20,25 @@ DEFAULT_STEP_SIZE = 0.01
 
 @dataclass(frozen=True)
 class Adaptation:
-    """Adaptation state of a group of units, as dicts of tensors."""
+    """Adaptation state of a group of units, as dicts of tensors.
+
+    Attributes:
+        preconditioner: What the preconditioner knows.
+        step_size: What the step size's rule knows.
+        reference: The mixture that values are proposed from besides the move, as from
+            `conquer.jump.state_of`; empty for none.
+    """
 
     preconditioner: dict[str, Tensor]
     step_size: dict[str, Tensor]
+    reference: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Adaptation:
         """The state on a device."""
         return Adaptation(
             {name: value.to(device) for name, value in self.preconditioner.items()},
             {name: value.to(device) for name, value in self.step_size.items()},
+            {name: value.to(device) for name, value in self.reference.items()},
         )
 
 
@@ -136,6 +146,11 @@ class Parts:
         assert self.target is not None
         error = self.target - statistic
         return replace(learned, step_size=self.dual_averaging.update(learned.step_size, error))
+
+    def jumping(self, learned: Adaptation) -> Parts:
+        """Parts that propose from the mixture that is known; weights do not move."""
+        move = Jump(mixture_of(learned.reference))
+        return replace(self, move=move, correction=Metropolis())
 
     def restart(self, learned: Adaptation) -> Adaptation:
         """Lets the step size adapt anew from where it is: the density has changed."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read", "write"]
 
-FORMAT = "dcpc-posterior-2"
+FORMAT = "dcpc-posterior-3"
 ROOT = "posterior"
 
 
@@ -114,8 +114,9 @@ def _continuation(told: Continuation, latents: Mapping[str, Tensor], weights: Te
     if not (0 <= told.num_done < told.num_sweeps and 0 <= told.num_warmup <= told.num_sweeps):
         expected = f"less than num_sweeps, {told.num_sweeps}, made, and no more of them warm-up"
         yield f"{where}.num_done", expected, f"{told.num_done} and {told.num_warmup}"
-    if told.keep_every < 0:
-        yield f"{where}.keep_every", "0 or more", str(told.keep_every)
+    for entry in ("keep_every", "leapfrog_steps"):
+        if getattr(told, entry) < 0:
+            yield f"{where}.{entry}", "0 or more", str(getattr(told, entry))
     if told.kept:
         num_kept = next(iter(told.kept.values())).shape[:1].numel()
         yield from _like(f"{where}.kept", told.kept, latents, (num_kept, len(weights)))

@@ -36,11 +36,8 @@ STOCHASTIC_STEP_SIZE = 1.0
 """Step size, in units of the second moment of noisy scores, of stochastic-gradient moves."""
 
 
-JOINT_STEPS = 8
-"""Leapfrog steps of a move of all latents."""
-
-JOINT_JITTER = 0.9
-"""Jitter of their length: the scale of a posterior may vary by as much."""
+JOINT_MOVE = Langevin(leapfrog_steps=8, jitter=0.9)
+"""Move of all latents at once; the scale of a posterior may vary by as much as the jitter."""
 
 JOINT_ACCEPTANCE = 0.75
 """Acceptance rate that its step size is adapted to."""
@@ -245,8 +242,7 @@ def _joint_parts(
 ) -> Parts:
     """Parts that move all latents at once, those that the user chose excepted."""
     if default_move and default_preconditioner:
-        move = Langevin(JOINT_STEPS, JOINT_JITTER)
-        parts = replace(parts, move=move, preconditioner=Covariance())
+        parts = replace(parts, move=JOINT_MOVE, preconditioner=Covariance())
         if default_correction and isinstance(parts.correction, Metropolis):
             parts = replace(parts, correction=Metropolis(JOINT_ACCEPTANCE))
     return parts

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dcpc.annealing import MAX_SWEEPS, Annealed, Rung, anneal, spaced_ladder
 from dcpc.completion import complete
+from dcpc.conquer import Langevin
 from dcpc.divide import Arguments, Density, Division, constrained_particles
 from dcpc.divide.batches import in_batches
 from dcpc.divide.cache import Divisions
@@ -71,6 +72,7 @@ class Problem:
         runner: Runner = PLAIN,
     ) -> None:
         self._runner = runner
+        self._tuned_steps = 0
         self._divisions = divisions
         self.arguments = arguments
         self.algorithm = algorithm
@@ -114,6 +116,27 @@ class Problem:
         other.density = replace(self.density, division=self.division.arranged(blocks))
         if parts is not None:
             other.algorithm = replace(self.algorithm, parts=parts)
+        return other
+
+    def with_leapfrog_steps(self, steps: int) -> Problem:
+        """The same problem, moved by Langevin moves of so many leapfrog steps."""
+        parts = self.parts
+        assert isinstance(parts.move, Langevin)
+        move = replace(parts.move, leapfrog_steps=steps)
+        other = copy(self)
+        other.algorithm = replace(self.algorithm, parts=replace(parts, move=move))
+        other._tuned_steps = steps
+        return other
+
+    @property
+    def tuned_steps(self) -> int:
+        """Leapfrog steps, where they were set; 0 where they are those of the algorithm."""
+        return self._tuned_steps
+
+    def as_written(self) -> Problem:
+        """The same problem, whose sweeps are not recorded."""
+        other = copy(self)
+        other._runner = PLAIN
         return other
 
     def blank(self) -> SweepState:
@@ -162,6 +185,17 @@ class Problem:
             retargets=retargets and self.parts.correction.is_exact,
             runner=self._runner,
         )
+
+    def scored(self, state: SweepState) -> SweepState:
+        """The state with the scores of its particles, which sweeps then hand on.
+
+        Where several groups move in turn, scores do not last from one to the next.
+        """
+        if len(self.division.groups) > 1 or self.division.groups[0].is_discrete or state.scored:
+            return state
+        (group,) = self.division.groups
+        unit = self.density.conditional(group, state.latents)
+        return replace(state, scored={group.name: unit.evaluate_raw(unit.value)})
 
     @exclusive("Problem.log_joint")
     def log_joint(self, state: SweepState) -> Tensor:

@@ -172,6 +172,7 @@ class Recorder:
             families=self._families,
             log_joint=self._problem.log_joint(state),
             random_state=random_state,
+            leapfrog_steps=self._problem.tuned_steps,
         )
 
     def _thinning(self, state: SweepState) -> int:

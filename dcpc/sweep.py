@@ -34,6 +34,8 @@ class SweepState:
         adaptation: By group name.
         memory: Per-particle state of the move (a momentum), by kind and by latent, each
             of the latent's shape.
+        scored: Log-densities and scores of the particles, as they are, by the name of the only
+            group, if they are followed; those of the density that the weights refer to.
     """
 
     latents: dict[str, Tensor]
@@ -41,6 +43,7 @@ class SweepState:
     log_joint: Tensor
     adaptation: Mapping[str, Adaptation] = field(default_factory=dict)
     memory: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
+    scored: Mapping[str, ScoredDensity] = field(default_factory=dict)
 
     @property
     def num_particles(self) -> int:
@@ -49,6 +52,8 @@ class SweepState:
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> SweepState:
         """The state with every latent's values, and what is kept of them, changed alike.
+
+        Evaluations are dropped.
 
         Args:
             change: From a latent's name and a tensor `(K, *batch, *event)` to another one.
@@ -60,6 +65,7 @@ class SweepState:
                 kind: {name: change(name, value) for name, value in by_latent.items()}
                 for kind, by_latent in self.memory.items()
             },
+            scored={},
         )
 
 
@@ -233,6 +239,8 @@ def move_units(
     memory = _copied(state.memory or parts.init_memory(latents))
     log_weight, log_joint = parts.correction.begin(state.log_weight), state.log_joint
     active = density.active_values()
+    scored: dict[str, ScoredDensity] = {}
+    all_names = {group.name for group in density.division.groups}
     for group in groups:
         unit = density.conditional(group, latents, active.get(group.name))
         own = parts.of(group)
@@ -246,6 +254,16 @@ def move_units(
                 unit, own, predicted, log_weight, how
             )
             step_size = own.dual_averaging.step_size(learned.step_size, adapting=how.step_size)
+            if learned.reference:
+                jumping = own.jumping(learned)
+                jump = _propose(unit, predicted, learned, step_size, jumping, log_weight, {})
+                outcome = jumping.correction.apply(jump)
+                assert outcome.kept is not None
+                assert outcome.log_joint is not None
+                latents.update(group.unpack(outcome.value))
+                unit, predicted = density.conditional(group, latents, unit.active), outcome.kept
+                log_joint = log_joint + outcome.log_joint
+                info.num_bad = info.num_bad + outcome.num_bad
             proposed = _propose(unit, predicted, learned, step_size, own, log_weight, memory)
             outcome = own.correction.apply(proposed)
             if how.step_size:
@@ -262,8 +280,10 @@ def move_units(
         if outcome.log_joint is not None:
             log_joint = log_joint + outcome.log_joint
         info.num_bad = info.num_bad + outcome.num_bad
+        if outcome.kept is not None and evaluations.keys() == {group.name} == all_names:
+            scored[group.name] = outcome.kept
     log_weight = parts.correction.end(log_weight, lambda: density.log_joint(latents))
-    return SweepState(latents, log_weight, log_joint, adaptation, memory), info
+    return SweepState(latents, log_weight, log_joint, adaptation, memory, scored), info
 
 
 def _recombine(
@@ -274,7 +294,7 @@ def _recombine(
     Returns:
         The state, the beginning of the diagnostics, and evaluations that fell off on the way.
     """
-    evaluations: dict[str, ScoredDensity] = {}
+    evaluations = {} if retargets else dict(state.scored)
     if retargets:
         evaluations, log_joint = runner.evaluate(density, state, parts)
         state = _reweighted(density, state, log_joint)
@@ -303,7 +323,7 @@ def _propose(
     proposal = parts.move.propose(start)
     if unit.active is not None:
         proposal = replace(proposal, value=torch.where(unit.active, proposal.value, value))
-    return ProposedMove(unit, value, before, proposal, log_weight, parts.resampler)
+    return ProposedMove(unit, value, predicted, proposal, log_weight, parts.resampler)
 
 
 def _learn(
@@ -360,7 +380,7 @@ def retarget(density: Density, state: SweepState) -> SweepState:
 def _reweighted(density: Density, state: SweepState, log_joint: Tensor) -> SweepState:
     """The state whose weights refer to the density, which is `log_joint` at the particles."""
     log_weight = state.log_weight.add(log_joint - state.log_joint)
-    moved = replace(state, log_weight=log_weight, log_joint=log_joint)
+    moved = replace(state, log_weight=log_weight, log_joint=log_joint, scored={})
     _check_alive(density, moved)
     return moved
 

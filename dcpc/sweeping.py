@@ -35,6 +35,7 @@ def sweep_to_end(
         is_seeded: Whether the random state is the run's own, to be kept where it is interrupted.
     """
     bar.stage("sweeps", recorder.num_left)
+    state = problem.scored(state)
     with Interruption() as interruption:
         while recorder.num_left and not interruption.is_requested:
             before = state
@@ -67,10 +68,12 @@ def continuation_of(posterior: Posterior) -> Continuation:
 
 def with_blocks_of(problem: Problem, posterior: Posterior) -> Problem:
     """The problem with the blocks that a run has found by itself."""
-    found = set(posterior.unit_of.values())
-    if found == {unit.name for unit in problem.division.units}:
-        return problem
-    return joint_problem(problem) or problem  # that it is another engine's, is found out later
+    joint = joint_problem(problem)
+    told = posterior.continuation
+    if joint is None or set(posterior.unit_of.values()) != {u.name for u in joint.division.units}:
+        return problem  # that it is another engine's, is found out later
+    assert told is not None
+    return joint.with_leapfrog_steps(told.leapfrog_steps) if told.leapfrog_steps else joint
 
 
 def check_continuation(problem: Problem, state: SweepState, continuation: Continuation) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from dcpc.annealing import Annealed, importance_evidence
 from dcpc.approach.blocks import are_correlated
 from dcpc.approach.joint import follow, joint_problem, send_pilots
+from dcpc.approach.tuning import tuned
 from dcpc.divide import Density
 from dcpc.posterior import Evidence
 from dcpc.problem import Problem
@@ -21,6 +22,9 @@ from dcpc.sweep import SweepState, resample, retarget
 
 NUM_PRIOR_DRAWS = 8192
 """Prior draws that a start elsewhere is compared with."""
+
+SHORT_MOVE = 3
+"""Leapfrog steps by which all latents move jointly, correlated or not."""
 
 MAX_PRIOR_ROUNDS = 64
 """Evaluations of the model that these may take, where there are few particles."""
@@ -88,7 +92,8 @@ def approach(
         arrival = replace(arrival, evidence=replace(arrival.evidence, misses_prior_mass=misses))
     problem = arrival.problem
     state, ancestors = resample(problem.density, arrival.state, problem.parts, always=True)
-    return replace(arrival, state=state, families=descended(arrival.families, ancestors))
+    families = descended(arrival.families, ancestors)
+    return replace(arrival, state=state, families=families)
 
 
 def anneal_with_evidence(
@@ -145,8 +150,13 @@ def _from_pilots(
     """Particles annealed from a reference that pilots have fitted, all latents at once."""
     pilot = send_pilots(joint, conditional_ess, bar)
     annealed = pilot.annealed if refusal else follow(joint, pilot, conditional_ess, bar)
-    if finds_blocks and are_correlated(joint, pilot.annealed.state):
-        return _arrival(annealed, joint, refusal)
+    if finds_blocks:
+        state, _ = resample(joint.density, pilot.annealed.state, joint.parts, always=True)
+        bar.stage("length of moves")
+        moved, adaptation = tuned(joint, state)
+        if moved.parts.move.num_scores <= SHORT_MOVE or are_correlated(joint, state):
+            state = replace(annealed.state, adaptation=adaptation)
+            return _arrival(replace(annealed, state=state), moved, refusal)
     state = replace(annealed.state, adaptation={})
     return _arrival(replace(annealed, state=state), problem, refusal)
 

@@ -20,8 +20,8 @@ from dcpc.divide import Conditional, Density
 from dcpc.divide.joint_reference import StudentMixture
 from dcpc.recombine import zero_density
 
-NUM_STARTS = 10
-"""Paths, where there are ten particles for each."""
+NUM_STARTS = 20
+"""Paths, where there are twenty particles for each; so many find all of a few modes."""
 
 MAX_STEPS = 40
 """Steps of a path."""
@@ -180,7 +180,7 @@ def choose_starts(paths: Paths, prior: Tensor, *, is_improper: bool) -> Tensor:
         prior: Draws from the prior, `(K, *plates, d)`.
         is_improper: Whether these are of no distribution.
     """
-    count = max(2, min(NUM_STARTS, len(prior) // 10))
+    count = max(2, min(NUM_STARTS, len(prior) // 20))
     near = torch.randn_like(prior)
     sources = [(near, count)] if is_improper else [(prior, count // 2), (near, count - count // 2)]
     return torch.cat([_densest(paths, draws, wanted) for draws, wanted in sources])

@@ -3,6 +3,7 @@
 from dcpc.conquer.barker import Barker
 from dcpc.conquer.gibbs import ConditionalDraw, draw_from_conditional
 from dcpc.conquer.gradient import Gradient
+from dcpc.conquer.jump import Jump
 from dcpc.conquer.langevin import Langevin
 from dcpc.conquer.move import Move, Proposal, Start, WayBack
 from dcpc.conquer.preconditioner import (
@@ -43,6 +44,7 @@ __all__ = [
     "DualAveraging",
     "Gradient",
     "Identity",
+    "Jump",
     "Langevin",
     "Metric",
     "Move",

@@ -283,14 +283,15 @@ class Covariance(Preconditioner):
         decay = max(0.0, 1.0 - len(value) / (self.draws * size))
         share = mass.to(value).unsqueeze(-1).expand(value.shape[:-1])
         deviation = value - (share.unsqueeze(-1) * value).sum(0)
-        now = torch.einsum("k...n,k...ni,k...nj->...nij", share, deviation, deviation)
+        rows = deviation.movedim(0, -2)  # (*plates, n, K, d)
+        now = (share.movedim(0, -1).unsqueeze(-1) * rows).mT @ rows
         covariance = torch.lerp(now, state["covariance"], decay)
         total = 1.0 - decay * (1.0 - state["mass"])
         effective = share.square().sum(0).reciprocal() / (1.0 - decay)  # (*plates, n)
         shrunk = (0.5 * size / effective).masked_fill(effective >= 10 * size, 0.0).clamp(max=1.0)
         diagonal = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))
         estimate = torch.lerp(covariance, diagonal, shrunk[..., None, None]) / total
-        return {"covariance": covariance, "mass": total, "factor": _factor(estimate)}
+        return {"covariance": covariance, "mass": total, "factor": factor_of(estimate)}
 
     def metric(self, state: Mapping[str, Tensor], score: Tensor) -> Metric:
         return Dense(state["factor"])
@@ -351,7 +352,7 @@ def _inverse_factor(moment: Tensor) -> Tensor:
     return (1.0 / scale).unsqueeze(-1) * inverse.mT
 
 
-def _factor(covariance: Tensor) -> Tensor:
+def factor_of(covariance: Tensor) -> Tensor:
     """`F` with `F F^T = covariance`."""
     scale, factor = _correlation_factor(covariance)
     return scale.unsqueeze(-1) * factor

@@ -41,26 +41,29 @@ class JointReference(ABC):
 
 @dataclass(frozen=True)
 class StudentMixture(JointReference):
-    """An equal mixture of S multivariate Student-t distributions.
+    """A mixture of S multivariate Student-t distributions.
 
     With `z = F^-1 (u - loc)`,
 
         log p = log Gamma((v + d) / 2) - log Gamma(v / 2) - d / 2 log(pi v) - log |det F|
                 - (v + d) / 2 log(1 + |z|^2 / v)
 
-    Components are drawn in turns, with a random first one: a stratified sample.
-
     Attributes:
         loc: Centres `(S, *plates, d)`.
         factor: Lower triangular factors F of the scale matrices, `(S, *plates, d, d)`.
         degrees: Degrees of freedom `v`.
+        log_share: Log-probabilities of the components, `(S, *plates)`; None where they are equal.
     """
 
     loc: Tensor
     factor: Tensor
     degrees: float = 5.0
+    log_share: Tensor | None = None
 
     def draw(self, prior: Tensor) -> Tensor:
+        """Draws, of which equal components are taken in turns: a stratified sample."""
+        if self.log_share is not None:
+            return self.draw_each(prior)
         count, share = len(prior), len(self.loc) / len(prior)
         start = torch.rand((), dtype=self.loc.dtype, device=self.loc.device)
         which = ((torch.arange(count, device=self.loc.device) + start) * share).long()
@@ -73,6 +76,26 @@ class StudentMixture(JointReference):
             coloured = (self.factor[component] @ noise[rows].unsqueeze(-1)).squeeze(-1)
             drawn[rows] = self.loc[component] + coloured
         return drawn
+
+    def draw_each(self, like: Tensor) -> Tensor:
+        """Draws of the shape `(K, *plates, d)` of a tensor, each of which is one of the mixture."""
+        noise = torch.randn_like(like) * (self.degrees / self._chi_square(like)).sqrt()
+        drawn, *others = (
+            loc + torch.einsum("...ij,k...j->k...i", factor, noise)
+            for loc, factor in zip(self.loc, self.factor, strict=True)
+        )
+        if others:
+            share = self._log_shares.exp().movedim(0, -1)  # (*plates, S)
+            which = (torch.rand_like(like[..., :1]) > share.cumsum(-1)[..., :-1]).sum(-1, True)
+            for number, other in enumerate(others, 1):
+                drawn = torch.where(which == number, other, drawn)
+        return drawn
+
+    def _chi_square(self, like: Tensor) -> Tensor:
+        """Chi-square draws `(K, *plates, 1)` with an even number of degrees of freedom."""
+        count = int(self.degrees) // 2
+        uniform = torch.rand_like(like[..., :1].expand(*like.shape[:-1], count))
+        return -2.0 * uniform.log().sum(-1, keepdim=True)
 
     def log_prob(self, value: Tensor, log_prior: Tensor) -> Tensor:
         size, v = value.shape[-1], self.degrees
@@ -89,15 +112,20 @@ class StudentMixture(JointReference):
 
     @cached_property
     def _log_norm(self) -> Tensor:
-        """Log-densities of the components at their centres, over their number, `(S, *plates)`."""
+        """Log-densities of the components at their centres, and shares, `(S, *plates)`."""
         size, v = self.loc.shape[-1], self.degrees
         constant = (
-            math.lgamma((v + size) / 2)
-            - math.lgamma(v / 2)
-            - size / 2 * math.log(v * math.pi)
-            - math.log(len(self.loc))
+            math.lgamma((v + size) / 2) - math.lgamma(v / 2) - size / 2 * math.log(v * math.pi)
         )
-        return constant - self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_det = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return constant - log_det + self._log_shares
+
+    @property
+    def _log_shares(self) -> Tensor:
+        """Log-probabilities of the components, `(S, *plates)`."""
+        if self.log_share is not None:
+            return self.log_share
+        return torch.full_like(self.loc[..., 0], -math.log(len(self.loc)))
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ class RecordedRunner(Runner):
     ) -> tuple[Tree, Tree]:
         """Inputs of the moves: those that all particles share, and those of each particle."""
         adaptation = {
-            name: (learned.preconditioner, _in_use(learned.step_size, how))
+            name: (learned.preconditioner, _in_use(learned.step_size, how), learned.reference)
             for name, learned in state.adaptation.items()
         }
         settled = self._settled(density, state)
@@ -200,7 +200,7 @@ class RecordedRunner(Runner):
             "log_weight": log_weight,
             "weights": log_weight,  # what is normalised of them comes in their place
             "memory": {kind: dict(by_latent) for kind, by_latent in state.memory.items()},
-            "evaluations": {k: (e.log_density, e.score) for k, e in evaluations.items()},
+            "evaluations": _pairs(evaluations),
         }
 
     def _settled(self, density: Density, state: SweepState) -> Tree:
@@ -330,8 +330,7 @@ def _of_loss(division: Division) -> Callable[[Tree, Tree, Tensor], Tensor]:
 
 def _evaluate_leading(density: Density, latents: Mapping[str, Tensor]) -> Tree:
     evaluations, log_joint = density.evaluate_leading(latents)
-    pairs = {name: (e.log_density, e.score) for name, e in evaluations.items()}
-    return {"evaluations": pairs, "log_joint": log_joint}
+    return {"evaluations": _pairs(evaluations), "log_joint": log_joint}
 
 
 def _log_joint(density: Density, latents: Mapping[str, Tensor]) -> Tree:
@@ -348,7 +347,7 @@ def _of_moves(division: Division, parts: Parts, groups: Sequence[UnitGroup]) -> 
             moving["latents"],
             weights,
             moving["log_joint"],
-            {name: Adaptation(*pair) for name, pair in settled["adaptation"].items()},
+            {name: Adaptation(*known) for name, known in settled["adaptation"].items()},
             moving["memory"],
         )
         state, info = move_units(
@@ -369,6 +368,7 @@ def _of_moves(division: Division, parts: Parts, groups: Sequence[UnitGroup]) -> 
                 for name, learned in state.adaptation.items()
             },
             "memory": dict(state.memory),
+            "scored": _pairs(state.scored),
             "statistic": info.statistic,
             "step_size": info.step_size,
             "num_bad": info.num_bad,
@@ -376,6 +376,10 @@ def _of_moves(division: Division, parts: Parts, groups: Sequence[UnitGroup]) -> 
         }
 
     return function
+
+
+def _pairs(evaluations: Mapping[str, ScoredDensity]) -> Tree:
+    return {name: (e.log_density, e.score) for name, e in evaluations.items()}
 
 
 def _scored(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, ScoredDensity]:
@@ -401,7 +405,14 @@ def _moved(
         name: _learned(before, result["adaptation"].get(name), how)
         for name, before in state.adaptation.items()
     }
-    moved = SweepState(result["latents"], weights, result["log_joint"], learned, result["memory"])
+    moved = SweepState(
+        result["latents"],
+        weights,
+        result["log_joint"],
+        learned,
+        result["memory"],
+        _scored(result["scored"]),
+    )
     info.step_size |= result["step_size"]
     info.num_bad_scores |= result["num_bad_scores"]
     info.statistic |= result["statistic"]
@@ -421,7 +432,7 @@ def _learned(before: Adaptation, after: Any, how: Adapting) -> Adaptation:
     if after is None or not how.step_size:
         return before
     preconditioner = after[0] if how.preconditioner else before.preconditioner
-    return Adaptation(preconditioner, after[1])
+    return replace(before, preconditioner=preconditioner, step_size=after[1])
 
 
 def _tensor(number: float | Tensor, like: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -31,7 +32,7 @@ class ProposedMove:
         unit: The group's complete conditionals. Values that are not active are where they were in
             the proposal, too, and are not counted.
         value: Its current values `(K, *plates, n, d)`.
-        before: Log-density and score there.
+        predicted: Log-density and score there, as they are.
         proposal: The proposed values.
         log_weight: The particles' weights before the move.
         resampler: Scheme to resample with.
@@ -39,10 +40,15 @@ class ProposedMove:
 
     unit: Conditional
     value: Tensor
-    before: ScoredDensity
+    predicted: ScoredDensity
     proposal: Proposal
     log_weight: LogWeights
     resampler: Resampler
+
+    @cached_property
+    def before(self) -> ScoredDensity:
+        """Log-density and score to move along at the current values."""
+        return self.unit.usable(self.predicted)
 
     @property
     def group(self) -> UnitGroup:
@@ -70,12 +76,14 @@ class ProposedMove:
         either end gives minus infinity: such a move is never made, and a particle of zero density
         stays what it is until it is resampled.
         """
-        after = self.unit.evaluate(self.proposal.value)
-        back = self.proposal.way_back(after.score)
-        ratio = after.log_density - self.before.log_density + back.log_ratio
-        dead = ~self.before.log_density.isfinite()
+        after = self.unit.evaluate_raw(self.proposal.value)
+        back = self.proposal.way_back(self.unit.usable(after).score)
+        ratio = after.log_density - self.predicted.log_density + back.log_ratio
+        dead = ~self.predicted.log_density.isfinite()
         ratio, bad = zero_density(ratio.masked_fill(dead, -math.inf))
-        return Arrived(after.log_density, ratio, bad, back.memory, self.proposal.memory_if_rejected)
+        return Arrived(
+            self.predicted, after, ratio, bad, back.memory, self.proposal.memory_if_rejected
+        )
 
 
 @dataclass(frozen=True)
@@ -83,18 +91,31 @@ class Arrived:
     """A proposed move, evaluated at its end.
 
     Attributes:
-        log_density: Log-density there, `(K, *plates, n)`.
-        log_ratio: `a`, of the same shape.
+        before: Log-density and score where it starts, as they are.
+        after: The same there.
+        log_ratio: `a`, `(K, *plates, n)`.
         bad: Where it was not finite.
         memory: Memory of the move where the proposal is accepted.
         memory_if_rejected: Memory elsewhere.
     """
 
-    log_density: Tensor
+    before: ScoredDensity
+    after: ScoredDensity
     log_ratio: Tensor
     bad: Tensor
     memory: Memory
     memory_if_rejected: Memory
+
+    def gained(self, accepted: Tensor) -> Tensor:
+        """Change of the log-densities, given where the proposal is accepted, `(K, *plates, n)`."""
+        return torch.where(accepted, self.after.log_density - self.before.log_density, 0.0)
+
+    def kept(self, accepted: Tensor) -> ScoredDensity:
+        """Log-density and score of the values that are kept."""
+        return ScoredDensity(
+            torch.where(accepted, self.after.log_density, self.before.log_density),
+            torch.where(accepted.unsqueeze(-1), self.after.score, self.before.score),
+        )
 
     def remember(self, accepted: Tensor) -> Memory:
         """Memory of the move, given where the proposal is accepted, `(K, *plates, n)`."""
@@ -115,6 +136,7 @@ class Outcome:
         statistic: Statistic that step-size adaptation drives to its target, `(n,)`; None for none.
         num_bad: Number of log-densities that were NaN or infinite.
         memory: Memory of the move.
+        kept: Log-density and score of the values to keep, as they are; None if not known.
     """
 
     value: Tensor
@@ -123,6 +145,7 @@ class Outcome:
     statistic: Tensor | None
     num_bad: Tensor
     memory: Memory = field(default_factory=dict)
+    kept: ScoredDensity | None = None
 
 
 class Correction(ABC):
@@ -193,14 +216,14 @@ class Metropolis(Correction):
         after = proposed.arrive()
         ratio, bad = after.log_ratio, after.bad
         accepted = torch.rand_like(ratio).log() < ratio
-        gained = torch.where(accepted, after.log_density - proposed.before.log_density, 0.0)
         return Outcome(
             value=torch.where(accepted.unsqueeze(-1), proposed.proposal.value, proposed.value),
             log_weight=None,
-            log_joint=proposed.group.over_population(gained),
+            log_joint=proposed.group.over_population(after.gained(accepted)),
             statistic=proposed.mean_acceptance(ratio),
             num_bad=bad.sum(),
             memory=after.remember(accepted),
+            kept=after.kept(accepted),
         )
 
 
@@ -255,7 +278,6 @@ class Weight(Correction):
         acceptance = (ratio + self.bound).clamp(max=0.0).exp()
         accepted = torch.rand_like(ratio) < acceptance
         increment = torch.where(accepted, ratio.clamp(-self.bound, self.bound), 0.0)
-        gained = torch.where(accepted, after.log_density - proposed.before.log_density, 0.0)
         spare = tuple(range(1 + group.population, ratio.dim() - 1))
         by_unit = increment.sum(spare) if spare else increment
         ess = torch.stack(
@@ -264,10 +286,11 @@ class Weight(Correction):
         return Outcome(
             value=torch.where(accepted.unsqueeze(-1), proposed.proposal.value, proposed.value),
             log_weight=group.over_population(increment),
-            log_joint=group.over_population(gained),
+            log_joint=group.over_population(after.gained(accepted)),
             statistic=ess / ratio.shape[0] * proposed.mean_acceptance(ratio + self.bound),
             num_bad=bad.sum(),
             memory=after.remember(accepted),
+            kept=after.kept(accepted),
         )
 
 
