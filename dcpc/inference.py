@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dcpc.annealing import Annealed
-from dcpc.approach import anneal_with_evidence, approach
+from dcpc.approach import MAX_SWEEPS, anneal_with_evidence, approach
 from dcpc.conquer import Move, Preconditioner
 from dcpc.convergence import ConvergenceWarning, format_problems
 from dcpc.divide import Arguments, Division, Unit
@@ -40,7 +40,7 @@ from dcpc.problem import Problem, check_annealing
 from dcpc.progress import ProgressBar
 from dcpc.recombine.correction import Correction
 from dcpc.recorder import Recorder
-from dcpc.seeding import continued, seeded
+from dcpc.seeding import continued, random_state_kept, seeded
 from dcpc.sweep import PLAIN, SweepInfo, SweepState, restart_adaptation
 from dcpc.sweeping import check_continuation, continuation_of, sweep_to_end, with_blocks_of
 from dcpc.tables import table
@@ -202,7 +202,7 @@ class DCPC:
     def run(
         self,
         *args: Any,
-        num_sweeps: int = 1000,
+        num_sweeps: int | None = None,
         num_warmup: int | None = None,
         keep_every: int | None = None,
         initial_values: Mapping[str, Tensor] | None = None,
@@ -227,7 +227,8 @@ class DCPC:
 
         Args:
             *args: Arguments of the model.
-            num_sweeps: Sweeps at the posterior.
+            num_sweeps: Sweeps at the posterior; by default 1,000, or fewer, 300 at least, where all
+                latents move jointly and the particles were seen to forget in few sweeps.
             num_warmup: Number of sweeps that adapt; half of them by default.
             keep_every: Keep every n-th of the other sweeps in `posterior.history`; 0 for none. By
                 default some 100 of them, at most 64 MiB in all.
@@ -250,11 +251,11 @@ class DCPC:
             ConvergenceWarning: The posterior may be off; `posterior.warnings` says why, and what to
                 do.
         """
-        num_warmup = num_sweeps // 2 if num_warmup is None else num_warmup
-        if num_sweeps < 0 or not 0 <= num_warmup <= num_sweeps:
+        most = MAX_SWEEPS if num_sweeps is None else num_sweeps
+        if most < 0 or not 0 <= (num_warmup or 0) <= most:
             raise OptionError(
                 f"num_sweeps must be at least 0 and num_warmup between 0 and num_sweeps, got "
-                f"num_sweeps={num_sweeps}, num_warmup={num_warmup}"
+                f"num_sweeps={most}, num_warmup={num_warmup}"
             )
         if keep_every is not None and keep_every < 0:
             raise OptionError(f"keep_every must be at least 0, got {keep_every}")
@@ -263,13 +264,13 @@ class DCPC:
         plates = drawn_subsamples(self.model, args, kwargs) if self.parts.subsampled else {}
         if plates:
             model = Subsampled(self.model)
-            length = Length(num_sweeps, num_warmup, keep_every)
+            length = Length(most, _or_half(num_warmup, most), keep_every)
             return self._run_over(model, Drawn(plates, args, kwargs), length, seed, progress)
         with (
             exclusive("DCPC.run"),
             seeded(seed),
             ProgressBar(progress) as bar,
-            self._runner.expecting(num_sweeps, bar.say),
+            self._runner.expecting(most, bar.say),
         ):
             problem = self._problem(args, kwargs, thorough=True)
             arrival = approach(
@@ -281,6 +282,9 @@ class DCPC:
                 bar=bar,
             )
             problem = arrival.problem
+            if num_sweeps is None:
+                num_sweeps = max(arrival.num_sweeps, num_warmup or 0)
+            num_warmup = _or_half(num_warmup, num_sweeps)
             recorder = Recorder(problem, arrival, num_sweeps, num_warmup, keep_every)
             state = restart_adaptation(arrival.state, problem.parts)
             posterior = sweep_to_end(problem, state, recorder, bar, is_seeded=seed is not None)
@@ -332,7 +336,7 @@ class DCPC:
         Warns:
             ConvergenceWarning: As `run` does.
         """
-        num_warmup = num_sweeps // 2 if num_warmup is None else num_warmup
+        num_warmup = _or_half(num_warmup, num_sweeps)
         length = Length(num_sweeps, num_warmup, keep_every, local_sweeps)
         return self._run_over(self.model, Loaded(loader, index), length, seed, progress)
 
@@ -368,9 +372,10 @@ class DCPC:
             ProgressBar(progress) as bar,
             self._runner.expecting(continuation.num_sweeps, bar.say),
         ):
-            problem = self._problem(args, kwargs, thorough=True)
-            if self.finds_blocks:
-                problem = with_blocks_of(problem, posterior)
+            with random_state_kept():  # blocks are arranged with numbers that the run drew before
+                problem = self._problem(args, kwargs, thorough=True)
+                if self.finds_blocks:
+                    problem = with_blocks_of(problem, posterior)
             check_continuation(problem, posterior.state, continuation)
             recorder = Recorder.resume(problem, posterior)
             posterior = sweep_to_end(
@@ -513,6 +518,10 @@ class DCPC:
         if self._posterior is None:
             raise OptionError("there is no posterior yet; call run(...) first")
         return self._posterior
+
+
+def _or_half(num_warmup: int | None, num_sweeps: int) -> int:
+    return num_sweeps // 2 if num_warmup is None else num_warmup
 
 
 def _require_count(option: str, value: Any) -> None:

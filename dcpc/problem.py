@@ -55,6 +55,7 @@ class Problem:
         algorithm: Algorithm, with the parts of its sweeps.
         guide: A Pyro program that particles may start from.
         density: The posterior, up to the evidence.
+        tuned_steps: Leapfrog steps, where they were tuned; 0 where they are the algorithm's.
 
     Raises:
         ModelError, DataError, CertificationError: The model or data cannot be handled.
@@ -72,7 +73,7 @@ class Problem:
         runner: Runner = PLAIN,
     ) -> None:
         self._runner = runner
-        self._tuned_steps = 0
+        self.tuned_steps = 0
         self._divisions = divisions
         self.arguments = arguments
         self.algorithm = algorithm
@@ -121,17 +122,13 @@ class Problem:
     def with_leapfrog_steps(self, steps: int) -> Problem:
         """The same problem, moved by Langevin moves of so many leapfrog steps."""
         parts = self.parts
-        assert isinstance(parts.move, Langevin)
+        if not isinstance(parts.move, Langevin):
+            return self
         move = replace(parts.move, leapfrog_steps=steps)
         other = copy(self)
         other.algorithm = replace(self.algorithm, parts=replace(parts, move=move))
-        other._tuned_steps = steps
+        other.tuned_steps = steps
         return other
-
-    @property
-    def tuned_steps(self) -> int:
-        """Leapfrog steps, where they were set; 0 where they are those of the algorithm."""
-        return self._tuned_steps
 
     def as_written(self) -> Problem:
         """The same problem, whose sweeps are not recorded."""

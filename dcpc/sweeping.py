@@ -68,12 +68,12 @@ def continuation_of(posterior: Posterior) -> Continuation:
 
 def with_blocks_of(problem: Problem, posterior: Posterior) -> Problem:
     """The problem with the blocks that a run has found by itself."""
-    joint = joint_problem(problem)
-    told = posterior.continuation
-    if joint is None or set(posterior.unit_of.values()) != {u.name for u in joint.division.units}:
-        return problem  # that it is another engine's, is found out later
-    assert told is not None
-    return joint.with_leapfrog_steps(told.leapfrog_steps) if told.leapfrog_steps else joint
+    assert posterior.continuation is not None
+    steps, found = posterior.continuation.leapfrog_steps, set(posterior.unit_of.values())
+    if not steps and found == {unit.name for unit in problem.division.units}:
+        return problem
+    joint = joint_problem(problem) or problem  # that it is another engine's, is found out later
+    return joint.with_leapfrog_steps(steps) if steps else joint
 
 
 def check_continuation(problem: Problem, state: SweepState, continuation: Continuation) -> None:

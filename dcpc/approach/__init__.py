@@ -23,6 +23,9 @@ from dcpc.sweep import SweepState, resample, retarget
 NUM_PRIOR_DRAWS = 8192
 """Prior draws that a start elsewhere is compared with."""
 
+MIN_SWEEPS, MAX_SWEEPS = 300, 1000
+"""Sweeps by default: the fewest, where moves are known to be good, and the most."""
+
 SHORT_MOVE = 3
 """Leapfrog steps by which all latents move jointly, correlated or not."""
 
@@ -41,12 +44,14 @@ class Arrival:
             where none were resampled.
         problem: The problem that the state belongs to: that of the approach, or one with blocks of
             latents that the particles show to be correlated.
+        num_sweeps: Sweeps that are enough, by what is known of the moves.
     """
 
     state: SweepState
     evidence: Evidence
     problem: Problem
     families: Tensor | None = None
+    num_sweeps: int = MAX_SWEEPS
 
 
 def approach(
@@ -153,10 +158,11 @@ def _from_pilots(
     if finds_blocks:
         state, _ = resample(joint.density, pilot.annealed.state, joint.parts, always=True)
         bar.stage("length of moves")
-        moved, adaptation = tuned(joint, state)
-        if moved.parts.move.num_scores <= SHORT_MOVE or are_correlated(joint, state):
-            state = replace(annealed.state, adaptation=adaptation)
-            return _arrival(replace(annealed, state=state), moved, refusal)
+        moves = tuned(joint, state)
+        if 0 < moves.problem.tuned_steps <= SHORT_MOVE or are_correlated(joint, state):
+            state = replace(annealed.state, adaptation=moves.adaptation)
+            arrival = _arrival(replace(annealed, state=state), moves.problem, refusal)
+            return replace(arrival, num_sweeps=moves.num_sweeps(MIN_SWEEPS, MAX_SWEEPS))
     state = replace(annealed.state, adaptation={})
     return _arrival(replace(annealed, state=state), problem, refusal)
 

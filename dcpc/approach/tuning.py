@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from dcpc.presets import JOINT_MOVE
 from dcpc.problem import Problem
 from dcpc.sweep import SweepState, restart_adaptation
 
-__all__ = ["tuned"]
+__all__ = ["Moves", "tuned"]
 
 LENGTHS = (1, 3, 7, 15, 31)
 """Numbers of leapfrog steps that are tried; the scores of a sweep double, one for a jump included.
@@ -44,8 +44,34 @@ MIN_ACCEPTANCE = 0.01
 """Acceptance rate of jumps that are worth their time."""
 
 
-def tuned(problem: Problem, state: SweepState) -> tuple[Problem, Mapping[str, Adaptation]]:
-    """The problem with as many leapfrog steps as its particles need, and proposals with jumps.
+@dataclass(frozen=True)
+class Moves:
+    """Moves that were tuned.
+
+    Attributes:
+        problem: The problem, with as many leapfrog steps as its particles need.
+        adaptation: The proposals, with jumps.
+        left: Largest correlation of the particles with themselves after `NUM_MEASURED` sweeps.
+    """
+
+    problem: Problem
+    adaptation: Mapping[str, Adaptation]
+    left: float = 1.0
+
+    def num_sweeps(self, least: int, most: int) -> int:
+        """Number of sweeps of which half are worth fifty independent draws, within bounds.
+
+        With correlation r from one sweep to the next, `(1 + r) / (1 - r)` sweeps are worth one
+        independent draw.
+        """
+        rate = self.left ** (1.0 / NUM_MEASURED)
+        if rate >= 1.0:
+            return most
+        return min(max(int(100.0 * (1.0 + rate) / (1.0 - rate)), least), most)
+
+
+def tuned(problem: Problem, state: SweepState) -> Moves:
+    """Moves with as many leapfrog steps as the particles need, and with jumps.
 
     Nothing is tuned where a user chose the move.
 
@@ -54,18 +80,18 @@ def tuned(problem: Problem, state: SweepState) -> tuple[Problem, Mapping[str, Ad
         state: Equally weighted particles at the posterior, with what the proposals have learned.
     """
     if problem.parts.move != JOINT_MOVE:
-        return problem, state.adaptation
+        return Moves(problem, state.adaptation)
     state = _with_jumps(problem, state)
-    chosen, rate = problem, 0.0
+    chosen, rate = Moves(problem, state.adaptation), 0.0
     for steps in LENGTHS:
         candidate = problem.with_leapfrog_steps(steps)
         left = _correlation_left(candidate.as_written(), state)
         if -math.log(left) < MIN_GAIN * rate:
             break
-        chosen, rate = candidate, -math.log(left)
+        chosen, rate = replace(chosen, problem=candidate, left=left), -math.log(left)
         if left <= MAX_CORRELATION + 2.5 / math.sqrt(state.log_joint.numel()):
             break
-    return chosen, state.adaptation
+    return chosen
 
 
 def _with_jumps(problem: Problem, state: SweepState) -> SweepState:

@@ -38,25 +38,32 @@ class Langevin(Move):
 
     Attributes:
         leapfrog_steps: Steps, and scores, per move.
-        jitter: Relative range of the length of steps, where there are several.
+        jitter: Relative range of the length of steps; None for .2 where there are several of them,
+            and 0 where there is one.
 
     Raises:
         OptionError: No number of steps, or a jitter outside [0, 1).
     """
 
     leapfrog_steps: int = 1
-    jitter: float = 0.2
+    jitter: float | None = None
 
     def __post_init__(self) -> None:
         steps = self.leapfrog_steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise OptionError(f"leapfrog_steps must be an integer of at least 1, got {steps!r}")
-        if not 0.0 <= self.jitter < 1.0:
+        if not 0.0 <= self._range < 1.0:
             raise OptionError(f"jitter must lie in [0, 1), got {self.jitter!r}")
 
     @property
     def has_density(self) -> bool:
-        return self.leapfrog_steps == 1
+        return self.leapfrog_steps == 1 and self._range == 0.0
+
+    @property
+    def _range(self) -> float:
+        if self.jitter is not None:
+            return self.jitter
+        return 0.0 if self.leapfrog_steps == 1 else 0.2
 
     @property
     def num_scores(self) -> int:
@@ -83,9 +90,9 @@ class Langevin(Move):
 
     def _jittered(self, start: Start) -> Tensor:
         """Step sizes, `(n,)` or `(K, *plates, n)`, drawn without a look at the values."""
-        if self.leapfrog_steps == 1:
+        if self._range == 0.0:
             return start.step_size
-        factor = 1.0 + self.jitter * (2.0 * torch.rand_like(start.value[..., 0]) - 1.0)
+        factor = 1.0 + self._range * (2.0 * torch.rand_like(start.value[..., 0]) - 1.0)
         return start.step_size * factor.square()  # eta is half the square of a step's length
 
 
