@@ -366,6 +366,10 @@ def test_correction_that_the_joint_schedule_does_not_allow_is_refused(correction
     )
 
 
+def test_a_word_for_blocks_other_than_auto_is_refused():
+    refused(OptionError, "blocks", "'auto'", "foo", of=lambda: DCPC(plain, blocks="foo"))
+
+
 def test_joint_schedule_with_one_block_of_everything_is_allowed():
     chain = gaussian_chain()
     posterior = run(chain.model, *chain.args, schedule="joint", blocks=[("z1", "z2")])

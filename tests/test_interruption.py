@@ -104,6 +104,30 @@ def test_other_algorithms_go_on_bit_for_bit(options, interrupt):
     assert_same(engine.resume(partial, *DATA, progress=False), expected)
 
 
+@pytest.mark.parametrize("model_and_data", [(regression, DATA), (Shift(), (torch.ones(3),))])
+def test_a_run_with_blocks_and_moves_that_it_found_goes_on_bit_for_bit(
+    model_and_data, interrupt, tmp_path
+):
+    """A hundred particles find their blocks, the length of their moves, and where to jump."""
+    model, data = model_and_data
+    expected = DCPC(model, num_particles=100).run(*data, seed=0, **OPTIONS)
+    interrupt(27)
+    partial = DCPC(model, num_particles=100).run(*data, seed=0, **OPTIONS)
+    assert partial.continuation.leapfrog_steps > 0
+    assert any(learned.reference for learned in partial.state.adaptation.values())
+    partial.save(tmp_path / "partial.pt")
+    partial = Posterior.load(tmp_path / "partial.pt")
+    engine = DCPC(model, num_particles=100)
+    assert_same(engine.resume(partial, *data, progress=False), expected)
+
+
+def test_blocks_that_a_run_found_are_not_those_of_another_engine(interrupt):
+    interrupt(27)
+    partial = DCPC(regression, num_particles=100).run(*DATA, seed=0, **OPTIONS)
+    with pytest.raises(OptionError, match="moved the units"):
+        DCPC(regression, num_particles=100, blocks=()).resume(partial, *DATA, progress=False)
+
+
 def test_an_interrupted_run_without_a_seed_follows_the_global_generator(interrupt):
     engine = DCPC(regression, num_particles=10)
     torch.manual_seed(4)

@@ -51,6 +51,34 @@ def test_log_joint_that_particles_carry_is_that_of_their_values(algorithm, seed)
         torch.testing.assert_close(state.log_joint, expected)
 
 
+@pytest.mark.parametrize("algorithm", ["dcpc", "dcpc-smc"])
+def test_scores_that_sweeps_hand_on_are_those_of_the_particles(algorithm):
+    """After moves that were rejected and accepted, and after whole particles were resampled."""
+    exact = linear_gaussian_dag(0)
+    engine = DCPC(exact.model, num_particles=30, algorithm=algorithm, blocks=[tuple(exact.names)])
+    problem = engine.bind(*exact.args)
+    state = problem.init()
+    state = problem.scored(problem.sweep(state)[0])
+    (group,) = problem.division.groups
+    for number in range(6):
+        if number == 3:
+            tilted = state.log_weight.add(3.0 * torch.randn(30))
+            state = replace(state, log_weight=tilted)
+        state, info = problem.sweep(state, retargets=False)
+        assert (info.ancestors is not None) == (number == 3) or algorithm == "dcpc-smc"
+        unit = problem.density.conditional(group, state.latents)
+        expected = unit.evaluate_raw(unit.value)
+        torch.testing.assert_close(state.scored[group.name].log_density, expected.log_density)
+        torch.testing.assert_close(state.scored[group.name].score, expected.score)
+
+
+def test_scores_are_not_handed_on_where_units_move_in_turn():
+    chain = gaussian_chain()
+    problem = DCPC(chain.model, num_particles=4).bind(*chain.args)
+    state, _ = problem.sweep(problem.init())
+    assert not problem.scored(state).scored
+
+
 def test_log_joint_is_carried_per_population_cell_too():
     chain = gaussian_chain(6)
     engine = DCPC(chain.model, num_particles=5)

@@ -81,6 +81,8 @@ def tuned(problem: Problem, state: SweepState) -> Moves:
     """
     if problem.parts.move != JOINT_MOVE:
         return Moves(problem, state.adaptation)
+    if not state.adaptation:  # the way was so short that nothing moved on it
+        state, _ = problem.as_written().sweep(state, retargets=False)
     state = _with_jumps(problem, state)
     chosen, rate = Moves(problem, state.adaptation), 0.0
     for steps in LENGTHS:

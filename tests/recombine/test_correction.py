@@ -56,6 +56,12 @@ class Unit:
     evaluate: Callable[[Tensor], ScoredDensity]
     active: Tensor | None = None
 
+    def evaluate_raw(self, value: Tensor) -> ScoredDensity:
+        return self.evaluate(value)
+
+    def usable(self, evaluation: ScoredDensity) -> ScoredDensity:
+        return evaluation
+
     def log_density(self, value: Tensor) -> Tensor:
         return self.evaluate(value).log_density
 
@@ -156,7 +162,7 @@ def test_bounded_weights_are_proper(bound):
         proposed(seed=1),
         unit=Unit(Group(1), normal),
         value=value,
-        before=before,
+        predicted=before,
         proposal=proposal,
         log_weight=LogWeights(torch.zeros(count, 1)),
     )
