@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import networkx as nx
 import torch
+from torch import Tensor
 
 from dcpc.draws import MIN_DRAWS
 from dcpc.posterior import Posterior
@@ -11,12 +12,21 @@ from dcpc.posterior import Posterior
 CORRELATED = 0.8
 """Correlation of two units above which moving them apart is slow."""
 
+FUNNEL = 0.5
+"""Correlation of a scalar with the logarithm of a latent's spread from which it is its scale."""
+
+MIN_LOG_SCALE_SD = 0.3
+"""Standard deviation of the logarithm of a scale below which it does no harm."""
+
+MIN_PARTICLES = 20
+"""Particles that it takes to see that."""
+
 MAX_VALUES = 16
 """Values of a latent up to which it is looked at, and may be a part of a block."""
 
 
 def advise(posterior: Posterior, num_sweeps: int, few_families: bool) -> str:
-    """Advise a block, more sweeps, or initial values.
+    """Advise a block, other coordinates, more sweeps, or initial values.
 
     Args:
         posterior: The posterior.
@@ -31,6 +41,14 @@ def advise(posterior: Posterior, num_sweeps: int, few_families: bool) -> str:
             f"move correlated latents together, DCPC(..., blocks=[{named}]) (correlation "
             f"{strongest:.3f})"
         )
+    funnels = find_funnels(posterior)
+    if funnels:
+        scale, narrow = funnels[0]
+        advice.append(
+            f"'{narrow}' is narrow where '{scale}' is small (a funnel): write it non-centred, as "
+            f"DCPC(..., reparam={{'{narrow}': LocScaleReparam(0.0)}}) does, from "
+            "pyro.infer.reparam, or DCPC(..., reparam='auto') for all sites"
+        )
     if posterior.describes_history or num_sweeps < 4 * MIN_DRAWS:
         advice.append(f"sweep longer, run(..., num_sweeps={max(1000, 4 * num_sweeps)})")
     else:
@@ -40,6 +58,50 @@ def advise(posterior: Posterior, num_sweeps: int, few_families: bool) -> str:
             "start nearer to the posterior, run(..., initial_values={...}), or take more particles"
         )
     return "; ".join(advice)
+
+
+def find_funnels(posterior: Posterior) -> list[tuple[str, str]]:
+    """Pairs of a scalar and a latent whose spread follows it, the strongest first.
+
+    By the correlation, over the final particles, of the unconstrained scalar with the logarithm of
+    the other's spread: over its elements where it has several, and from its mean where it has one.
+    None where the model is a population of independent problems.
+    """
+    weights = posterior.state.log_weight.normalized().double()
+    latents = {
+        name: u.reshape(len(u), -1).double()
+        for name, u in posterior.state.latents.items()
+        if name in posterior.unit_of and name not in posterior.discrete
+    }
+    if weights.dim() > 1 or posterior.num_particles < MIN_PARTICLES:
+        return []
+    found = []
+    for scale, s in latents.items():
+        if s.shape[1] > 1 or float(weighted_sd(s[:, 0], weights)) < MIN_LOG_SCALE_SD:
+            continue
+        for narrow, u in latents.items():
+            if narrow == scale:
+                continue
+            centre = u.mean(1, keepdim=True) if u.shape[1] > 2 else (weights[:, None] * u).sum(0)
+            spread = (u - centre).square().mean(1).clamp(min=1e-300).log()
+            strength = weighted_correlation(s[:, 0], spread, weights)
+            if strength > FUNNEL:
+                found.append((strength, scale, narrow))
+    return [(scale, narrow) for _, scale, narrow in sorted(found, reverse=True)]
+
+
+def weighted_sd(value: Tensor, weights: Tensor) -> Tensor:
+    """Standard deviation over weighted particles."""
+    mean = (weights * value).sum()
+    return (weights * (value - mean).square()).sum().sqrt()
+
+
+def weighted_correlation(first: Tensor, second: Tensor, weights: Tensor) -> float:
+    """Correlation over weighted particles; 0 where one of them does not vary."""
+    one, other = (v - (weights * v).sum() for v in (first, second))
+    product = (weights * one * other).sum()
+    scale = weighted_sd(first, weights) * weighted_sd(second, weights)
+    return float((product / scale).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
 
 
 def correlated_blocks(posterior: Posterior) -> tuple[list[tuple[str, ...]], float]:

@@ -40,6 +40,7 @@ from dcpc.problem import Problem, check_annealing
 from dcpc.progress import ProgressBar
 from dcpc.recombine.correction import Correction
 from dcpc.recorder import Recorder
+from dcpc.reparam import Config, reparameterised
 from dcpc.seeding import continued, random_state_kept, seeded
 from dcpc.sweep import PLAIN, SweepInfo, SweepState, restart_adaptation
 from dcpc.sweeping import check_continuation, continuation_of, sweep_to_end, with_blocks_of
@@ -114,6 +115,9 @@ class DCPC:
             particles show to be correlated, `()` nothing.
         resampling: `systematic`, `stratified`, `multinomial` or `residual`.
         resample_threshold: Whole particles are resampled where ESS / K is below it.
+        reparam: Coordinates of latents: `auto` for Pyro's own `AutoReparam`, which writes
+            hierarchies non-centred (a cure for funnels); reparameterisations by site or a strategy,
+            as for `pyro.poutine.reparam`; None for the model as it is written.
         backend: `auto`, `graph`, `vmap` or `loop`.
         certify: Whether divided programs are compared with plain runs of the model.
         compile: Whether sweeps are recorded as graphs and compiled; `auto` compiles them where the
@@ -140,6 +144,7 @@ class DCPC:
         blocks: str | Sequence[Sequence[str]] = "auto",
         resampling: str = "systematic",
         resample_threshold: float = 0.5,
+        reparam: str | Config | None = None,
         backend: str = "auto",
         certify: bool = True,
         compile: Mode = "auto",
@@ -151,7 +156,7 @@ class DCPC:
         _require_count("num_particles", num_particles)
         if particle_batch_size is not None:
             _require_count("particle_batch_size", particle_batch_size)
-        self.model = model
+        self.model = reparameterised(model, reparam)
         self.guide = guide
         self.num_particles = num_particles
         self.algorithm = build_algorithm(
@@ -187,7 +192,7 @@ class DCPC:
             backend=backend,
             certify=certify,
         )
-        self._divisions = self._divide(model)
+        self._divisions = self._divide(self.model)
         if compile not in (True, False, "auto"):
             raise OptionError(f"compile must be True, False or 'auto', got {compile!r}")
         self._runner = RecordedRunner(compile) if compile else PLAIN
