@@ -2,8 +2,9 @@
 
 From a prior that is vague, flat, or far from the data, hardly a particle reaches the posterior.
 Here a first pilot starts from the prior and from Gaussians along paths of ascent, half and half,
-and takes large steps; a Student-t distribution with the moments of its particles is the reference
-that the next one starts from, and so on until the way is short. What the last pilot learned
+and takes large steps; the next one starts from the prior and a Student-t distribution with the
+moments of the first one's particles, and so on until the way is short. The prior's share defends
+against what no such distribution covers (Hesterberg 1995). What the last pilot learned
 (reference, temperatures, proposals) is then fixed, and fresh draws from the reference take that
 way: their evidence estimate is unbiased, and their weights are proper.
 
@@ -98,7 +99,9 @@ def send_pilots(problem: Problem, conditional_ess: float, bar: ProgressBar) -> P
     first = _send(problem, first_reference, FIRST_CONDITIONAL_ESS, FIRST_SWEEPS, bar)
     last, before = first, math.inf
     for _ in range(MAX_PILOTS):
-        reference = _fitted(problem, last.annealed.state)
+        reference: JointReference = _fitted(problem, last.annealed.state)
+        if isinstance(first_reference, HalfPrior):
+            reference = HalfPrior(reference)
         last = _send(problem, reference, conditional_ess, MAX_SWEEPS, bar)
         length = len(last.annealed.ladder)
         if length <= SHORT or length > SHORTER * before:

@@ -189,12 +189,12 @@ def test_the_bridge_leads_from_the_reference_to_the_joint():
         torch.testing.assert_close(density.slope(latents), log_joint - start)
 
 
-def test_a_reference_that_misses_what_the_first_pilot_saw_is_not_taken(monkeypatch):
-    """Fitted to one mode of two by mistake, its evidence is half of what is there."""
+def pilot_of_one_mode(monkeypatch, prior):
+    """A pilot whose references are fitted to one mode of two by mistake, and its problem."""
     centre = torch.tensor([4.0, -4.0])
 
     def model():
-        z = pyro.sample("z", dist.Normal(0.0, 10.0))
+        z = pyro.sample("z", prior)
         pyro.factor("x", (-0.5 * (z.unsqueeze(-1) - centre).square() / 0.01).logsumexp(-1))
 
     def one_mode(problem, state):
@@ -204,8 +204,47 @@ def test_a_reference_that_misses_what_the_first_pilot_saw_is_not_taken(monkeypat
     torch.manual_seed(0)
     problem = joint_problem(DCPC(model, num_particles=500).bind())
     assert problem is not None
-    pilot = send_pilots(problem, 0.9, ProgressBar(False))
+    return problem, send_pilots(problem, 0.9, ProgressBar(False))
+
+
+def test_what_a_fitted_reference_misses_the_prior_beside_it_finds(monkeypatch):
+    problem, pilot = pilot_of_one_mode(monkeypatch, dist.Normal(0.0, 10.0))
     assert isinstance(pilot.reference, HalfPrior)
+    annealed = follow(problem, pilot, 0.9, ProgressBar(False))
+    exact = math.log(2 * (2 * math.pi * 0.01) ** 0.5)
+    exact += float(dist.Normal(0.0, (100 + 0.01) ** 0.5).log_prob(torch.tensor(4.0)))
+    error = abs(float(annealed.log_evidence) - exact)
+    assert error < 4 * float(annealed.log_evidence_se) < 0.8
+
+
+def test_a_reference_that_misses_what_the_first_pilot_saw_is_not_taken(monkeypatch):
+    """Where there is no prior to find it, the pilots' evidence tells, of which half is missing."""
+    _, pilot = pilot_of_one_mode(monkeypatch, dist.ImproperUniform(dist.constraints.real, (), ()))
+    assert isinstance(pilot.reference, StudentMixture)
+    assert len(pilot.reference.loc) > 1
+
+
+def test_the_neck_of_a_funnel_is_part_of_the_evidence():
+    """`log_scale ~ N(0, 2^2)`, `z ~ N(0, exp(log_scale)^2)`, `x = 3 ~ N(z, 1)`, by quadrature."""
+    log_scale = torch.linspace(-16, 16, 8001)
+    density = dist.Normal(0.0, 2.0).log_prob(log_scale)
+    density = density + dist.Normal(0.0, (log_scale.exp().square() + 1).sqrt()).log_prob(
+        torch.tensor(3.0)
+    )
+    exact = float(density.logsumexp(0) + torch.log(log_scale[1] - log_scale[0]))
+
+    def model():
+        log_scale = pyro.sample("log_scale", dist.Normal(0.0, 2.0))
+        z = pyro.sample("z", dist.Normal(0.0, log_scale.exp()))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(3.0))
+
+    engine = DCPC(model, num_particles=500)
+    runs = [engine.anneal(seed=seed) for seed in range(6)]
+    errors = torch.stack([r.log_evidence for r in runs]) - exact
+    reported = torch.stack([r.log_evidence_se for r in runs])
+    assert float(errors.mean().abs()) < 3 * float(reported.mean()) / 6**0.5
+    assert bool((errors.abs() < 4 * reported).all())
+    assert float(reported.max()) < 0.2
 
 
 def test_what_is_not_moved_as_one_unit():
