@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyro
 import pyro.distributions as dist
@@ -30,6 +30,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from dcpc import DCPC
+from dcpc.conquer import Diagonal, Jump, Preconditioner, WayBack
 from dcpc.recombine.correction import Metropolis, Outcome
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -485,7 +486,15 @@ class OneSided(Metropolis):
         )
 
 
+class Peeking(Preconditioner):
+    """A scale that every particle takes from its own score: it adapts on what it moves."""
+
+    def metric(self, state, score):
+        return Diagonal((1.0 + score.square()).rsqrt())
+
+
 BIASED = {
+    "peeking": {"preconditioner": Peeking(), "step_size": 1.5},
     "the paper's": {"algorithm": "dcpc-paper"},
     "uncorrected": {"correction": "none", "step_size": 1.5},
     "one-sided": {"correction": OneSided(), "step_size": 0.5},
@@ -498,10 +507,34 @@ def test_ranks_of_the_default_are_uniform(case):
 
 
 @pytest.mark.parametrize(
-    "biased", ["the paper's", "one-sided", pytest.param("uncorrected", marks=pytest.mark.slow)]
+    "biased",
+    [
+        "the paper's",
+        "one-sided",
+        "peeking",
+        pytest.param("uncorrected", marks=pytest.mark.slow),
+    ],
 )
 def test_a_biased_sampler_fails(biased):
     assert failures(calibrate(QUICK[0], PARTICLES["dcpc"], **BIASED[biased]))
+
+
+def test_jumps_without_their_ratio_fail(monkeypatch):
+    """Draws of the mixture that are accepted by the density alone favour its tails."""
+
+    def propose(self, start):
+        proposal = original(self, start)
+        return replace(proposal, way_back=lambda score: WayBack(torch.zeros(())))
+
+    original = Jump.propose
+    monkeypatch.setattr(Jump, "propose", propose)
+    assert failures(calibrate(QUICK[0], PARTICLES["dcpc"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [SLOW[0], SLOW[13]], ids=lambda case: case.name)
+def test_ranks_of_compiled_sweeps_are_uniform(case):
+    assert not failures(calibrate(case, PARTICLES["dcpc"], compile=True))
 
 
 @pytest.mark.slow
