@@ -49,8 +49,12 @@ PRIVATE = {
     "torch._inductor.cpu_vec_isa.valid_vec_isa_list": (
         "Width of the vectors in compiled code: leave it out; eight schools takes longer then."
     ),
-    "torch._guards.TracingContext": "As for compile_fx_inner.",
-    "torch._guards.tracing": "As for compile_fx_inner.",
+    "torch._guards.TracingContext": (
+        "As for compile_fx_inner; and in captures (divide/capture.py): leave it out; long ones take "
+        "half as long again."
+    ),
+    "torch._guards.tracing": "As for TracingContext.",
+    "torch._subclasses.fake_tensor.FakeTensorMode": "As for TracingContext.",
 }
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -120,7 +122,7 @@ def capture(
     function = (reads or ReadsOfData()).watch(function)
 
     def vectorised(body: Function) -> fx.GraphModule:
-        return make_fx(torch.vmap(body, in_dims=in_dims, randomness="different"))(*batched, *shared)
+        return _traced(torch.vmap(body, in_dims=in_dims, randomness="different"), *batched, *shared)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -131,18 +133,28 @@ def capture(
                 raise
             # An in-place write of a latent into a plain buffer: remove the mutation for one
             # particle first, then vectorise what is left.
-            single = make_fx(torch.func.functionalize(function))(
-                *(value[0] for value in batched), *shared
+            single = _traced(
+                torch.func.functionalize(function), *(value[0] for value in batched), *shared
             )
             module = vectorised(_without_copy(single))
         if any(_mutates(node) for node in module.graph.nodes):
-            module = _without_copy(make_fx(torch.func.functionalize(module))(*batched, *shared))
+            module = _without_copy(_traced(torch.func.functionalize(module), *batched, *shared))
     for node in module.graph.nodes:
         if node.target is torch.ops.aten.fill.Scalar:  # what `1 - x` becomes; see `repeat`
             node.target = torch.ops.aten.full_like.default
     module.graph = _fold_constants(module, fx_graph_cse(module.graph))
     module.recompile()
     return module
+
+
+def _traced(function: Callable, *args: Tensor) -> fx.GraphModule:
+    """A function's operators as a graph.
+
+    Torch notes the shape of every value by a fake tensor, and makes a mode for each of them unless
+    there is one, which takes a third of the time of a long capture.
+    """
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        return make_fx(function)(*args)
 
 
 def dependencies(module: fx.GraphModule) -> list[frozenset[int]]:
@@ -210,7 +222,7 @@ def repeat(module: fx.GraphModule, varying: Sequence[int], examples: Sequence[Te
     in_dims = tuple(0 if position in varying else None for position in range(len(examples)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return make_fx(torch.vmap(module, in_dims=in_dims))(*examples)
+        return _traced(torch.vmap(module, in_dims=in_dims), *examples)
 
 
 def _mutates(node: fx.Node) -> bool:

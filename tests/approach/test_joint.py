@@ -26,7 +26,7 @@ def run(model, *args, num_particles=400, num_sweeps=100, **options):
     return engine.run(*args, num_sweeps=num_sweeps, seed=0, progress=False, **options)
 
 
-def vague_regression():
+def vague_regression(dtype=torch.float64):
     """A line far from the origin, with priors a hundred thousand times as wide as its posterior."""
     torch.manual_seed(1)
     x = torch.stack([torch.ones(40), 50 + 5 * torch.randn(40)], 1)
@@ -39,7 +39,7 @@ def vague_regression():
         a = pyro.sample("a", dist.Normal(0.0, 1000.0))
         b = pyro.sample("b", dist.Normal(0.0, 1000.0))
         with pyro.plate("n", 40):
-            pyro.sample("y", dist.Normal(a + b * x[:, 1], 1.0), obs=y)
+            pyro.sample("y", dist.Normal(a + b * x[:, 1].to(dtype), 1.0), obs=y.to(dtype))
 
     return model, covariance @ x.T @ y, covariance, float(marginal.log_prob(y))
 
@@ -62,6 +62,33 @@ def test_vague_priors_and_a_ridge():
     draws = torch.stack([posterior.draws(name)[0].flatten() for name in "ab"])
     expected = float(covariance[0, 1] / (covariance[0, 0] * covariance[1, 1]).sqrt())
     assert float(torch.corrcoef(draws)[0, 1]) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"algorithm": "dcpc-smc"}, {"particle_batch_size": 150}])
+def test_other_engines_start_there_too(options):
+    model, mean, covariance, log_evidence = vague_regression()
+    engine = DCPC(model, num_particles=400, **options)
+    posterior = engine.run(num_sweeps=100, seed=0, progress=False)
+    error = abs(float(posterior.log_evidence) - log_evidence)
+    assert error < 4 * float(posterior.log_evidence_se) < 0.4
+    for index, name in enumerate("ab"):
+        table, sd = posterior.statistics()[name], float(covariance[index, index]) ** 0.5
+        assert abs(float(table["mean"]) - float(mean[index])) < 4.5 * float(table["mcse"])
+        assert float(table["std"]) == pytest.approx(sd, rel=0.1)
+
+
+def test_single_precision():
+    """The model computes in single precision; the oracle does not."""
+    model, mean, covariance, log_evidence = vague_regression(torch.float32)
+    torch.set_default_dtype(torch.float32)
+    posterior = run(model)
+    assert posterior.samples["a"].dtype == torch.float32
+    error = abs(float(posterior.log_evidence) - log_evidence)
+    assert error < 4 * float(posterior.log_evidence_se) < 0.4
+    for index, name in enumerate("ab"):
+        table, sd = posterior.statistics()[name], float(covariance[index, index]) ** 0.5
+        assert abs(float(table["mean"]) - float(mean[index])) < 0.1 * sd
+        assert float(table["std"]) == pytest.approx(sd, rel=0.05)
 
 
 def test_a_centred_hierarchy_against_its_marginal_likelihood():

@@ -9,9 +9,10 @@ from functools import wraps
 from typing import Any
 from unittest.mock import patch
 
-from dcpc import DCPC
+from dcpc import DCPC, inference
 from dcpc.problem import Problem
 from dcpc.recorder import Recorder
+from dcpc.sweep import SweepState
 from experiments.benchmarks.peers.sampled import SAMPLING, SUMMARY, Sampled, Stopwatch, Task
 
 
@@ -19,22 +20,35 @@ def sample(task: Task) -> Sampled:
     """Runs `DCPC(model, num_particles=...).run(data)`; its particles are the chains.
 
     The stages begin where the engine calls the methods that they are named after. A sweep counts
-    as one gradient of every particle per score of the move: it takes the score of every unit.
+    as one gradient of every particle per score of the move, and one for a jump: it takes the score
+    of every unit.
 
     Raises:
         RuntimeError: Particles were resampled while they were kept, so that they are no chains.
     """
     watch = Stopwatch()
-    num_sweeps = 0
+    num_scores = 0
+    is_tuned = False
 
-    def stage_of_sweep(*_: Any, adapt: bool = True, **__: Any) -> str:
-        nonlocal num_sweeps
-        num_sweeps += not adapt
-        return "warm-up" if adapt else SAMPLING
+    def begin_sweeps(*_: Any, **__: Any) -> str:
+        nonlocal is_tuned
+        is_tuned = True
+        return "warm-up"
+
+    def stage_of_sweep(problem: Problem, state: SweepState, adapt: bool = True, **_: Any) -> str:
+        nonlocal num_scores
+        if not is_tuned:
+            return "tuning"
+        if adapt:
+            return "warm-up"
+        jumps = any(learned.reference for learned in state.adaptation.values())
+        num_scores += problem.parts.move.num_scores + jumps
+        return SAMPLING
 
     with ExitStack() as stack:
-        stages: list[tuple[type, str, Callable[..., str]]] = [
+        stages: list[tuple[Any, str, Callable[..., str]]] = [
             (Problem, "anneal_once", lambda problem, start, stage, *_, **__: stage),
+            (inference, "sweep_to_end", begin_sweeps),
             (Problem, "sweep", stage_of_sweep),
             (Recorder, "posterior", lambda *_, **__: SUMMARY),
         ]
@@ -51,7 +65,7 @@ def sample(task: Task) -> Sampled:
     return Sampled(
         {name: value.numpy() for name, value in posterior.history.items()},
         watch.seconds,
-        num_sweeps * task.num_particles * engine.parts.move.num_scores,
+        num_scores * task.num_particles,
         " ".join(posterior.warnings),
         {name: about["ess_bulk"].numpy() for name, about in posterior.statistics().items()},
     )
