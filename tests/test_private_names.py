@@ -50,7 +50,7 @@ PRIVATE = {
         "Width of the vectors in compiled code: leave it out; eight schools takes longer then."
     ),
     "torch._guards.TracingContext": (
-        "As for compile_fx_inner; and in captures (divide/capture.py): leave it out; long ones take "
+        "As for compile_fx_inner; and in captures (divide/capture.py): leave it out; they take "
         "half as long again."
     ),
     "torch._guards.tracing": "As for TracingContext.",
