@@ -367,7 +367,13 @@ def test_correction_that_the_joint_schedule_does_not_allow_is_refused(correction
 
 
 def test_a_word_for_blocks_other_than_auto_is_refused():
-    refused(OptionError, "blocks", "'auto'", "foo", of=lambda: DCPC(plain, blocks="foo"))
+    refused(
+        OptionError,
+        "blocks",
+        "'auto'",
+        "foo",
+        of=lambda: DCPC(plain, num_particles=4, blocks="foo"),
+    )
 
 
 def test_joint_schedule_with_one_block_of_everything_is_allowed():

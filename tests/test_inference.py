@@ -160,7 +160,7 @@ class Overconfident(Metropolis):
     def apply(self, proposed: ProposedMove) -> Outcome:
         after = proposed.arrive()
         ratio, bad = after.log_ratio, after.bad
-        gained = after.log_density - proposed.before.log_density
+        gained = after.after.log_density - after.before.log_density
         accepted = torch.rand_like(ratio).log() < ratio + 0.8 * gained
         return Outcome(
             value=torch.where(accepted[..., None], proposed.proposal.value, proposed.value),

@@ -38,8 +38,7 @@ class Langevin(Move):
 
     Attributes:
         leapfrog_steps: Steps, and scores, per move.
-        jitter: Relative range of the length of steps; None for .2 where there are several of them,
-            and 0 where there is one.
+        jitter: Relative range of the length of steps; None for .2 of several, 0 of one.
 
     Raises:
         OptionError: No number of steps, or a jitter outside [0, 1).
@@ -61,9 +60,8 @@ class Langevin(Move):
 
     @property
     def _range(self) -> float:
-        if self.jitter is not None:
-            return self.jitter
-        return 0.0 if self.leapfrog_steps == 1 else 0.2
+        default = 0.0 if self.leapfrog_steps == 1 else 0.2
+        return default if self.jitter is None else self.jitter
 
     @property
     def num_scores(self) -> int:
