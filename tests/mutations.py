@@ -148,7 +148,7 @@ FAULTS = [
           "self.predicted.log_density"),
     Fault("metropolis accepts everything",
           "accepted = torch.rand_like(ratio).log() < ratio\n",
-          "accepted = torch.rand_like(ratio).log() < ratio + 100\n"),
+          "accepted = torch.rand_like(ratio).log() < ratio + 100\n", within="Metropolis"),
     Fault("rejected moves still change the log-joint",
           "torch.where(accepted, self.after.log_density - self.before.log_density, 0.0)",
           "self.after.log_density - self.before.log_density"),
