@@ -1,4 +1,4 @@
-"""Benchmark (i): Pyro's own static programs against independent oracles, as a table.
+"""Benchmark (j): Pyro's own static programs against independent oracles, as a table.
 
     python -m experiments.benchmarks.acceptance [--only hmm] [--output docs/acceptance.md]
 

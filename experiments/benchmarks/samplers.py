@@ -1,4 +1,4 @@
-"""Benchmark (k): effective draws per CPU second against other samplers, on posteriordb's models.
+"""Benchmark (b): effective draws per CPU second against other samplers, on posteriordb's models.
 
     python -m experiments.benchmarks.samplers [--output samplers.md] [--samplers dcpc numpyro]
 

@@ -254,24 +254,28 @@ def test_a_reference_that_misses_what_the_first_pilot_saw_is_not_taken(monkeypat
 
 
 def test_the_neck_of_a_funnel_is_part_of_the_evidence():
-    """`log_scale ~ N(0, 2^2)`, `z ~ N(0, exp(log_scale)^2)`, `x = 3 ~ N(z, 1)`, by quadrature."""
+    """`log_scale ~ N(0, 2^2)`, `z_j ~ N(0, scale^2)`, `x_j ~ N(z_j, 1)` of eight, by quadrature.
+
+    Half of the posterior has a scale below .6, where z is narrow.
+    """
+    x = torch.tensor([1.4, -0.6, 0.3, 1.1, -1.3, 0.2, -0.9, 0.5])
     log_scale = torch.linspace(-16, 16, 8001)
+    spread = (log_scale.exp().square() + 1).sqrt().unsqueeze(-1)
     density = dist.Normal(0.0, 2.0).log_prob(log_scale)
-    density = density + dist.Normal(0.0, (log_scale.exp().square() + 1).sqrt()).log_prob(
-        torch.tensor(3.0)
-    )
+    density = density + dist.Normal(0.0, spread).log_prob(x).sum(-1)
     exact = float(density.logsumexp(0) + torch.log(log_scale[1] - log_scale[0]))
 
     def model():
         log_scale = pyro.sample("log_scale", dist.Normal(0.0, 2.0))
-        z = pyro.sample("z", dist.Normal(0.0, log_scale.exp()))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(3.0))
+        with pyro.plate("n", 8):
+            z = pyro.sample("z", dist.Normal(0.0, log_scale.exp()))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     engine = DCPC(model, num_particles=500)
     runs = [engine.anneal(seed=seed) for seed in range(6)]
     errors = torch.stack([r.log_evidence for r in runs]) - exact
     reported = torch.stack([r.log_evidence_se for r in runs])
-    assert float(errors.mean().abs()) < 3 * float(reported.mean()) / 6**0.5
+    assert float(errors.mean().abs()) < 4 * float(reported.mean()) / 6**0.5
     assert bool((errors.abs() < 4 * reported).all())
     assert float(reported.max()) < 0.2
 
