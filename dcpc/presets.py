@@ -36,7 +36,7 @@ STOCHASTIC_STEP_SIZE = 1.0
 """Step size, in units of the second moment of noisy scores, of stochastic-gradient moves."""
 
 
-JOINT_MOVE = Langevin(leapfrog_steps=8, jitter=0.9)
+JOINT_MOVE = Langevin(leapfrog_steps=4, jitter=0.9)
 """Move of all latents at once; the scale of a posterior may vary by as much as the jitter."""
 
 JOINT_ACCEPTANCE = 0.75
