@@ -48,6 +48,30 @@ def test_means_and_standard_deviations_are_those_of_the_reference(case):
         assert 0.85 < float(draws[name].std()) / sd < 1.15, name
 
 
+HEAVY_TAILED = {"sigma_a": 1.3}
+"""Largest ratio of standard deviations of what has draws sixty of them from its mean."""
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("num_particles", [500, 1000])
+@pytest.mark.parametrize("case", HARD, ids=lambda case: case.name)
+def test_default_runs_of_the_hard_ones_are_those_of_the_reference(case, num_particles):
+    reference = references()[case.name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        posterior = DCPC(case.model, num_particles=num_particles).run(
+            reference["data"], seed=0, progress=False
+        )
+    draws = by_label({name: value.flatten(0, 1) for name, value in posterior.history.items()})
+    for name, mean in reference["mean"].items():
+        sd = reference["sd"][name]
+        assert abs(float(draws[name].mean()) - mean) < 0.15 * sd, name
+        ratio = float(draws[name].std()) / sd
+        assert 0.9 < ratio < HEAVY_TAILED.get(name, 1.1), name
+    assert max(float(t["r_hat"].max()) for t in posterior.statistics().values()) <= 1.01
+
+
 def test_every_reference_has_a_model():
     assert set(references()) == {case.name for case in (*CASES, *HARD)}
 
