@@ -57,7 +57,7 @@ of {LARGEST_ERROR} or more, a ratio outside of {SD_RATIOS}, or an R-hat of {LARG
   out. Set-up is all else before the draws that are kept: capture, compilation, annealing, warm-up.
 - The bulk ESS is ArviZ's, of `(chains, draws)`; the particles of DCPC are chains. Of many short
   chains it is biased, by .7 to 1.3 times (`peers/scores.py`; on eight schools the error of DCPC's
-  means over 24 seeds has 1.46 times the variance that it tells, `--check`). For more than 16 chains
+  means over 24 seeds has .93 times the variance that it tells, `--check`). For more than 16 chains
   rates are therefore of the ESS by the spread of the chains' means, which has no bias where chains
   are independent, or of DCPC's own where that is smaller: it allows for particles that descend from
   the same one.
