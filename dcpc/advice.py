@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import networkx as nx
 import torch
-from torch import Tensor
 
 from dcpc.draws import MIN_DRAWS
 from dcpc.posterior import Posterior
@@ -77,31 +78,19 @@ def find_funnels(posterior: Posterior) -> list[tuple[str, str]]:
         return []
     found = []
     for scale, s in latents.items():
-        if s.shape[1] > 1 or float(weighted_sd(s[:, 0], weights)) < MIN_LOG_SCALE_SD:
+        if s.shape[1] > 1:
             continue
         for narrow, u in latents.items():
             if narrow == scale:
                 continue
             centre = u.mean(1, keepdim=True) if u.shape[1] > 2 else (weights[:, None] * u).sum(0)
             spread = (u - centre).square().mean(1).clamp(min=1e-300).log()
-            strength = weighted_correlation(s[:, 0], spread, weights)
-            if strength > FUNNEL:
+            covariance = torch.cov(torch.stack([s[:, 0], spread]), correction=0, aweights=weights)
+            scale_sd, spread_sd = covariance.diagonal().sqrt().tolist()
+            strength = float(covariance[0, 1]) / (scale_sd * spread_sd or math.inf)
+            if scale_sd >= MIN_LOG_SCALE_SD and strength > FUNNEL:
                 found.append((strength, scale, narrow))
     return [(scale, narrow) for _, scale, narrow in sorted(found, reverse=True)]
-
-
-def weighted_sd(value: Tensor, weights: Tensor) -> Tensor:
-    """Standard deviation over weighted particles."""
-    mean = (weights * value).sum()
-    return (weights * (value - mean).square()).sum().sqrt()
-
-
-def weighted_correlation(first: Tensor, second: Tensor, weights: Tensor) -> float:
-    """Correlation over weighted particles; 0 where one of them does not vary."""
-    one, other = (v - (weights * v).sum() for v in (first, second))
-    product = (weights * one * other).sum()
-    scale = weighted_sd(first, weights) * weighted_sd(second, weights)
-    return float((product / scale).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
 
 
 def correlated_blocks(posterior: Posterior) -> tuple[list[tuple[str, ...]], float]:

@@ -233,7 +233,8 @@ class DCPC:
         Args:
             *args: Arguments of the model.
             num_sweeps: Sweeps at the posterior; by default 1,000, or fewer, 300 at least, where all
-                latents move jointly and the particles were seen to forget in few sweeps.
+                latents move jointly, the particles were seen to forget in few sweeps, and
+                `num_warmup` is left out too.
             num_warmup: Number of sweeps that adapt; half of them by default.
             keep_every: Keep every n-th of the other sweeps in `posterior.history`; 0 for none. By
                 default some 100 of them, at most 64 MiB in all.
@@ -288,11 +289,12 @@ class DCPC:
             )
             problem = arrival.problem
             if num_sweeps is None:
-                num_sweeps = max(arrival.num_sweeps, num_warmup or 0)
+                num_sweeps = arrival.num_sweeps if num_warmup is None else most
             num_warmup = _or_half(num_warmup, num_sweeps)
             recorder = Recorder(problem, arrival, num_sweeps, num_warmup, keep_every)
             state = restart_adaptation(arrival.state, problem.parts)
-            posterior = sweep_to_end(problem, state, recorder, bar, is_seeded=seed is not None)
+            with self._runner.expecting(num_sweeps, bar.say):  # as `resume` does
+                posterior = sweep_to_end(problem, state, recorder, bar, is_seeded=seed is not None)
         return self._keep(posterior)
 
     def run_over(

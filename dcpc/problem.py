@@ -122,8 +122,7 @@ class Problem:
     def with_leapfrog_steps(self, steps: int) -> Problem:
         """The same problem, moved by Langevin moves of so many leapfrog steps."""
         parts = self.parts
-        if not isinstance(parts.move, Langevin):
-            return self
+        assert isinstance(parts.move, Langevin)
         move = replace(parts.move, leapfrog_steps=steps)
         other = copy(self)
         other.algorithm = replace(self.algorithm, parts=replace(parts, move=move))

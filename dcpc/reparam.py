@@ -18,7 +18,7 @@ from dcpc.errors import OptionError
 __all__ = ["Reparameterised", "reparameterised"]
 
 Config = Mapping[str, Reparam] | Callable[[Any], Reparam | None]
-"""What `pyro.poutine.reparam` takes."""
+"""Configurations of `pyro.poutine.reparam`: by site, or a strategy."""
 
 
 class Reparameterised(torch.nn.Module):

@@ -240,7 +240,6 @@ def move_units(
     log_weight, log_joint = parts.correction.begin(state.log_weight), state.log_joint
     active = density.active_values()
     scored: dict[str, ScoredDensity] = {}
-    all_names = {group.name for group in density.division.groups}
     for group in groups:
         unit = density.conditional(group, latents, active.get(group.name))
         own = parts.of(group)
@@ -255,15 +254,10 @@ def move_units(
             )
             step_size = own.dual_averaging.step_size(learned.step_size, adapting=how.step_size)
             if learned.reference:
-                jumping = own.jumping(learned)
-                jump = _propose(unit, predicted, learned, step_size, jumping, log_weight, {})
-                outcome = jumping.correction.apply(jump)
-                assert outcome.kept is not None
-                assert outcome.log_joint is not None
-                latents.update(group.unpack(outcome.value))
-                unit, predicted = density.conditional(group, latents, unit.active), outcome.kept
-                log_joint = log_joint + outcome.log_joint
-                info.num_bad = info.num_bad + outcome.num_bad
+                unit, predicted, gained = _jump(
+                    unit, predicted, learned, step_size, own, log_weight, info
+                )
+                latents, log_joint = dict(unit.latents), log_joint + gained
             proposed = _propose(unit, predicted, learned, step_size, own, log_weight, memory)
             outcome = own.correction.apply(proposed)
             if how.step_size:
@@ -280,7 +274,8 @@ def move_units(
         if outcome.log_joint is not None:
             log_joint = log_joint + outcome.log_joint
         info.num_bad = info.num_bad + outcome.num_bad
-        if outcome.kept is not None and evaluations.keys() == {group.name} == all_names:
+        # Where there are several groups, the next one's move makes a score worthless.
+        if outcome.kept and group.name in evaluations and len(density.division.groups) == 1:
             scored[group.name] = outcome.kept
     log_weight = parts.correction.end(log_weight, lambda: density.log_joint(latents))
     return SweepState(latents, log_weight, log_joint, adaptation, memory, scored), info
@@ -324,6 +319,31 @@ def _propose(
     if unit.active is not None:
         proposal = replace(proposal, value=torch.where(unit.active, proposal.value, value))
     return ProposedMove(unit, value, predicted, proposal, log_weight, parts.resampler)
+
+
+def _jump(
+    unit: Conditional,
+    predicted: ScoredDensity,
+    learned: Adaptation,
+    step_size: Tensor,
+    parts: Parts,
+    log_weight: LogWeights,
+    info: SweepInfo,
+) -> tuple[Conditional, ScoredDensity, Tensor]:
+    """Jumps from the mixture of a group of units.
+
+    Returns:
+        The conditionals where the jumps have led, log-densities and scores there, and the change
+        of the log-joints.
+    """
+    jumping = parts.jumping(learned)
+    proposed = _propose(unit, predicted, learned, step_size, jumping, log_weight, {})
+    outcome = jumping.correction.apply(proposed)
+    assert outcome.kept is not None
+    assert outcome.log_joint is not None
+    info.num_bad = info.num_bad + outcome.num_bad
+    latents = {**unit.latents, **unit.group.unpack(outcome.value)}
+    return replace(unit, latents=latents), outcome.kept, outcome.log_joint
 
 
 def _learn(

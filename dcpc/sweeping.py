@@ -9,6 +9,7 @@ from dcpc.continuation import Continuation
 from dcpc.errors import DataError, OptionError
 from dcpc.interruption import Interruption
 from dcpc.posterior import Posterior
+from dcpc.presets import JOINT_MOVE
 from dcpc.problem import Problem
 from dcpc.progress import ProgressBar
 from dcpc.recorder import Recorder
@@ -73,7 +74,8 @@ def with_blocks_of(problem: Problem, posterior: Posterior) -> Problem:
     if not steps and found == {unit.name for unit in problem.division.units}:
         return problem
     joint = joint_problem(problem) or problem  # that it is another engine's, is found out later
-    return joint.with_leapfrog_steps(steps) if steps else joint
+    is_tuned = steps > 0 and joint.parts.move == JOINT_MOVE
+    return joint.with_leapfrog_steps(steps) if is_tuned else joint
 
 
 def check_continuation(problem: Problem, state: SweepState, continuation: Continuation) -> None:
@@ -90,6 +92,12 @@ def check_continuation(problem: Problem, state: SweepState, continuation: Contin
         raise OptionError(
             f"the interrupted run moved the units {sorted(adapted)}, this engine moves "
             f"{sorted(groups)}; make it with the algorithm, schedule and blocks of that run"
+        )
+    if problem.tuned_steps != continuation.leapfrog_steps:
+        raise OptionError(
+            f"the interrupted run tuned its moves to {continuation.leapfrog_steps} leapfrog steps "
+            f"(0: not tuned), this engine to {problem.tuned_steps}; make it with the move and the "
+            "blocks of that run"
         )
     before = continuation.log_joint.to(log_joint)
     if before.shape != log_joint.shape or not torch.allclose(

@@ -177,7 +177,7 @@ FAULTS = [
     Fault("moves have one leapfrog step whatever they forget",
           "LENGTHS = (1, 3, 7, 15, 31)", "LENGTHS = (1,)"),
     Fault("resumed runs forget the length of their moves",
-          "return joint.with_leapfrog_steps(steps) if steps else joint", "return joint"),
+          "return joint.with_leapfrog_steps(steps) if is_tuned else joint", "return joint"),
     Fault("weight forgets the densities' ratio",
           "log_weight=group.over_population(increment)",
           "log_weight=group.over_population(gained)"),

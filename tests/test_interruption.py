@@ -17,9 +17,11 @@ from oracles import gaussian_chain
 from picklable import Shift, regression, regression_data
 
 from dcpc import DCPC, ConvergenceWarning, Posterior
+from dcpc.conquer import Langevin
 from dcpc.errors import DataError, OptionError
 from dcpc.interruption import Interruption
 from dcpc.progress import ProgressBar
+from dcpc.recorder import Recorder
 
 DATA = regression_data()
 OPTIONS = {"num_sweeps": 40, "progress": False}
@@ -126,6 +128,37 @@ def test_blocks_that_a_run_found_are_not_those_of_another_engine(interrupt):
     partial = DCPC(regression, num_particles=100).run(*DATA, seed=0, **OPTIONS)
     with pytest.raises(OptionError, match="moved the units"):
         DCPC(regression, num_particles=100, blocks=()).resume(partial, *DATA, progress=False)
+
+
+@pytest.mark.parametrize(
+    "options", [{"blocks": [("slope", "scale")]}, {"move": Langevin(2)}, {"move": "underdamped"}]
+)
+def test_moves_that_a_run_tuned_are_not_those_of_another_engine(options, interrupt):
+    interrupt(27)
+    partial = DCPC(regression, num_particles=100).run(*DATA, seed=0, **OPTIONS)
+    engine = DCPC(regression, num_particles=100, **options)
+    with pytest.raises(OptionError, match="tuned its moves to 1 leapfrog steps"):
+        engine.resume(partial, *DATA, progress=False)
+
+
+def test_the_number_of_sweeps_that_compiling_reckons_with_is_that_of_a_resumed_run(monkeypatch):
+    engine, seen = DCPC(regression, num_particles=100), set()
+    original = Recorder.add
+
+    def add(recorder, *args):
+        seen.add((engine._runner._num_expected, recorder._num_sweeps))
+        original(recorder, *args)
+
+    monkeypatch.setattr(Recorder, "add", add)
+    engine.run(*DATA, seed=0, progress=False)
+    ((expected, num_sweeps),) = seen
+    assert expected == num_sweeps < 1000
+
+
+def test_a_warm_up_of_its_own_leaves_sweeps_to_record():
+    engine = DCPC(regression, num_particles=100)
+    posterior = engine.run(*DATA, num_warmup=500, keep_every=50, seed=0, progress=False)
+    assert posterior.num_kept == 10
 
 
 def test_an_interrupted_run_without_a_seed_follows_the_global_generator(interrupt):

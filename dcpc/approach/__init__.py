@@ -23,14 +23,14 @@ from dcpc.sweep import SweepState, resample, retarget
 NUM_PRIOR_DRAWS = 8192
 """Prior draws that a start elsewhere is compared with."""
 
+MAX_PRIOR_ROUNDS = 64
+"""Evaluations of the model that these may take, where there are few particles."""
+
 MIN_SWEEPS, MAX_SWEEPS = 300, 1000
 """Sweeps by default: the fewest, where moves are known to be good, and the most."""
 
 SHORT_MOVE = 3
 """Leapfrog steps by which all latents move jointly, correlated or not."""
-
-MAX_PRIOR_ROUNDS = 64
-"""Evaluations of the model that these may take, where there are few particles."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ def approach(
         arrival = replace(arrival, evidence=replace(arrival.evidence, misses_prior_mass=misses))
     problem = arrival.problem
     state, ancestors = resample(problem.density, arrival.state, problem.parts, always=True)
-    families = descended(arrival.families, ancestors)
-    return replace(arrival, state=state, families=families)
+    return replace(arrival, state=state, families=descended(arrival.families, ancestors))
 
 
 def anneal_with_evidence(

@@ -34,7 +34,6 @@ NUM_STEPS = 25
 INFLATION = 1.1
 """Scale matrices of the components, over those of the same covariance as the particles."""
 
-
 MAX_ELEMENTS = 1 << 24
 """Values of all particles and components at most, so that memory is enough."""
 

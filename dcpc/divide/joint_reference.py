@@ -93,6 +93,7 @@ class StudentMixture(JointReference):
 
     def _chi_square(self, like: Tensor) -> Tensor:
         """Chi-square draws `(K, *plates, 1)` with an even number of degrees of freedom."""
+        assert self.degrees % 2 == 0, f"{self.degrees} degrees of freedom are not even"
         count = int(self.degrees) // 2
         uniform = torch.rand_like(like[..., :1].expand(*like.shape[:-1], count))
         return -2.0 * uniform.log().sum(-1, keepdim=True)
