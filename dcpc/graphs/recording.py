@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dcpc.graphs.like import Like
 from dcpc.graphs.simplify import is_random, simplify
 from dcpc.graphs.targets import with_plain_targets
+from dcpc.graphs.together import run_together
 
 __all__ = ["Function", "NotRecordable", "Recording", "record"]
 
@@ -135,8 +136,32 @@ def record(
         raise NotRecordable(message[:200]) from error
     outputs, structure = pytree.tree_flatten(result)
     graph = simplify(recorder.finish(outputs), is_exact=is_exact)
+    graph = run_together(graph, _kinds(graph, structure, num_settled), is_exact=is_exact)
     closure, draws = tuple(recorder.closure), recorder.draws
     return Recording(graph, num_settled, closure, draws, structure)
+
+
+def _kinds(graph: fx.Graph, structure: pytree.TreeSpec, num_settled: int) -> dict[fx.Node, Any]:
+    """When a node is computed: for which entry of a result that is a tuple, and from what.
+
+    That is the first entry that needs it, and whether settled inputs determine it.
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    settled = set(inputs[:num_settled])
+    for node in graph.nodes:
+        if node.op == "call_function" and settled.issuperset(node.all_input_nodes):
+            settled.add(node)
+    (outputs,) = next(node for node in graph.nodes if node.op == "output").args
+    entries = structure.children() if structure.type is tuple else [structure]
+    rest, kinds = iter(outputs), dict[fx.Node, Any]()
+    for index, entry in enumerate(entries):
+        waiting = [next(rest) for _ in range(entry.num_leaves)]
+        while waiting:
+            node = waiting.pop()
+            if node not in kinds:
+                kinds[node] = index, node in settled
+                waiting.extend(node.all_input_nodes)
+    return kinds
 
 
 def _lift_outputs(graph: fx.Graph) -> list[int]:

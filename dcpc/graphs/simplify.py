@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 
 from dcpc.graphs.like import Like, Node
 from dcpc.graphs.rows import Choices
+from dcpc.operators import ELEMENTWISE
 
-__all__ = ["is_random", "simplify"]
+__all__ = ["is_elementwise", "is_random", "key_of", "rounds_alike", "simplify"]
 
 aten = torch.ops.aten
 
@@ -58,7 +59,7 @@ def simplify(graph: fx.Graph, *, is_exact: bool) -> fx.Graph:
             differently in the middle and at the end of a tensor, so that those of what is spread
             then come after it is.
     """
-    return _Simplifier(graph, _EXACT if is_exact else _ELEMENTWISE).run()
+    return _Simplifier(graph, is_exact).run()
 
 
 def is_random(node: Node) -> bool:
@@ -69,12 +70,22 @@ def is_random(node: Node) -> bool:
     )
 
 
+def is_elementwise(target: Any) -> bool:
+    """Whether the result of an operator at an element depends on that element of its arguments."""
+    return target in _ELEMENTWISE or target in ELEMENTWISE
+
+
+def rounds_alike(node: Node) -> bool:
+    """Whether an operator by element gives the same numbers anywhere in a tensor."""
+    return node.target in _EXACT or (node.target is aten.pow.Tensor_Scalar and node.args[1] == 2)
+
+
 class _Simplifier:
     """Copies a graph node by node; nodes that are equal become one."""
 
-    def __init__(self, graph: fx.Graph, before_spreading: frozenset[Any]) -> None:
+    def __init__(self, graph: fx.Graph, is_exact: bool) -> None:
         self.old = graph
-        self.before_spreading = before_spreading
+        self.is_exact = is_exact
         self.graph = fx.Graph()
         self.values: dict[Node, Any] = {}
         self.known: dict[Any, fx.Node] = {}
@@ -142,13 +153,13 @@ class _Simplifier:
         return self.known.get(self._key(target, args, kwargs))
 
     def _key(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
-        return target, _key(args), _key(tuple(sorted(kwargs.items())))
+        return target, key_of(args), key_of(tuple(sorted(kwargs.items())))
 
     # -- rules: the value of a node of the old graph, or None ---------------------------------
 
     def _without_effect(self, node: Node, like: Like) -> _Value | None:
         target, args = node.target, node.args
-        if target in (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default):
+        if target in _NOTHING:
             return self._same(args[0], like)
         if target in (aten.mul.Tensor, aten.mul.Scalar, aten.add.Tensor) and not node.kwargs:
             neutral = 0 if target is aten.add.Tensor else 1
@@ -274,7 +285,7 @@ class _Simplifier:
         tensors = [self.values[n] for n in node.all_input_nodes]
         if all(value.number is not None for value in tensors):
             return None
-        if any(value.is_spread for value in tensors) and not self._may_come_before(node):
+        if self.is_exact and any(value.is_spread for value in tensors) and not rounds_alike(node):
             return None
         inverse = self._inverse(node, like)
         if inverse is not None:
@@ -294,12 +305,6 @@ class _Simplifier:
             *(n.meta["like"].shape for n in pytree.tree_leaves((args, kwargs)) if _is_node(n))
         )
         return self._pointwise(node.target, args, kwargs, like, tuple(inner))
-
-    def _may_come_before(self, node: Node) -> bool:
-        """Whether an operator may be applied to a value before it is spread."""
-        if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2:
-            return True
-        return node.target in self.before_spreading
 
     def _inverse(self, node: Node, like: Like) -> _Value | None:
         """Plus or minus one times a value or divided by it."""
@@ -384,10 +389,10 @@ def _is_node(value: Any) -> bool:
     return isinstance(value, fx.Node)
 
 
-def _key(value: Any) -> Any:
+def key_of(value: Any) -> Any:
     """A hashable key of a node's argument, different for 1, 1.0 and True."""
     if isinstance(value, list | tuple):
-        return (type(value), *map(_key, value))
+        return (type(value), *map(key_of, value))
     if isinstance(value, fx.Node):
         return value
     if isinstance(value, float) and math.isnan(value):
@@ -407,6 +412,17 @@ _RESHAPES = frozenset(
         aten.squeeze.default,
     )
 )
+
+
+_NOTHING = frozenset(
+    (
+        aten.detach.default,
+        aten.alias.default,
+        aten.lift_fresh.default,
+        aten.lift_fresh_copy.default,
+    )
+)
+"""Operators that give what they take."""
 
 
 _OF_NUMBERS = frozenset((aten.neg.default, aten.mul.Tensor, aten.mul.Scalar))
