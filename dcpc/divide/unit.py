@@ -73,6 +73,7 @@ class UnitGroup:
         population: Number of leading plates that are population plates.
 
     Attributes:
+        name: Names of its units, joined by commas.
         touched: Sites whose factors are parts of the units' log-densities, in program order.
         scales: The units' scales, where their plates subsample. A factor counts in a unit's
             log-density by its site's scale over the unit's own.
@@ -87,6 +88,7 @@ class UnitGroup:
         self, units: Sequence[Unit], program: Program, graph: SiteGraph, population: int
     ) -> None:
         self.units = tuple(units)
+        self.name = ",".join(unit.name for unit in units)
         self.plates = units[0].plates
         self.size = units[0].size
         self.population = population
@@ -98,11 +100,6 @@ class UnitGroup:
         self._batch_size = program.num_particles
         self.scales = {graph.sites[unit.sites[0]].scale for unit in units}
         self.is_subsampled = any(graph.sites[n].scale not in self.scales for n in self.touched)
-
-    @property
-    def name(self) -> str:
-        """Names of its units, joined by commas."""
-        return ",".join(unit.name for unit in self.units)
 
     @property
     def plate_shape(self) -> tuple[int, ...]:

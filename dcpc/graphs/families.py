@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from dcpc.graphs.like import Node
 from dcpc.graphs.simplify import key_of
@@ -71,19 +70,16 @@ class Families:
     def _key(self, node: Node) -> tuple:
         """What the members of a family have in common."""
 
-        def place(leaf: Any) -> Any:
-            if not isinstance(leaf, fx.Node):
-                return key_of(leaf)
-            like = leaf.meta["like"]
-            if leaf in self.found:
-                return self.found[leaf][0], like
+        def place(argument: fx.Node) -> Any:
+            like = argument.meta["like"]
+            if argument in self.found:
+                return self.found[argument][0], like
             # A matrix that is larger than its product is shared by all members.
             is_large = node.target in PRODUCTS and like.numel > node.meta["like"].numel
-            return (leaf, like) if is_large else like
+            return (argument, like) if is_large else like
 
-        leaves, structure = pytree.tree_flatten((node.args, node.kwargs))
-        places = tuple(map(place, leaves))
-        return self._kinds.get(node), node.target, str(structure), places, node.meta["like"]
+        places = fx.map_arg((node.args, tuple(node.kwargs.items())), place)
+        return self._kinds.get(node), node.target, key_of(places), node.meta["like"]
 
     def _parts(self, alike: list[Node]) -> list[list[Node]]:
         """Like nodes in parts of which each takes a row once, if most of these are families.

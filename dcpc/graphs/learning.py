@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from dcpc.graphs.recording import NotRecordable, record
 from dcpc.graphs.stages import Run, Stages
 from dcpc.graphs.tiers import RECORD_AFTER, are_results
+from dcpc.graphs.trees import leaves_of
 from dcpc.seeding import random_state_kept
 
 __all__ = ["EVALUATE", "LOSS", "MOVE", "LearningSweep", "Left", "known_loss"]
@@ -106,7 +106,7 @@ class LearningSweep:
 
     def _check(self, stages: Stages, settled: Tree, moving: Tree) -> None:
         """Compares the recording with what was recorded."""
-        leaves = pytree.tree_leaves((settled, moving))
+        leaves = leaves_of((settled, moving))
         run = stages.start()
         with random_state_kept():
             results = tuple(run.stage(index, leaves) for index in (EVALUATE, MOVE, LOSS))
@@ -136,7 +136,7 @@ class Left:
 
     def loss(self, weights: Tensor) -> Tensor:
         """The loss, given the particles' normalised weights."""
-        leaves = pytree.tree_leaves((self.settled, self.moving | {"weights": weights}))
+        leaves = leaves_of((self.settled, self.moving | {"weights": weights}))
         return self.sweep.loss(self.run, leaves)
 
 

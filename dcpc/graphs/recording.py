@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -16,6 +16,7 @@ from dcpc.graphs.like import Like
 from dcpc.graphs.simplify import is_random, simplify
 from dcpc.graphs.targets import with_plain_targets
 from dcpc.graphs.together import run_together
+from dcpc.graphs.trees import Structure, flatten, leaves_of, unflatten
 
 __all__ = ["Function", "NotRecordable", "Recording", "record"]
 
@@ -59,7 +60,7 @@ class Recording:
         num_settled: int,
         closure: tuple[Tensor, ...],
         draws: list[tuple[Callable[[Tensor], Tensor], Like]],
-        structure: pytree.TreeSpec,
+        structure: Structure,
     ) -> None:
         self.graph = graph
         self.num_settled = num_settled
@@ -69,7 +70,7 @@ class Recording:
         self._outputs = _lift_outputs(graph)
         self.run: Function = with_plain_targets(graph)
 
-    def entries(self) -> list[tuple[list[fx.Node], pytree.TreeSpec]]:
+    def entries(self) -> list[tuple[list[fx.Node], Structure]]:
         """For every entry of a result that is a tuple, its nodes and its structure."""
         output = next(node for node in self.graph.nodes if node.op == "output")
         inputs = (node for node in self.graph.nodes if node.op == "placeholder")
@@ -96,7 +97,7 @@ class Recording:
 
     def __call__(self, settled: Any, moving: Any) -> Any:
         """The function's result; the trees must have the structure that was recorded."""
-        return self.on_leaves(pytree.tree_leaves((settled, moving)))
+        return self.on_leaves(leaves_of((settled, moving)))
 
     def on_leaves(self, leaves: Sequence[Tensor]) -> Any:
         """The function's result, from the leaves of its arguments."""
@@ -104,7 +105,7 @@ class Recording:
             noise = [draw(like.empty()) for draw, like in self.draws]
             inputs = (*leaves, *self.closure, *noise)
             values = (*self.run(*inputs), *inputs)
-        return pytree.tree_unflatten([values[i] for i in self._outputs], self._structure)
+        return unflatten([values[i] for i in self._outputs], self._structure)
 
 
 def record(
@@ -123,25 +124,25 @@ def record(
         NotRecordable: It looks at values, writes in place, or draws random numbers that are not
             known here.
     """
-    leaves, inputs = pytree.tree_flatten((settled, moving))
-    num_settled = len(pytree.tree_leaves(settled))
+    leaves, inputs = flatten((settled, moving))
+    num_settled = len(leaves_of(settled))
     # Tensors of their own: what comes in twice, or is a parameter too, must not be taken for one.
     leaves = [leaf.detach() for leaf in leaves]
     recorder = _Recorder(leaves)
     try:
         with torch.no_grad(), recorder:
-            result = function(*pytree.tree_unflatten(leaves, inputs))
+            result = function(*unflatten(leaves, inputs))
     except Exception as error:
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise NotRecordable(message[:200]) from error
-    outputs, structure = pytree.tree_flatten(result)
+    outputs, structure = flatten(result)
     graph = simplify(recorder.finish(outputs), is_exact=is_exact)
     graph = run_together(graph, _kinds(graph, structure, num_settled), is_exact=is_exact)
     closure, draws = tuple(recorder.closure), recorder.draws
     return Recording(graph, num_settled, closure, draws, structure)
 
 
-def _kinds(graph: fx.Graph, structure: pytree.TreeSpec, num_settled: int) -> dict[fx.Node, Any]:
+def _kinds(graph: fx.Graph, structure: Structure, num_settled: int) -> dict[fx.Node, Any]:
     """When a node is computed: for which entry of a result that is a tuple, and from what.
 
     That is the first entry that needs it, and whether settled inputs determine it.
@@ -210,7 +211,7 @@ class _Recorder(TorchDispatchMode):
             self._nodes[result] = self._input("noise", result)
             self.draws.append((_DRAWS[func], Like.of(result)))
             return result
-        arguments = pytree.tree_map(self._node_of, (args, kwargs))
+        arguments = map_aggregate((args, kwargs), self._node_of)
         node = self._graph.call_function(func, *arguments)
         if is_random(node):
             raise NotRecordable(f"it draws random numbers by {func}")

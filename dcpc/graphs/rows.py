@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from dcpc.graphs.like import Like, Node
 from dcpc.operators import ELEMENTWISE
@@ -62,8 +61,11 @@ class Choices:
 
     def pushed(self, target: Any, args: tuple, kwargs: dict, like: Like) -> Node | None:
         """The choice between an operator's results, if they are there; the latest choice first."""
+        if not self._chosen:
+            return None
         shape = like.shape
-        arguments = [n for n in pytree.tree_leaves((args, kwargs)) if n in self._chosen]
+        arguments = list[fx.Node]()
+        fx.map_arg((args, kwargs), lambda n: arguments.append(n) if n in self._chosen else None)
         for condition in reversed(dict.fromkeys(self._chosen[n][0] for n in arguments)):
             chosen = {n for n in arguments if self._chosen[n][0] is condition}
             count = math.prod(condition.meta["like"].shape)
@@ -71,10 +73,7 @@ class Choices:
                 continue
             ends = []
             for end in (1, 2):
-                swapped = pytree.tree_map(
-                    lambda n, end=end, chosen=chosen: self._chosen[n][end] if n in chosen else n,
-                    (args, kwargs),
-                )
+                swapped = _replaced(args, kwargs, {n: self._chosen[n][end] for n in chosen})
                 if target is aten.view.default:
                     ends.append(self._view(swapped[0][0], like))
                 else:
@@ -117,6 +116,11 @@ class Choices:
             dims = [dim % len(shapes[0]) for dim in args[1]]
             return shapes[0][:rows] == shape[:rows] and min(dims) >= rows
         return False
+
+
+def _replaced(args: tuple, kwargs: dict, others: dict[Node, Node]) -> tuple[tuple, dict]:
+    """Arguments with other nodes in the places of some."""
+    return fx.map_arg((args, kwargs), lambda node: others.get(node, node))
 
 
 def _num_rows(shape: Shape, count: int) -> int:

@@ -12,13 +12,13 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from dcpc.divide import Density, Division, ScoredDensity, UnitGroup
 from dcpc.divide.program import GraphProgram
 from dcpc.divide.tempering import Reference, Tempering
 from dcpc.graphs.learning import EVALUATE, MOVE, LearningSweep, Left
 from dcpc.graphs.tiers import Mode, Tiered
+from dcpc.graphs.trees import flatten, leaves_of
 from dcpc.parts import Adaptation, Parts
 from dcpc.recombine import LogWeights
 from dcpc.sweep import Adapting, Runner, SweepInfo, SweepState, move_units
@@ -90,7 +90,7 @@ class RecordedRunner(Runner):
             settled, moving = self._trees(density, state, {}, Adapting(True, True))
             self._pending = self._begin(density, parts, groups, settled, moving)
             if self._pending is not None:
-                result = self._pending.run.stage(EVALUATE, pytree.tree_leaves((settled, moving)))
+                result = self._pending.run.stage(EVALUATE, leaves_of((settled, moving)))
                 return _scored(result["evaluations"]), result["log_joint"]
         # One graph of the moves, which does not begin with an evaluation, is enough for a run.
         is_run = self.mode is True or self._num_expected > 0
@@ -126,7 +126,7 @@ class RecordedRunner(Runner):
             if evaluations and self._learns(density, state):
                 pending = self._begin(density, parts, groups, settled, moving)
         if pending is not None:
-            result = pending.run.stage(MOVE, pytree.tree_leaves((settled, moving)))
+            result = pending.run.stage(MOVE, leaves_of((settled, moving)))
             self._left = replace(pending, settled=settled, moving=moving, latents=result["latents"])
         else:
             result = self._run(
@@ -166,7 +166,7 @@ class RecordedRunner(Runner):
     ) -> Left | None:
         """Begins a sweep that is followed by a loss; None as long as it is not recorded."""
         sweeps = self._of(density)
-        leaves, structure = pytree.tree_flatten((settled, moving))
+        leaves, structure = flatten((settled, moving))
         names = tuple(group.name for group in groups)
         key = ("learn", parts, names, structure, _likes(leaves))
         if key not in sweeps:
@@ -226,7 +226,7 @@ class RecordedRunner(Runner):
     ) -> Tree:
         """The result of a function, as fast as it has become."""
         tiers = self._of(density)
-        leaves, structure = pytree.tree_flatten((settled, moving))
+        leaves, structure = flatten((settled, moving))
         key = (what, structure, _likes(leaves))
         if key not in tiers:
             tiers[key] = Tiered(make(), self.mode)

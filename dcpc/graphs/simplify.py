@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from dcpc.graphs.like import Like, Node
 from dcpc.graphs.rows import Choices
@@ -96,7 +95,7 @@ class _Simplifier:
             if node.op == "placeholder":
                 self.values[node] = self._plain(self.graph.node_copy(node), node.meta["like"])
             elif node.op == "output":
-                self.graph.output(pytree.tree_map(self._materialised, node.args[0]))
+                self.graph.output(fx.map_arg(node.args[0], self._materialised))
             else:
                 self.values[node] = self._rewritten(node)
         self.graph.eliminate_dead_code()
@@ -115,7 +114,7 @@ class _Simplifier:
                 result = rule(node, like)
                 if result is not None:
                     return result
-        args, kwargs = pytree.tree_map(self._materialised, (node.args, node.kwargs))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._materialised)
         if node.target is aten.linalg_solve_triangular.default:
             args, kwargs = self._in_order(args, kwargs)
         return self._plain(self._node(node.target, args, kwargs, like, is_random(node)), like)
@@ -292,18 +291,18 @@ class _Simplifier:
             return inverse
         kinds = {value.like.dtype for value in tensors}
 
-        def small(argument: Any) -> Any:
-            if not isinstance(argument, fx.Node):
-                return argument
+        inners = list[tuple[int, ...]]()
+
+        def small(argument: fx.Node) -> Node:
             value = self.values[argument]
             # A number without axes does not decide the type of a result, one with axes does.
             whole = len(kinds) > 1 and len(value.like.shape) > 0 and not value.inner
-            return self._materialised(argument) if whole else self._inner(value)
+            made = self._materialised(argument) if whole else self._inner(value)
+            inners.append(made.meta["like"].shape)
+            return made
 
-        args, kwargs = pytree.tree_map(small, (node.args, node.kwargs))
-        inner = torch.broadcast_shapes(
-            *(n.meta["like"].shape for n in pytree.tree_leaves((args, kwargs)) if _is_node(n))
-        )
+        args, kwargs = fx.map_arg((node.args, node.kwargs), small)
+        inner = torch.broadcast_shapes(*inners)
         return self._pointwise(node.target, args, kwargs, like, tuple(inner))
 
     def _inverse(self, node: Node, like: Like) -> _Value | None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from dcpc.graphs.recording import Recording
 from dcpc.graphs.targets import with_plain_targets
+from dcpc.graphs.trees import Structure, unflatten
 
 __all__ = ["Stages"]
 
@@ -67,7 +67,7 @@ class _Stage:
         nodes: Sequence[fx.Node],
         kept: Sequence[fx.Node],
         outputs: Sequence[fx.Node],
-        structure: pytree.TreeSpec,
+        structure: Structure,
     ) -> None:
         own = set(nodes)
         given = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in own)
@@ -115,7 +115,7 @@ class Run:
                     values[node] = draw(like.empty())
             results = stage.run(*(values[node] for node in stage.given))
         values.update(zip(stage.kept, results, strict=True))
-        return pytree.tree_unflatten([values[n] for n in stage.outputs], stage.structure)
+        return unflatten([values[n] for n in stage.outputs], stage.structure)
 
 
 def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from dcpc.graphs.compiler import compile_recording
 from dcpc.graphs.recording import NotRecordable, Recording, record
+from dcpc.graphs.trees import leaves_of, mapped
 from dcpc.seeding import random_state_kept
 
 __all__ = ["RECORD_AFTER", "Mode", "Tiered", "are_results", "compile_seconds", "saved_seconds"]
@@ -161,18 +161,18 @@ def are_results(
     inputs that differ in the last digits. The inverse of a matrix of nearly dependent scores may
     differ by much.
     """
-    found = pytree.tree_leaves(results)
+    found = leaves_of(results)
     with random_state_kept():
-        expected = pytree.tree_leaves(function(settled, moving))
+        expected = leaves_of(function(settled, moving))
     if len(found) != len(expected):
         return False
     unlike = [pair for pair in zip(found, expected, strict=True) if not _is_alike(*pair, 0.0)]
     if not unlike:
         return True
     with random_state_kept():
-        rounded = pytree.tree_map(_rounded, (settled, moving))
+        rounded = mapped(_rounded, (settled, moving))
     with random_state_kept():
-        nearby = pytree.tree_leaves(function(*rounded))
+        nearby = leaves_of(function(*rounded))
     return all(
         _is_alike(one, other, MAX_ROUNDING * _largest(third.double() - other.double()))
         for one, other, third in zip(found, expected, nearby, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class LogWeights:
         """Shape of the population; `()` if there is a single inference problem."""
         return self.log_weight.shape[1:]
 
-    @property
+    @cached_property
     def num_bad(self) -> Tensor:
         """Number of particles of zero weight, shape `(*population)`."""
         return torch.isinf(self.log_weight).sum(0)
@@ -136,6 +137,10 @@ class LogWeights:
 
         Between one and K; zero where all weights are zero.
         """
+        return self._ess
+
+    @cached_property
+    def _ess(self) -> Tensor:
         normalized = torch.softmax(self.log_weight, 0)
         return normalized.square().sum(0).reciprocal().nan_to_num(nan=0.0)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from dcpc import DCPC
 from dcpc.graphs.recording import Recording, record
 from dcpc.graphs.stages import Stages
+from dcpc.graphs.trees import leaves_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -177,7 +178,7 @@ def test_stages_wait_for_their_own_inputs():
     run = Stages(record(function, {}, moving, is_exact=True)).start()
     empty = {**moving, "later": [torch.full((3,), float("nan")) for _ in range(10)]}
     for index, given in enumerate((empty, moving)):
-        got = run.stage(index, given["z"] + given["later"])
+        got = run.stage(index, leaves_of(({}, given)))
         assert torch.equal(got, function({}, moving)[index])
 
 
