@@ -142,6 +142,8 @@ def capture(
     for node in module.graph.nodes:
         if node.target is torch.ops.aten.fill.Scalar:  # what `1 - x` becomes; see `repeat`
             node.target = torch.ops.aten.full_like.default
+        elif node.target is torch.ops.aten.linalg_solve_triangular.default:
+            node.target = _solve_triangular
     module.graph = _fold_constants(module, fx_graph_cse(module.graph))
     module.recompile()
     return module
@@ -258,6 +260,22 @@ def _without_copy(module: fx.GraphModule) -> fx.GraphModule:
 
 def _broadcast_like(destination: Tensor, source: Tensor) -> Tensor:
     return source.expand(destination.shape).to(destination.dtype)
+
+
+def _solve_triangular(
+    matrix: Tensor, rows: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False
+) -> Tensor:
+    """Solves for the rows of all particles at once, where they share a matrix.
+
+    Torch would make a copy of it for each.
+    """
+    shape = rows.shape
+    if matrix.dim() == 2 and not left:
+        rows = rows.reshape(-1, shape[-1])
+    solved = torch.linalg.solve_triangular(
+        matrix, rows, upper=upper, left=left, unitriangular=unitriangular
+    )
+    return solved.reshape(shape)
 
 
 def _select_scatter(destination: Tensor, source: Tensor, dim: int, index: int) -> Tensor:

@@ -53,6 +53,7 @@ class LearningSweep:
         self._stages: Stages | None = None
         self._num_calls = 0
         self._num_recorded = 0
+        self._follows: bool | None = None
 
     @property
     def num_operators(self) -> int:
@@ -69,7 +70,7 @@ class LearningSweep:
         """
         self._num_calls += 1
         if self._stages is None and (at_once or self._num_calls > RECORD_AFTER):
-            self._record(settled, moving)
+            self._record(settled, moving, is_exact=not at_once)
         if self._stages is None:
             return None
         self._num_recorded += 1
@@ -77,12 +78,32 @@ class LearningSweep:
             self._check(self._stages, settled, moving)
         return None if self._stages is None else self._stages.start()
 
+    def follows(self, run: Run, ancestors: Tensor, settled: Tree, moving: Tree) -> bool:
+        """Whether a run goes on after its evaluation with particles that were resampled.
+
+        Args:
+            run: The run.
+            ancestors: Whom each particle comes from, `(K, *population)`.
+            settled: What does not differ between particles.
+            moving: What does, resampled; with their evaluations.
+        """
+        if self._follows is None:
+            trial, given = run.copy(), moving | {"evaluations": {}}
+            self._follows = trial.take(ancestors)
+            if self._follows:
+                leaves = leaves_of((settled, given))
+                with random_state_kept():
+                    results = tuple(trial.stage(index, leaves) for index in (MOVE, LOSS))
+                with torch.no_grad():
+                    self._follows = are_results(results, self._after, settled, moving)
+        return self._follows and run.take(ancestors)
+
     def loss(self, run: Run, leaves: Sequence[Tensor]) -> Tensor:
         """The loss after the moves of a run, whose gradient is known."""
         result = run.stage(LOSS, leaves)
         return known_loss(result["loss"], result["gradients"], self._parameters)
 
-    def _record(self, settled: Tree, moving: Tree) -> None:
+    def _record(self, settled: Tree, moving: Tree, is_exact: bool) -> None:
         if self.is_refused:
             return
         with torch.enable_grad():
@@ -90,7 +111,7 @@ class LearningSweep:
         self._parameters = _leaves_of(loss)
         try:
             with random_state_kept():
-                recording = record(self._whole, settled, moving, is_exact=True)
+                recording = record(self._whole, settled, moving, is_exact=is_exact, inverts=True)
         except NotRecordable:
             self.is_refused = True
         else:
@@ -98,11 +119,15 @@ class LearningSweep:
 
     def _whole(self, settled: Tree, moving: Tree) -> tuple[Tree, Tree, Tree]:
         first = self._evaluate(settled, moving)
-        moved = self._move(settled, moving | first)
+        return first, *self._after(settled, moving | first)
+
+    def _after(self, settled: Tree, moving: Tree) -> tuple[Tree, Tree]:
+        """Moves and loss after an evaluation."""
+        moved = self._move(settled, moving)
         with torch.enable_grad():
             loss = self._loss(settled, moved["latents"], moving["weights"])
             gradients = torch.autograd.grad(loss, self._parameters)
-        return first, moved, {"loss": loss.detach(), "gradients": list(gradients)}
+        return moved, {"loss": loss.detach(), "gradients": list(gradients)}
 
     def _check(self, stages: Stages, settled: Tree, moving: Tree) -> None:
         """Compares the recording with what was recorded."""
@@ -140,21 +165,24 @@ class Left:
         return self.sweep.loss(self.run, leaves)
 
 
+class _Known(torch.autograd.Function):
+    """A value whose gradients in leaf tensors are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *_: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(grad * gradient for gradient in ctx.gradients)
+
+
 def known_loss(value: Tensor, gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
     """A loss whose gradients in leaf tensors are known already."""
-
-    class Known(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *_: Tensor) -> Tensor:
-            return value.clone()
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-            return tuple(grad * gradient for gradient in gradients)
-
     with torch.enable_grad():
-        return Known.apply(*parameters)
+        return _Known.apply(value, gradients, *parameters)
 
 
 def _leaves_of(loss: Tensor) -> list[Tensor]:

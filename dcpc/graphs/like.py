@@ -47,6 +47,10 @@ class Like:
         """The same with another shape, contiguous."""
         return Like(shape, contiguous_strides(shape), self.dtype, self.device)
 
+    def transposed(self) -> Like:
+        """The same with axes in the opposite order."""
+        return Like(self.shape[::-1], self.stride[::-1], self.dtype, self.device)
+
     def spread(self, shape: tuple[int, ...]) -> Like:
         """The same expanded to a shape that it broadcasts to."""
         missing = len(shape) - len(self.shape)

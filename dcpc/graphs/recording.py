@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dcpc.graphs.like import Like
+from dcpc.graphs.products import add_in_products, invert_once
 from dcpc.graphs.simplify import is_random, simplify
 from dcpc.graphs.targets import with_plain_targets
 from dcpc.graphs.together import run_together
@@ -109,7 +110,12 @@ class Recording:
 
 
 def record(
-    function: Callable[[Any, Any], Any], settled: Any, moving: Any, *, is_exact: bool
+    function: Callable[[Any, Any], Any],
+    settled: Any,
+    moving: Any,
+    *,
+    is_exact: bool,
+    inverts: bool = False,
 ) -> Recording:
     """Records a function of two trees of tensors, which gives another tree.
 
@@ -119,6 +125,8 @@ def record(
             once.
         moving: Example of its second argument.
         is_exact: Whether the recording gives what the function gives to the last bit.
+        inverts: Whether triangular matrices that are solved with often may be inverted instead;
+            this, too, where the recording is not exact only.
 
     Raises:
         NotRecordable: It looks at values, writes in place, or draws random numbers that are not
@@ -137,6 +145,10 @@ def record(
         raise NotRecordable(message[:200]) from error
     outputs, structure = flatten(result)
     graph = simplify(recorder.finish(outputs), is_exact=is_exact)
+    if not is_exact:
+        add_in_products(graph)
+        if inverts:
+            invert_once(graph)
     graph = run_together(graph, _kinds(graph, structure, num_settled), is_exact=is_exact)
     closure, draws = tuple(recorder.closure), recorder.draws
     return Recording(graph, num_settled, closure, draws, structure)

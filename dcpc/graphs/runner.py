@@ -119,7 +119,7 @@ class RecordedRunner(Runner):
         if self._refuses(density, parts) or not names <= state.adaptation.keys():
             return super().move(density, state, info, evaluations, parts, groups, how)
         settled, moving = self._trees(density, state, evaluations, how)
-        if pending is not None and info.ancestors is None and pending.latents is state.latents:
+        if pending is not None and self._goes_on(pending, state, info, settled, moving):
             moving["evaluations"] = {}  # they are in the run
         else:
             pending = None
@@ -180,6 +180,14 @@ class RecordedRunner(Runner):
         if run is None:
             return None
         return Left(sweeps[key], run, settled, moving, moving["latents"])
+
+    def _goes_on(
+        self, left: Left, state: SweepState, info: SweepInfo, settled: Tree, moving: Tree
+    ) -> bool:
+        """Whether moves begin at what was evaluated, of the same particles or their children."""
+        if info.ancestors is None:
+            return left.latents is state.latents
+        return left.sweep.follows(left.run, info.ancestors, settled, moving)
 
     def _trees(
         self,

@@ -88,6 +88,7 @@ class _Simplifier:
         self.graph = fx.Graph()
         self.values: dict[Node, Any] = {}
         self.known: dict[Any, fx.Node] = {}
+        self.scales: dict[Node, tuple[float, _Value]] = {}
         self.choices = Choices(self._node, self._find, _ELEMENTWISE)
 
     def run(self) -> fx.Graph:
@@ -165,6 +166,8 @@ class _Simplifier:
             for index in (0, 1):
                 if self._is_number(args[index], neutral):
                     return self._same(args[1 - index], like)
+        if target is aten.sub.Tensor and not node.kwargs and self._is_number(args[1], 0):
+            return self._same(args[0], like)
         if target is aten.pow.Tensor_Scalar and args[1] == 1:
             return self._same(args[0], like)
         if target is aten._to_copy.default and isinstance(args[0], fx.Node):
@@ -243,9 +246,24 @@ class _Simplifier:
                 return self._view(self.values[source], like)
         if node.target is aten.expand.default:
             return self._spread(self.values[node.args[0]], like)
+        if node.target is aten.t.default:
+            return self._transposed_back(self.values[node.args[0]], like)
+        if node.target in _REDUCTIONS and not node.kwargs:
+            shape = node.args[0].meta["like"].shape
+            if node.args[1] and all(shape[dim] == 1 for dim in node.args[1]):
+                return self._view(self.values[node.args[0]], like)
         if node.target in _RESHAPES or _is_identity(node):
             return self._view(self.values[node.args[0]], like)
         return None
+
+    def _transposed_back(self, value: Any, like: Like) -> _Value | None:
+        """What a transpose is the transpose of."""
+        if not isinstance(value, _Value) or value.is_spread or value.node is None:
+            return None
+        if value.node.target is not aten.t.default:
+            return None
+        source = value.node.args[0]
+        return _Value(source, None, like.shape, like) if source.meta["like"] == like else None
 
     def _view(self, value: Any, like: Like) -> _Value | None:
         if not isinstance(value, _Value) or value.node is None:
@@ -286,9 +304,9 @@ class _Simplifier:
             return None
         if self.is_exact and any(value.is_spread for value in tensors) and not rounds_alike(node):
             return None
-        inverse = self._inverse(node, like)
-        if inverse is not None:
-            return inverse
+        simpler = self._inverse(node, like) or self._scaled(node, like)
+        if simpler is not None:
+            return simpler
         kinds = {value.like.dtype for value in tensors}
 
         inners = list[tuple[int, ...]]()
@@ -325,6 +343,41 @@ class _Simplifier:
                 value = self._pointwise(aten.neg.default, (value.node,), {}, like, value.inner)
             return replace(value, like=like, is_view=False)
         return None
+
+    def _scaled(self, node: Node, like: Like) -> _Value | None:
+        """A value times a number; times two numbers, it is multiplied by their product."""
+        if not like.dtype.is_floating_point:
+            return None
+        if node.target is aten.neg.default:
+            pairs: tuple = ((-1.0, node.args[0]),)
+        elif node.target in (aten.mul.Tensor, aten.mul.Scalar):
+            pairs = (node.args, node.args[::-1])
+        else:
+            return None
+        for argument, other in pairs:
+            number, value = self._known_number(argument), self.values.get(other)
+            if number is not None and isinstance(value, _Value) and value.like.dtype == like.dtype:
+                break
+        else:
+            return None
+        first, known = self.scales.get(value.node, (1.0, value))
+        if known.inner == value.inner and (not self.is_exact or _doubles(first, number)):
+            number, value = first * number, replace(known, like=value.like)
+        if value.node is None or torch.broadcast_shapes(value.inner, like.shape) != like.shape:
+            return None
+        if number == 1.0:
+            return replace(value, like=like, is_view=False)
+        target, args = (aten.neg.default, ()) if number == -1.0 else (aten.mul.Scalar, (number,))
+        made = self._pointwise(target, (value.node, *args), {}, like, value.inner)
+        self.scales[made.node] = number, value
+        return made
+
+    def _known_number(self, argument: Any) -> float | None:
+        """The number that an argument is, if it is known and real."""
+        if isinstance(argument, fx.Node):
+            value = self.values[argument]
+            argument = value.number if isinstance(value, _Value) else None
+        return float(argument) if type(argument) in (int, float) else None
 
     def _pointwise(
         self, target: Any, args: tuple, kwargs: dict, like: Like, inner: tuple[int, ...]
@@ -377,6 +430,11 @@ def _reshaped_inner(value: _Value, shape: tuple[int, ...]) -> tuple[int, ...] | 
     return tuple(1 if whole == 1 else next(rest) for whole in shape)
 
 
+def _doubles(*numbers: float) -> bool:
+    """Whether multiplication by numbers does not round: powers of two."""
+    return all(abs(math.frexp(number)[0]) == 0.5 for number in numbers)
+
+
 def _is_identity(node: Node) -> bool:
     """Whether axes are permuted into the order that they are in."""
     return node.target is aten.permute.default and list(node.args[1]) == list(
@@ -411,6 +469,10 @@ _RESHAPES = frozenset(
         aten.squeeze.default,
     )
 )
+
+
+_REDUCTIONS = frozenset((aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default))
+"""Reductions along axes that leave single elements as they are."""
 
 
 _NOTHING = frozenset(

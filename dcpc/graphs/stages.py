@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from dcpc.graphs.recording import Recording
 from dcpc.graphs.targets import with_plain_targets
 from dcpc.graphs.trees import Structure, unflatten
+from dcpc.recombine import take_particles
 
 __all__ = ["Stages"]
 
@@ -30,6 +31,11 @@ class Stages:
         graph = recording.graph
         self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
         operators = [node for node in graph.nodes if node.op == "call_function"]
+        moving = self._inputs[recording.num_settled :]
+        self._varying = set(moving[: len(moving) - len(recording.closure) - len(recording.draws)])
+        for node in operators:
+            if not self._varying.isdisjoint(node.all_input_nodes):
+                self._varying.add(node)
         self._stages: list[_Stage] = []
         done: set[fx.Node] = set(self._inputs)
         entries = recording.entries()
@@ -49,7 +55,7 @@ class Stages:
 
     def start(self) -> Run:
         """A run, before its first stage."""
-        return Run(self._recording, self._inputs, self._stages)
+        return Run(self._recording, self._inputs, self._stages, self._varying)
 
 
 class _Stage:
@@ -76,6 +82,8 @@ class _Stage:
         self.structure = structure
         graph = fx.Graph()
         copied = {node: graph.placeholder(node.name) for node in self.given}
+        for node, copy in copied.items():
+            copy.meta["like"] = node.meta.get("like")
         for node in nodes:
             copied[node] = graph.node_copy(node, copied.__getitem__)
         graph.output(tuple(copied[node] for node in self.kept))
@@ -86,13 +94,40 @@ class Run:
     """Values of a graph, stage by stage."""
 
     def __init__(
-        self, recording: Recording, inputs: Sequence[fx.Node], stages: Sequence[_Stage]
+        self,
+        recording: Recording,
+        inputs: Sequence[fx.Node],
+        stages: Sequence[_Stage],
+        varying: Collection[fx.Node],
     ) -> None:
         self._recording = recording
         self._inputs = inputs
         self._stages = stages
+        self._varying = varying
         self._values: dict[fx.Node, Tensor] = {}
         self._versions = [x._version for x in recording.closure]
+
+    def copy(self) -> Run:
+        """A run that goes on from the same values."""
+        other = Run(self._recording, self._inputs, self._stages, self._varying)
+        other._values, other._versions = dict(self._values), self._versions
+        return other
+
+    def take(self, ancestors: Tensor) -> bool:
+        """Goes on with other particles in the places of those that were there.
+
+        The inputs of the stages to come must be theirs.
+
+        Args:
+            ancestors: Whom each particle comes from, `(K, *population)`.
+
+        Returns:
+            Whether all values are by particle and cell, in this order, so that it could be done.
+        """
+        computed = [n for n in self._values if n.op != "placeholder" and n in self._varying]
+        taken = {node: _taken(self._values[node], ancestors) for node in computed}
+        self._values.update((node, value) for node, value in taken.items() if value is not None)
+        return None not in taken.values()
 
     @property
     def is_current(self) -> bool:
@@ -116,6 +151,18 @@ class Run:
             results = stage.run(*(values[node] for node in stage.given))
         values.update(zip(stage.kept, results, strict=True))
         return unflatten([values[n] for n in stage.outputs], stage.structure)
+
+
+def _taken(value: Tensor, ancestors: Tensor) -> Tensor | None:
+    """A value of other particles; None if its first axes are not those of particles and cells."""
+    shape, rows = tuple(ancestors.shape), ancestors.numel()
+    axes = tuple(range(1, len(shape)))
+    if value.shape[: len(shape)] == shape:
+        return take_particles(value, ancestors, axes)
+    if value.shape[:1] == (rows,):
+        by_cell = value.unflatten(0, shape)
+        return take_particles(by_cell, ancestors, axes).flatten(0, len(axes))
+    return None
 
 
 def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:

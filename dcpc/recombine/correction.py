@@ -79,8 +79,7 @@ class ProposedMove:
         after = self.unit.evaluate_raw(self.proposal.value)
         back = self.proposal.way_back(self.unit.usable(after).score)
         ratio = after.log_density - self.predicted.log_density + back.log_ratio
-        dead = ~self.predicted.log_density.isfinite()
-        ratio, bad = zero_density(ratio.masked_fill(dead, -math.inf))
+        ratio, bad = zero_density(ratio)  # where either density is zero, it is not finite
         return Arrived(
             self.predicted, after, ratio, bad, back.memory, self.proposal.memory_if_rejected
         )

@@ -235,7 +235,7 @@ def engine_step(
     def step() -> None:
         nonlocal state
         problem = dcpc.bind(x)
-        state, _ = problem.sweep(state)
+        state, _ = problem.sweep(state, learns=True)
         optimizer.zero_grad()
         (problem.loss(state) / len(x)).backward()
         optimizer.step()
