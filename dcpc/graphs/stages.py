@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,12 +98,13 @@ class Run:
         recording: Recording,
         inputs: Sequence[fx.Node],
         stages: Sequence[_Stage],
-        varying: Collection[fx.Node],
+        varying: set[fx.Node],
     ) -> None:
         self._recording = recording
         self._inputs = inputs
         self._stages = stages
         self._varying = varying
+        self._next = 0
         self._values: dict[fx.Node, Tensor] = {}
         self._versions = [x._version for x in recording.closure]
 
@@ -111,6 +112,7 @@ class Run:
         """A run that goes on from the same values."""
         other = Run(self._recording, self._inputs, self._stages, self._varying)
         other._values, other._versions = dict(self._values), self._versions
+        other._next = self._next
         return other
 
     def take(self, ancestors: Tensor) -> bool:
@@ -124,8 +126,10 @@ class Run:
         Returns:
             Whether all values are by particle and cell, in this order, so that it could be done.
         """
-        computed = [n for n in self._values if n.op != "placeholder" and n in self._varying]
-        taken = {node: _taken(self._values[node], ancestors) for node in computed}
+        later = self._stages[self._next :]
+        needed = {n for stage in later for n in (*stage.given, *stage.outputs)} & self._varying
+        kept = [n for n in self._values if n.op != "placeholder" and n in needed]
+        taken = {node: _taken(self._values[node], ancestors) for node in kept}
         self._values.update((node, value) for node, value in taken.items() if value is not None)
         return None not in taken.values()
 
@@ -142,6 +146,7 @@ class Run:
             leaves: Leaves of the recorded function's arguments.
         """
         stage, recording = self._stages[index], self._recording
+        self._next = index + 1
         values, first = self._values, len(leaves) + len(recording.closure)
         with torch.no_grad():
             values.update(zip(self._inputs, (*leaves, *recording.closure), strict=False))

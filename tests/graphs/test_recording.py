@@ -200,3 +200,94 @@ def test_stages_give_what_the_whole_gives_and_compute_nothing_twice():
     got = [run.stage(index, [moving["u"]]) for index in range(3)]
     for one, other in zip(got, expected, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["single", "double"])
+def test_what_cancels_is_not_computed(dtype):
+    def function(settled, moving):
+        u, zero = moving["u"], torch.zeros_like(settled["loc"])
+        single = u.unsqueeze(-1).sum(-1) - zero
+        return (-single).neg(), 2.0 * (-0.5 * (4.0 * single)), u.t().t() @ settled["matrix"].t()
+
+    settled = {"loc": torch.zeros(4, dtype=dtype), "matrix": torch.randn(5, 4, dtype=dtype)}
+    moving = {"u": torch.randn(6, 4, dtype=dtype)}
+    got, expected = both(function, moving, settled)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    recording = recorded(function, moving, settled)
+    assert [count(recording, name) for name in ("mul", "neg", "sub", "sum")] == [1, 0, 0, 0]
+    assert count(recording, "aten.t.") == 1
+
+
+def test_products_of_numbers_that_round_are_taken_one_by_one():
+    def function(settled, moving):
+        return 0.1 * (0.7 * moving["u"]), 3 * (moving["index"] * 2), moving["index"] * 0.5 + 1
+
+    moving = {"u": torch.randn(1000), "index": torch.arange(1000)}
+    got, expected = both(function, moving)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert [x.dtype for x in got] == [x.dtype for x in expected]
+
+
+def affine(settled, moving):
+    hidden = torch.nn.functional.linear(moving["u"], settled["weight"], settled["bias"])
+    return (hidden @ settled["weight"] + 1.0), hidden + settled["row"]
+
+
+def test_a_vector_is_added_within_a_product():
+    settled = {"weight": torch.randn(5, 4), "bias": torch.randn(5), "row": torch.randn(7, 5)}
+    moving = {"u": torch.randn(7, 4)}
+    recording = recorded(affine, moving, settled, is_exact=False)
+    assert [count(recording, name) for name in ("addmm", "aten.mm")] == [1, 1]
+    for got, expected in zip(recording(settled, moving), affine(settled, moving), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("upper", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_matrix_that_is_solved_with_often_is_inverted_once(upper, transposed):
+    def function(settled, moving):
+        matrix = settled["matrix"].triu() if upper else settled["matrix"].tril()
+        there, back = (matrix.mT, matrix) if transposed else (matrix, matrix.mT)
+        first = torch.linalg.solve_triangular(
+            there, moving["u"], upper=upper != transposed, left=False
+        )
+        second = torch.linalg.solve_triangular(back, first, upper=upper == transposed, left=False)
+        return first, second
+
+    settled = {"matrix": torch.randn(4, 4) + 6.0 * torch.eye(4)}
+    for rows, is_inverted in ((9, True), (3, False)):
+        moving = {"u": torch.randn(rows, 4)}
+        recording = record(function, settled, moving, is_exact=False, inverts=True)
+        assert count(recording, "solve") == (1 if is_inverted else 2)
+        for got, expected in zip(
+            recording(settled, moving), function(settled, moving), strict=True
+        ):
+            torch.testing.assert_close(got, expected)
+    assert count(record(function, settled, moving, is_exact=True, inverts=True), "solve") == 2
+
+
+def by_cell(settled, moving):
+    """Values by particle and cell, and by their rows."""
+    rows = moving["u"].flatten(0, 1) @ settled["matrix"]
+    return {"rows": rows.sum()}, {"u": rows.unflatten(0, moving["u"].shape[:2]) + moving["u"]}
+
+
+def test_a_run_goes_on_with_particles_that_were_resampled():
+    settled, moving = {"matrix": torch.randn(3, 3)}, {"u": torch.randn(4, 5, 3)}
+    run = Stages(recorded(by_cell, moving, settled)).start()
+    run.stage(0, [settled["matrix"], moving["u"]])
+    ancestors = torch.randint(4, (4, 5))
+    children = {"u": moving["u"].gather(0, ancestors.unsqueeze(-1).expand(4, 5, 3))}
+    assert run.take(ancestors)
+    got = run.stage(1, [settled["matrix"], children["u"]])
+    torch.testing.assert_close(got, by_cell(settled, children)[1])
+
+
+def test_a_run_whose_values_are_not_by_particle_does_not_go_on():
+    def function(settled, moving):
+        columns = moving["u"].mT.exp()
+        return {"a": columns.sum()}, {"b": columns}
+
+    run = Stages(recorded(function, {"u": torch.randn(4, 3)})).start()
+    run.stage(0, [torch.randn(4, 3)])
+    assert not run.take(torch.randint(4, (4,)))

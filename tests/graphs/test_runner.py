@@ -149,6 +149,32 @@ def test_learning_with_recorded_sweeps_is_learning_as_written_bit_for_bit(
     assert equal(*learned)
 
 
+@pytest.mark.parametrize("num_particles", [1, 4])
+def test_learning_that_is_recorded_at_once_is_learning_as_written_but_for_rounding(num_particles):
+    x, learned = torch.rand(16, 1, 2, 2), []
+    for mode in ("auto", False):
+        model = Layers()
+        engine = DCPC(model, num_particles=num_particles, compile=mode)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        torch.manual_seed(0)
+        state, num_resampled = engine.init(x), 0
+        for _ in range(NUM_SWEEPS):
+            problem = engine.bind(x)
+            state, info = problem.sweep(state, learns=True)
+            num_resampled += info.ancestors is not None
+            optimizer.zero_grad()
+            problem.loss(state).backward()
+            optimizer.step()
+        learned.append([*state.latents.values(), *model.parameters()])
+        if mode == "auto":
+            kept = engine.division(x).recordings.values()
+            (sweep,) = [sweep for sweep in kept if isinstance(sweep, LearningSweep)]
+            assert sweep.num_operators  # and no other for particles that were resampled
+            assert num_resampled > 1 or num_particles == 1
+    for one, other in zip(*learned, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
 def test_a_loss_after_a_step_of_the_parameters_is_that_of_the_new_ones():
     x, model = torch.rand(6, 1, 2, 2), Layers()
     engine = DCPC(model, num_particles=1)
