@@ -56,6 +56,7 @@ class Parts:
         step_size: Fixed step size, or None for one that is adapted where the correction has a
             target, else the default of 0.01.
         dual_averaging: The rule of adaptation.
+        blocks: Parts of units of several latents; None for the same.
         subsampled: Parts of the units whose log-densities are estimated from a subsample; None for
             the same.
     """
@@ -67,10 +68,13 @@ class Parts:
     resample_threshold: float = 0.5
     step_size: float | None = None
     dual_averaging: DualAveraging = field(default_factory=DualAveraging)
+    blocks: Parts | None = None
     subsampled: Parts | None = None
 
     def of(self, group: UnitGroup) -> Parts:
         """The parts that a group moves by."""
+        if self.blocks and any(len(unit.sites) > 1 for unit in group.units):
+            return self.blocks
         return self.subsampled if self.subsampled and group.is_subsampled else self
 
     @property

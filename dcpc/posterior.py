@@ -63,6 +63,7 @@ class Posterior:
             over K (weight).
         step_size: Last step size by unit.
         unit_of: Name of each latent's unit.
+        joined: By name of a unit of several latents that the run itself has joined, why.
         num_bad: Log-densities that were NaN or infinite, over all sweeps.
         history: Constrained values of the sweeps that were kept, `(K, num_kept, *batch, *event)`.
             Empty if none were.
@@ -89,6 +90,7 @@ class Posterior:
     acceptance: Mapping[str, float]
     step_size: Mapping[str, float]
     unit_of: Mapping[str, str]
+    joined: Mapping[str, str] = field(default_factory=dict)
     num_bad: int = 0
     history: Samples = field(default_factory=dict)
     is_chains: bool = False

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read", "write"]
 
-FORMAT = "dcpc-posterior-3"
+FORMAT = "dcpc-posterior-4"
 ROOT = "posterior"
 
 

@@ -55,6 +55,7 @@ class Problem:
         algorithm: Algorithm, with the parts of its sweeps.
         guide: A Pyro program that particles may start from.
         density: The posterior, up to the evidence.
+        joined: By unit of several latents that were found to be correlated, why they are one.
         tuned_steps: Leapfrog steps, where they were tuned; 0 where they are the algorithm's.
 
     Raises:
@@ -73,6 +74,7 @@ class Problem:
         runner: Runner = PLAIN,
     ) -> None:
         self._runner = runner
+        self.joined: Mapping[str, str] = {}
         self.tuned_steps = 0
         self._divisions = divisions
         self.arguments = arguments
@@ -117,6 +119,23 @@ class Problem:
         other.density = replace(self.density, division=self.division.arranged(blocks))
         if parts is not None:
             other.algorithm = replace(self.algorithm, parts=parts)
+        return other
+
+    def with_blocks(self, reasons: Mapping[tuple[str, ...], str]) -> Problem:
+        """The same problem, some of whose latents were found to be correlated.
+
+        Args:
+            reasons: By latents to move jointly, why.
+        """
+        parts = replace(self.parts, blocks=self.algorithm.joint)
+        return self.arranged(list(reasons), parts).because(reasons)
+
+    def because(self, reasons: Mapping[tuple[str, ...], str]) -> Problem:
+        """The same problem, which tells why latents are one unit."""
+        other = copy(self)
+        known = {frozenset(sites): reason for sites, reason in reasons.items()}
+        found = {unit.name: known.get(frozenset(unit.sites), "") for unit in self.division.units}
+        other.joined = {name: reason for name, reason in found.items() if reason}
         return other
 
     def with_leapfrog_steps(self, steps: int) -> Problem:

@@ -120,6 +120,7 @@ class Recorder:
             acceptance=division.by_unit(sums.mean(sums.statistic)),
             step_size=division.by_unit(sums.mean(sums.step_size)),
             unit_of={name: unit.name for unit in division.units for name in unit.sites},
+            joined=self._problem.joined,
             num_bad=self._num_bad,
             history=self._constrain_history(),
             is_chains=self._is_chains and bool(self._kept),

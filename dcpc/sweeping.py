@@ -73,7 +73,15 @@ def with_blocks_of(problem: Problem, posterior: Posterior) -> Problem:
     steps, found = posterior.continuation.leapfrog_steps, set(posterior.unit_of.values())
     if not steps and found == {unit.name for unit in problem.division.units}:
         return problem
+    joined: dict[str, list[str]] = {unit: [] for unit in posterior.joined}
+    for name, unit in posterior.unit_of.items():
+        if unit in joined:
+            joined[unit].append(name)
+    reasons = {tuple(names): posterior.joined[unit] for unit, names in joined.items()}
+    if len(found) > 1 and reasons:
+        return problem.with_blocks(reasons)
     joint = joint_problem(problem) or problem  # that it is another engine's, is found out later
+    joint = joint.because(reasons)
     is_tuned = steps > 0 and joint.parts.move == JOINT_MOVE
     return joint.with_leapfrog_steps(steps) if is_tuned else joint
 

@@ -158,6 +158,7 @@ def _footnotes(posterior: Posterior) -> list[str]:
     lines = [f"{_particles(posterior)}; the table is of {used}", _evidence(posterior)]
     if not posterior.is_exact:
         lines.append(INEXACT)
+    lines += [f"{unit} moved jointly: {reason}" for unit, reason in posterior.joined.items()]
     lines += [
         f"{count} of the values of {name} are masked out: they are no part of the posterior, and "
         "keep their draws of the prior"

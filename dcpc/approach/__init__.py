@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from dcpc.annealing import Annealed, importance_evidence
-from dcpc.approach.blocks import are_correlated
+from dcpc.approach.blocks import correlated_blocks, strongest_correlation
 from dcpc.approach.joint import follow, joint_problem, send_pilots
 from dcpc.approach.tuning import tuned
-from dcpc.divide import Density
 from dcpc.posterior import Evidence
 from dcpc.problem import Problem
 from dcpc.progress import ProgressBar
@@ -90,8 +89,7 @@ def approach(
     elif joint is not None:
         arrival = _from_pilots(problem, joint, refusal, conditional_ess, finds_blocks, bar)
     else:
-        start = problem.starting_density(initial_values)
-        arrival = _from_prior(problem, start, refusal, conditional_ess, bar)
+        arrival = _from_prior(problem, initial_values, refusal, conditional_ess, finds_blocks, bar)
     if arrival.evidence.log_evidence is not None and (uses_guide or initial_values):
         misses = _prior_finds_more(problem, arrival.evidence)
         arrival = replace(arrival, evidence=replace(arrival.evidence, misses_prior_mass=misses))
@@ -133,13 +131,29 @@ def _from_guide(problem: Problem, refusal: str) -> Arrival:
 
 
 def _from_prior(
-    problem: Problem, start: Density, refusal: str, conditional_ess: float, bar: ProgressBar
+    problem: Problem,
+    initial_values: Mapping[str, Tensor],
+    refusal: str,
+    conditional_ess: float,
+    finds_blocks: bool,
+    bar: ProgressBar,
 ) -> Arrival:
-    """Particles annealed from the prior, or from references."""
-    if refusal:
-        annealed = problem.anneal_once(start, "annealing", conditional_ess, bar)
-    else:
-        annealed = problem.anneal_twice(start, conditional_ess, bar)
+    """Particles annealed from the prior, or from references.
+
+    Where the pilot's are correlated, another pilot moves them jointly.
+    """
+    start = problem.starting_density(initial_values)
+    pilot = problem.anneal_once(start, "annealing, pilot", conditional_ess, bar)
+    blocks = correlated_blocks(problem, pilot.state) if finds_blocks else []
+    if blocks:
+        problem = problem.with_blocks({block.sites: block.reason for block in blocks})
+        start = problem.starting_density(initial_values)
+        pilot = problem.anneal_once(start, "annealing, pilot", conditional_ess, bar)
+    annealed = pilot
+    if not refusal:
+        annealed = problem.anneal_once(
+            start, "annealing", conditional_ess, bar, pilot.ladder, adapt=False
+        )
     return _arrival(annealed, problem, refusal)
 
 
@@ -158,9 +172,13 @@ def _from_pilots(
         state, _ = resample(joint.density, pilot.annealed.state, joint.parts, always=True)
         bar.stage("length of moves")
         moves = tuned(joint, state)
-        if 0 < moves.problem.tuned_steps <= SHORT_MOVE or are_correlated(joint, state):
+        reason = strongest_correlation(joint, state)
+        if 0 < moves.problem.tuned_steps <= SHORT_MOVE:
+            reason = reason or "short moves of all latents forget fast"
+        if reason:
             state = replace(annealed.state, adaptation=moves.adaptation)
-            arrival = _arrival(replace(annealed, state=state), moves.problem, refusal)
+            chosen = moves.problem.because({tuple(problem.division.latents): reason})
+            arrival = _arrival(replace(annealed, state=state), chosen, refusal)
             return replace(arrival, num_sweeps=moves.num_sweeps(MIN_SWEEPS, MAX_SWEEPS))
     state = replace(annealed.state, adaptation={})
     return _arrival(replace(annealed, state=state), problem, refusal)

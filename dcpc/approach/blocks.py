@@ -2,32 +2,157 @@
 
 from __future__ import annotations
 
-import torch
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from dcpc.approach.joint import MAX_SIZE, MIN_PARTICLES, PARTICLES_PER_VALUE
+from dcpc.divide import Unit
 from dcpc.problem import Problem
 from dcpc.sweep import SweepState
+
+__all__ = ["Block", "correlated_blocks", "strongest_correlation"]
 
 MIN_CORRELATION = 0.3
 """Correlation, in absolute value, of values of two units from which they move jointly."""
 
+MAX_VALUES = 4096
+"""Values of latents with the same plates, per element, above which no blocks are looked for."""
 
-def are_correlated(problem: Problem, state: SweepState) -> bool:
-    """Whether values of different latents are correlated, in any element of their plates.
+MAX_ELEMENTS = 64
+"""Elements of plates that correlations are averaged over."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Latents that are to move jointly.
+
+    Attributes:
+        sites: Their names, in program order.
+        reason: Why.
+    """
+
+    sites: tuple[str, ...]
+    reason: str
+
+
+def strongest_correlation(problem: Problem, state: SweepState) -> str:
+    """The two latents that are correlated the most, in any element of their plates.
 
     Args:
         problem: A problem whose latents are one unit.
         state: Particles and weights.
+
+    Returns:
+        A sentence that names them; empty if they are hardly correlated.
     """
     (group,) = problem.division.groups
-    value, mass = group.pack(state.latents).squeeze(-2), state.log_weight.normalized()
+    names = group.units[0].sites
+    value = group.pack(state.latents).squeeze(-2)
+    correlation = _correlations(value, state)
+    correlation = correlation.reshape(-1, *correlation.shape[-2:])
+    at = correlation.abs().amax(0)
+    owner = _owners([group.size_of(name) for name in names])
+    at = at.masked_fill(owner[:, None] == owner, 0.0)
+    i, j = divmod(int(at.argmax()), len(owner))
+    if not float(at[i, j]) > MIN_CORRELATION:
+        return ""
+    element = correlation[int(correlation[:, i, j].abs().argmax()), i, j]
+    return _sentence(names[owner[i]], names[owner[j]], float(element))
+
+
+def correlated_blocks(problem: Problem, state: SweepState) -> list[Block]:
+    """Units with the same plates whose values are correlated, as blocks of bounded size.
+
+    The pairs with the strongest correlations come first. Correlations are averaged over the
+    elements of the plates.
+
+    Args:
+        problem: A problem whose latents are units of their own.
+        state: Particles and weights at the posterior.
+    """
+    num_particles = problem.num_particles
+    active = problem.density.active_latents()
+    if num_particles < MIN_PARTICLES:
+        return []
+    alike: dict[tuple, list[tuple[Unit, Tensor]]] = defaultdict(list)
+    for group in problem.division.groups:
+        if group.is_discrete:
+            continue
+        value = group.pack(state.latents)
+        for index, unit in enumerate(group.units):
+            if active.keys().isdisjoint(unit.sites):
+                alike[unit.plates].append((unit, value[..., index, :]))
+    most = min(MAX_SIZE, num_particles // PARTICLES_PER_VALUE)
+    return [
+        block
+        for members in alike.values()
+        for block in _blocks_of(members, state, most, MIN_CORRELATION + 2 / num_particles**0.5)
+    ]
+
+
+def _blocks_of(
+    members: Sequence[tuple[Unit, Tensor]], state: SweepState, most: int, least: float
+) -> list[Block]:
+    """Blocks of units with the same plates.
+
+    Args:
+        members: The units, and their values `(K, *plates, d)`.
+        state: Particles and weights.
+        most: Most values of a block, per element of the plates.
+        least: Correlation from which two units are joined.
+    """
+    sizes = [unit.size for unit, _ in members]
+    if len(members) < 2 or sum(sizes) > MAX_VALUES:
+        return []
+    value = torch.cat([value for _, value in members], -1)
+    correlation = _correlations(value, state)
+    correlation = correlation.reshape(-1, *correlation.shape[-2:])
+    stride = math.ceil(len(correlation) / MAX_ELEMENTS)
+    correlation = correlation[::stride].mean(0)
+    owner = _owners(sizes)
+    apart = (owner[:, None] < owner) & (correlation.abs() > least)
+    found = apart.nonzero().tolist()
+    found.sort(key=lambda pair: -abs(float(correlation[pair[0], pair[1]])))
+    clusters = {index: [index] for index in range(len(members))}
+    reasons: dict[int, str] = {}
+    for i, j in found:
+        first, second = clusters[int(owner[i])], clusters[int(owner[j])]
+        if first is second or sum(sizes[k] for k in first + second) > most:
+            continue
+        one, other = (members[int(owner[k])][0].name for k in (i, j))
+        reason = reasons.get(first[0]) or reasons.get(second[0])
+        first.extend(second)
+        clusters |= dict.fromkeys(second, first)
+        reasons[first[0]] = reason or _sentence(one, other, float(correlation[i, j]))
+    joined = {id(cluster): cluster for cluster in clusters.values() if len(cluster) > 1}
+    return [
+        Block(
+            tuple(name for k in sorted(cluster) for name in members[k][0].sites),
+            reasons[cluster[0]],
+        )
+        for cluster in joined.values()
+    ]
+
+
+def _correlations(value: Tensor, state: SweepState) -> Tensor:
+    """Correlations `(*plates, d, d)` of weighted values `(K, *plates, d)`."""
+    mass = state.log_weight.normalized()
     mass = mass.reshape(mass.shape + (1,) * (value.dim() - mass.dim()))
     deviation = (value - (mass * value).sum(0)) * mass.sqrt()
     deviation = deviation / deviation.square().sum(0).sqrt()
-    correlation = torch.einsum("k...i,k...j->...ij", deviation, deviation).abs()
-    owner = torch.cat(
-        [
-            torch.full((group.size_of(name),), index)
-            for index, name in enumerate(group.units[0].sites)
-        ]
-    )
-    return bool((correlation[..., owner[:, None] != owner] > MIN_CORRELATION).any())
+    rows = deviation.movedim(0, -2)
+    return (rows.mT @ rows).nan_to_num(nan=0.0).cpu()
+
+
+def _owners(sizes: Sequence[int]) -> Tensor:
+    """For every value of some latents, which of them it belongs to."""
+    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+
+
+def _sentence(first: str, second: str, correlation: float) -> str:
+    return f"'{first}' and '{second}' are correlated ({correlation:.2f})"
