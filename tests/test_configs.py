@@ -45,8 +45,15 @@ def load(layer: str) -> dict:
     return json.loads((FOLDER / f"{layer}.json").read_text())
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("data_set", DATA_SETS)
+@pytest.mark.parametrize(
+    ("data_set", "algorithm"),
+    [
+        # A third of the pairs: two data sets for every algorithm.
+        pytest.param(data_set, algorithm, marks=[pytest.mark.slow] if (i + j) % 3 else [])
+        for i, data_set in enumerate(DATA_SETS)
+        for j, algorithm in enumerate(ALGORITHMS)
+    ],
+)
 def test_every_algorithm_builds_on_every_data_set(
     data_set: str, algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

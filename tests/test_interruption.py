@@ -55,6 +55,13 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return at
 
 
+@pytest.fixture(scope="module")
+def whole() -> tuple[DCPC, Posterior]:
+    """An engine, and its run to the end."""
+    engine = DCPC(regression, num_particles=10)
+    return engine, engine.run(*DATA, seed=0, **OPTIONS)
+
+
 def assert_same(got: Posterior, expected: Posterior) -> None:
     """All that a posterior tells is the same, bit for bit."""
     assert torch.equal(got.log_weight, expected.log_weight)
@@ -71,9 +78,8 @@ def assert_same(got: Posterior, expected: Posterior) -> None:
 
 # 7 and 20 of 40 sweeps are warm-up, of which the first 10 adapt preconditioners.
 @pytest.mark.parametrize("number", [1, 7, 20, 33, 39])
-def test_an_interrupted_run_goes_on_bit_for_bit(number, interrupt):
-    engine = DCPC(regression, num_particles=10)
-    expected = engine.run(*DATA, seed=0, **OPTIONS)
+def test_an_interrupted_run_goes_on_bit_for_bit(number, interrupt, whole):
+    engine, expected = whole
     interrupt(number)
     with pytest.warns(ConvergenceWarning, match=f"after {number} of 40 sweeps") as caught:
         partial = engine.run(*DATA, seed=0, **OPTIONS)
@@ -171,9 +177,8 @@ def test_an_interrupted_run_without_a_seed_follows_the_global_generator(interrup
     assert_same(engine.resume(partial, *DATA, progress=False), expected)
 
 
-def test_a_run_may_be_interrupted_again_and_resumed_by_a_copy(interrupt):
-    engine = DCPC(regression, num_particles=10)
-    expected = engine.run(*DATA, seed=0, **OPTIONS)
+def test_a_run_may_be_interrupted_again_and_resumed_by_a_copy(interrupt, whole):
+    engine, expected = whole
     interrupt(9)
     engine.run(*DATA, seed=0, **OPTIONS)
     other = pickle.loads(pickle.dumps(engine))
@@ -193,24 +198,22 @@ def test_a_population_of_problems_goes_on_with_its_weights(interrupt):
     assert_same(engine.resume(partial, x, progress=False), expected)
 
 
-def test_a_partial_posterior_is_that_of_the_sweeps_that_were_made(interrupt, capsys):
+def test_a_partial_posterior_is_that_of_the_sweeps_that_were_made(interrupt, capsys, whole):
     """The kept sweeps are the first ones of the whole run, and all that describes it works."""
-    engine = DCPC(regression, num_particles=10)
-    whole = engine.run(*DATA, seed=0, **OPTIONS)
+    engine, expected = whole
     interrupt(38)
     partial = engine.run(*DATA, seed=0, **OPTIONS)
-    assert torch.equal(partial.history["slope"], whole.history["slope"][:, :18])
-    assert torch.equal(partial.samples["slope"], whole.history["slope"][:, 17])
-    assert torch.equal(partial.log_evidence, whole.log_evidence)
+    assert torch.equal(partial.history["slope"], expected.history["slope"][:, :18])
+    assert torch.equal(partial.samples["slope"], expected.history["slope"][:, 17])
+    assert torch.equal(partial.log_evidence, expected.log_evidence)
     engine.summary()
     assert "interrupted after 38 of 40 sweeps" in capsys.readouterr().out
     assert set(engine.get_samples()) == {"slope", "scale", "first"}
     assert 0.0 < engine.diagnostics()["slope"]["acceptance"] < 1.0
 
 
-def test_an_interrupt_in_the_last_sweep_leaves_nothing_to_resume(interrupt):
-    engine = DCPC(regression, num_particles=10)
-    expected = engine.run(*DATA, seed=0, **OPTIONS)
+def test_an_interrupt_in_the_last_sweep_leaves_nothing_to_resume(interrupt, whole):
+    engine, expected = whole
     interrupt(40)
     assert_same(engine.run(*DATA, seed=0, **OPTIONS), expected)
 
@@ -298,9 +301,8 @@ def test_a_handler_of_the_program_stays_in_charge():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_a_run_in_another_thread_installs_no_handler():
-    engine = DCPC(regression, num_particles=10)
-    expected = engine.run(*DATA, seed=0, **OPTIONS)
+def test_a_run_in_another_thread_installs_no_handler(whole):
+    engine, expected = whole
     with ThreadPoolExecutor(1) as pool:
         got = pool.submit(engine.run, *DATA, seed=0, **OPTIONS).result()
     assert threading.current_thread() is threading.main_thread()
@@ -316,9 +318,8 @@ def partial(interrupt) -> Posterior:
     return DCPC(regression, num_particles=10).run(*DATA, seed=0, **OPTIONS)
 
 
-def test_a_complete_posterior_cannot_be_resumed():
-    engine = DCPC(regression, num_particles=10)
-    posterior = engine.run(*DATA, seed=0, **OPTIONS)
+def test_a_complete_posterior_cannot_be_resumed(whole):
+    engine, posterior = whole
     with pytest.raises(OptionError, match=r"resume needs .* is_partial\), got a complete one"):
         engine.resume(posterior, *DATA)
     with pytest.raises(OptionError, match=r"resume needs .*, got tensor"):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import resource
-import subprocess
-import sys
+import signal
+import socket
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from forks import child, wait
 
 from dcpc.errors import FileError
 from dcpc.io import check_entries, num_bytes, read_tensors, remove_stale, write_tensors
@@ -140,44 +141,42 @@ def test_the_file_and_then_its_folder_are_synced(path, monkeypatch):
 
 # -- what killed processes leave -------------------------------------------------------------
 
-WRITER = """
-import os, sys, torch, dcpc.io
-path = sys.argv[1]
-def wait(descriptor):
-    print("writing", flush=True)
-    sys.stdin.readline()
-os.fsync = wait
-dcpc.io.write_tensors({"value": torch.ones(3)}, path)
-"""
 
+def writer(path: Path) -> tuple[int, socket.socket]:
+    """A forked process that is about to finish a file, and waits for the end of its line to us."""
+    ours, its = socket.socketpair()
 
-def writer(path: Path) -> subprocess.Popen:
-    """A process that is about to finish a file, and waits for a line on its standard input."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, path],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "writing\n"
-    return process
+    def write() -> None:
+        def wait_for_end(descriptor: int) -> None:
+            its.send(b".")
+            its.recv(1)
+
+        ours.close()
+        os.fsync = wait_for_end
+        write_tensors({"value": torch.ones(3)}, path)
+
+    with its:
+        number = child(write)
+    assert ours.recv(1) == b"."
+    return number, ours
 
 
 def test_files_of_killed_processes_are_removed_and_those_of_live_ones_never(path):
     other = path.with_name(".download.incomplete")  # of another program
     other.touch()
-    with writer(path) as dead, writer(path) as alive:
-        dead.kill()
-        dead.wait()
+    (dead, other_line), (alive, line) = writer(path), writer(path)
+    with other_line, line:
+        os.kill(dead, signal.SIGKILL)
+        assert wait(dead) == -signal.SIGKILL
         before = {p.name for p in path.parent.iterdir()}
         assert len(before) == 4
         (removed,) = remove_stale(path.parent)
-        assert f".{dead.pid}-" in removed.name
+        assert f".{dead}-" in removed.name
         assert {p.name for p in path.parent.iterdir()} == before - {removed.name}
         assert torch.equal(read_tensors(path)["value"], OLD["value"])
         assert remove_stale(path.with_name("absent")) == []
-        alive.communicate("\n" * 2)
-        assert alive.returncode == 0
+        line.shutdown(socket.SHUT_WR)
+        assert wait(alive) == 0
     assert torch.equal(read_tensors(path)["value"], torch.ones(3))
     assert {p.name for p in path.parent.iterdir()} == {path.name, other.name}
 

@@ -96,7 +96,7 @@ def test_ten_thousand_data_in_batches_of_a_hundred():
 def test_a_hierarchy_of_five_hundred_data():
     x = data(500)
     engine = DCPC(hierarchy, num_particles=20, algorithm="sgld")
-    posterior = engine.run(x, 50, num_sweeps=1200, seed=0, progress=False)
+    posterior = engine.run(x, 50, num_sweeps=700, seed=0, progress=False)
     compare(posterior, hierarchy_on_a_grid(x), 0.5, (0.8, 1.25))
     assert posterior.local_samples["z"].shape == (20, 500)
     assert not posterior.is_exact

@@ -13,7 +13,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import matplotlib.image
@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from nbclient import NotebookClient
+from nbclient.util import run_sync
 from nbformat.v4 import new_code_cell
 from oracles import gaussian_chain
 from PIL import Image
@@ -41,6 +42,16 @@ ESS_PERCENT = 100 / 3 / (0.5**2 + 2 * 0.25**2)
 NUM_PICTURES = 40  # half in a folder, half in the checkpoint
 UPPER, LOWER = (0.75, 0.25), (0.5, 0.5)
 """Shares of the pixels of the darker and of the lighter level, in the halves of every picture."""
+
+
+FRESH = """
+%reset -f
+import os
+import pyro
+os.chdir({folder!r})
+pyro.clear_param_store()
+del os, pyro
+"""
 
 
 class Executed:
@@ -78,14 +89,35 @@ class Executed:
         return sum(share > 0.05 for share in near)
 
 
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., NotebookClient]]:
+    """Makes clients of one kernel, which has no network and writes to a temporary folder."""
+    home = tmp_path_factory.mktemp("home")
+    started: list[NotebookClient] = []
+
+    def make(notebook: nbformat.NotebookNode) -> NotebookClient:
+        started.append(NotebookClient(notebook, timeout=900, kernel_name="python3"))
+        if len(started) > 1:
+            started[-1].km, started[-1].kc = started[0].km, started[0].kc
+        return started[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("IPYTHONDIR", "XDG_CACHE_HOME", "HF_HOME"):
+            patch.setenv(variable, str(home / variable))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("PYTHONPATH", str(ROOT))  # the experiments are not installed
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield make
+    if started and started[0].km is not None:
+        run_sync(started[0]._async_cleanup_kernel)()
+
+
 @pytest.fixture
-def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Executed]:
-    """Runs a notebook in a temporary folder, without a network, with constants of the test."""
-    for variable in ("IPYTHONDIR", "XDG_CACHE_HOME", "HF_HOME"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the experiments are not installed
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def execute(client: Callable[..., NotebookClient], tmp_path: Path) -> Callable[..., Executed]:
+    """Runs a notebook in a temporary folder with constants of the test.
+
+    The kernel is that of the notebook before, whose names and parameters are gone.
+    """
 
     def run(name: str, **constants: object) -> Executed:
         notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
@@ -93,8 +125,8 @@ def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ex
         assert set(constants) <= set(assigned(notebook.cells[position].source))
         source = "\n".join(f"{name} = {value!r}" for name, value in constants.items())
         notebook.cells.insert(position + 1, new_code_cell(source))
-        resources = {"metadata": {"path": str(tmp_path)}}
-        NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute()
+        notebook.cells.insert(0, new_code_cell(FRESH.format(folder=str(tmp_path))))
+        client(notebook).execute(cleanup_kc=False)
         return Executed(notebook)
 
     return run

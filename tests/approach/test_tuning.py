@@ -75,8 +75,17 @@ def test_number_of_sweeps_is_a_hundred_autocorrelation_times():
     assert Moves(problem, {}, 1e-6).num_sweeps(250, 1000) == 250
 
 
-@pytest.mark.parametrize("compile", [False, True, "auto"])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("seed", "compile"),
+    [
+        (0, False),
+        (1, False),
+        (1, True),
+        (1, "auto"),
+        pytest.param(0, True, marks=pytest.mark.slow),
+        pytest.param(0, "auto", marks=pytest.mark.slow),
+    ],
+)
 def test_linear_gaussian_posteriors_are_exact_with_jumps_and_tuned_moves(seed, compile):
     exact = linear_gaussian_dag(seed)
     engine = DCPC(exact.model, num_particles=500, compile=compile)

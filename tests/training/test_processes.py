@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +74,21 @@ def train(folder: Path, *options: str, name: str = "dcpc") -> dict[str, Any]:
     return torch.load(folder / "last.ckpt", weights_only=True)
 
 
+def two(strategy: str) -> tuple[str, str]:
+    return "--trainer.devices=2", f"--trainer.strategy={strategy}"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """Folder and checkpoint of two processes that train to the end, by strategy."""
+
+    def of(strategy: str) -> tuple[Path, dict[str, Any]]:
+        folder = tmp_path_factory.mktemp(strategy)
+        return folder, train(folder, *two(strategy))
+
+    return functools.cache(of)
+
+
 def alone(folder: Path, num_epochs: int, monkeypatch: pytest.MonkeyPatch) -> ParticleModule:
     """What two processes learn, learned by one: their batches, streams and averages in turn."""
     config = folder / "config.json"
@@ -132,11 +149,11 @@ def alone(folder: Path, num_epochs: int, monkeypatch: pytest.MonkeyPatch) -> Par
     ],
 )
 def test_two_processes_learn_what_one_would(
-    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str, whole: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = train(tmp_path, "--trainer.devices=2", f"--trainer.strategy={strategy}")
+    folder, saved = whole(strategy)
     assert saved["global_step"] == 3 * NUM_BATCHES
-    module = alone(tmp_path, 3, monkeypatch)
+    module = alone(folder, 3, monkeypatch)
     for name, value in module.state_dict().items():
         torch.testing.assert_close(saved["state_dict"][name], value, rtol=1e-5, atol=1e-6)
     particles, expected = saved["dcpc"]["particles"], module.store.state_dict()
@@ -165,21 +182,20 @@ def test_data_belong_to_one_process_in_every_epoch() -> None:
         assert owned[0] == owned[1]
 
 
-def test_a_run_of_two_processes_goes_on_with_one_and_with_two(tmp_path: Path) -> None:
-    two = ("--trainer.devices=2", "--trainer.strategy=ddp")
-    whole = train(tmp_path / "whole", *two)
-    first = train(tmp_path / "first", *two, "--trainer.max_epochs=2")
+def test_a_run_of_two_processes_goes_on_with_one_and_with_two(
+    whole: Callable, tmp_path: Path
+) -> None:
+    _, expected = whole("ddp")
+    first = train(tmp_path / "first", *two("ddp"), "--trainer.max_epochs=2")
     link = f"--ckpt_path={tmp_path / 'first' / 'last.ckpt'}"
-    assert_same(train(tmp_path / "second", *two, link)["dcpc"], whole["dcpc"])
+    assert_same(train(tmp_path / "second", *two("ddp"), link)["dcpc"], expected["dcpc"])
     resumed = run(tmp_path / "alone", "dcpc", "--trainer.limit_val_batches=0", link)
     assert resumed["dcpc"]["num_steps"] == first["dcpc"]["num_steps"] + 5
 
 
 @pytest.mark.slow
 def test_one_of_two_processes_that_is_killed_ends_the_run(tmp_path: Path) -> None:
-    process = start(
-        tmp_path, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=100000"
-    )
+    process = start(tmp_path, *two("ddp"), "--trainer.max_epochs=100000")
     while not (tmp_path / "last.ckpt").exists():
         time.sleep(0.2)
         assert process.poll() is None
@@ -216,7 +232,7 @@ def test_one_of_two_processes_that_is_killed_ends_the_run(tmp_path: Path) -> Non
 def test_a_refusal_is_one_line_of_one_process(
     strategy: str, options: list[str], line: str, tmp_path: Path
 ) -> None:
-    process = start(tmp_path, "--trainer.devices=2", f"--trainer.strategy={strategy}", *options)
+    process = start(tmp_path, *two(strategy), *options)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     errors = re.findall(r"^dcpc: error: (.*)$", err, re.MULTILINE)

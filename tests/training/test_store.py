@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import errno
 import math
-import subprocess
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from forks import child, wait
 
 from dcpc.recombine import LogWeights
 from dcpc.sweep import SweepState
@@ -232,17 +234,17 @@ def test_two_processes_see_each_others_particles(store: ParticleStore) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks on Windows")
 def test_folders_of_killed_processes_are_removed_and_those_of_others_stay(tmp_path: Path) -> None:
     living = ParticleStore(tmp_path, N)
-    program = (
-        "import os, sys\nfrom dcpc.training import ParticleStore\n"
-        f"store = ParticleStore(sys.argv[1], {N})\nprint(store.folder)\n"
-        "sys.stdout.flush()\nos._exit(1)"
-    )
-    killed = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True
-    ).stdout.strip()
-    assert Path(killed).exists()
+    kept = []
+
+    def die() -> None:
+        kept.append(ParticleStore(tmp_path, N))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert wait(child(die)) == -signal.SIGKILL
+    (killed,) = set(tmp_path.iterdir()) - {living.folder}
     newest = ParticleStore(tmp_path, N)
     assert set(tmp_path.iterdir()) == {living.folder, newest.folder}
+    assert newest.folder != killed
 
 
 def test_particles_that_are_not_finite_leave_the_stored_ones_as_they_are(

@@ -91,7 +91,7 @@ def test_training_does_not_depend_on_how_many_particles_are_evaluated_at_once(
             particle_batch_size=size,
             sweeps_per_step=2,
         )
-        run.fit(module, datamodule=images(batch_size=6), **options)
+        run.fit(module, datamodule=images(batch_size=10), **options)
         return run
 
     whole, first, second = Record(), Record(), Record()
