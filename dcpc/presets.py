@@ -292,4 +292,4 @@ def _in_range(option: str, value: float, low: float, high: float) -> float:
     return value
 
 
-__all__ = ["PRESETS", "Algorithm", "Preset", "build_algorithm", "lookup"]
+__all__ = ["JOINT_MOVE", "PRESETS", "Algorithm", "Preset", "build_algorithm", "lookup"]

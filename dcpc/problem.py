@@ -20,7 +20,7 @@ from dcpc.divide.model import Latents, Model, observation_means
 from dcpc.divide.program import map_particles
 from dcpc.errors import DataError, EvidenceError, OptionError
 from dcpc.parts import Parts
-from dcpc.presets import Algorithm
+from dcpc.presets import JOINT_MOVE, Algorithm
 from dcpc.progress import ProgressBar
 from dcpc.recombine import LogWeights
 from dcpc.start import (
@@ -140,13 +140,23 @@ class Problem:
 
     def with_leapfrog_steps(self, steps: int) -> Problem:
         """The same problem, moved by Langevin moves of so many leapfrog steps."""
-        parts = self.parts
-        assert isinstance(parts.move, Langevin)
-        move = replace(parts.move, leapfrog_steps=steps)
+
+        def lengthened(parts: Parts) -> Parts:
+            assert isinstance(parts.move, Langevin)
+            return replace(parts, move=replace(parts.move, leapfrog_steps=steps))
+
+        parts = lengthened(self.parts)
+        if parts.blocks is not None:
+            parts = replace(parts, blocks=lengthened(parts.blocks))
         other = copy(self)
-        other.algorithm = replace(self.algorithm, parts=replace(parts, move=move))
+        other.algorithm = replace(self.algorithm, parts=parts)
         other.tuned_steps = steps
         return other
+
+    @property
+    def tunes_moves(self) -> bool:
+        """Whether the length of the moves is found by the run: where the user chose no move."""
+        return self.algorithm.joint.move == JOINT_MOVE and isinstance(self.parts.move, Langevin)
 
     def as_written(self) -> Problem:
         """The same problem, whose sweeps are not recorded."""

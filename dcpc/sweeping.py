@@ -9,7 +9,6 @@ from dcpc.continuation import Continuation
 from dcpc.errors import DataError, OptionError
 from dcpc.interruption import Interruption
 from dcpc.posterior import Posterior
-from dcpc.presets import JOINT_MOVE
 from dcpc.problem import Problem
 from dcpc.progress import ProgressBar
 from dcpc.recorder import Recorder
@@ -79,11 +78,17 @@ def with_blocks_of(problem: Problem, posterior: Posterior) -> Problem:
             joined[unit].append(name)
     reasons = {tuple(names): posterior.joined[unit] for unit, names in joined.items()}
     if len(found) > 1 and reasons:
-        return problem.with_blocks(reasons)
+        return _lengthened(problem.with_blocks(reasons), steps)
+    if len(found) > 1:
+        return _lengthened(problem, steps)
     joint = joint_problem(problem) or problem  # that it is another engine's, is found out later
-    joint = joint.because(reasons)
-    is_tuned = steps > 0 and joint.parts.move == JOINT_MOVE
-    return joint.with_leapfrog_steps(steps) if is_tuned else joint
+    return _lengthened(joint.because(reasons), steps)
+
+
+def _lengthened(problem: Problem, steps: int) -> Problem:
+    """The problem with moves of a length that was tuned; 0 where it was not."""
+    is_tuned = steps > 0 and problem.tunes_moves
+    return problem.with_leapfrog_steps(steps) if is_tuned else problem
 
 
 def check_continuation(problem: Problem, state: SweepState, continuation: Continuation) -> None:

@@ -17,6 +17,7 @@ from dcpc.posterior import Evidence
 from dcpc.problem import Problem
 from dcpc.progress import ProgressBar
 from dcpc.recombine import LogWeights, take_particles
+from dcpc.recombine.correction import Metropolis
 from dcpc.sweep import SweepState, resample, retarget
 
 NUM_PRIOR_DRAWS = 8192
@@ -140,7 +141,7 @@ def _from_prior(
 ) -> Arrival:
     """Particles annealed from the prior, or from references.
 
-    Where the pilot's are correlated, another pilot moves them jointly.
+    Where values of the pilot's are correlated, another pilot moves them jointly.
     """
     start = problem.starting_density(initial_values)
     pilot = problem.anneal_once(start, "annealing, pilot", conditional_ess, bar)
@@ -154,7 +155,13 @@ def _from_prior(
         annealed = problem.anneal_once(
             start, "annealing", conditional_ess, bar, pilot.ladder, adapt=False
         )
-    return _arrival(annealed, problem, refusal)
+    if not finds_blocks or not isinstance(problem.parts.correction, Metropolis):
+        return _arrival(annealed, problem, refusal)
+    state, _ = resample(problem.density, pilot.state, problem.parts, always=True)
+    bar.stage("length of moves")
+    moves = tuned(problem, state, jumps=False)
+    state = replace(annealed.state, adaptation=moves.adaptation)
+    return _arrival(replace(annealed, state=state), moves.problem, refusal)
 
 
 def _from_pilots(
@@ -171,7 +178,7 @@ def _from_pilots(
     if finds_blocks:
         state, _ = resample(joint.density, pilot.annealed.state, joint.parts, always=True)
         bar.stage("length of moves")
-        moves = tuned(joint, state)
+        moves = tuned(joint, state, jumps=True)
         reason = strongest_correlation(joint, state)
         if 0 < moves.problem.tuned_steps <= SHORT_MOVE:
             reason = reason or "short moves of all latents forget fast"

@@ -18,7 +18,6 @@ from torch import Tensor
 from dcpc.approach.mixture import fit_mixture
 from dcpc.conquer.jump import state_of
 from dcpc.parts import Adaptation
-from dcpc.presets import JOINT_MOVE
 from dcpc.problem import Problem
 from dcpc.sweep import SweepState, restart_adaptation
 
@@ -70,20 +69,23 @@ class Moves:
         return min(max(int(100.0 * (1.0 + rate) / (1.0 - rate)), least), most)
 
 
-def tuned(problem: Problem, state: SweepState) -> Moves:
-    """Moves with as many leapfrog steps as the particles need, and with jumps.
+def tuned(problem: Problem, state: SweepState, *, jumps: bool) -> Moves:
+    """Moves with as many leapfrog steps as the particles need, all units the same number.
 
     Nothing is tuned where a user chose the move.
 
     Args:
-        problem: A problem whose latents are one unit.
+        problem: A problem.
         state: Equally weighted particles at the posterior, with what the proposals have learned.
+        jumps: Whether to jump, too, from a mixture that is fitted to the particles; the latents
+            must be one unit.
     """
-    if problem.parts.move != JOINT_MOVE:
+    if not problem.tunes_moves:
         return Moves(problem, state.adaptation)
     if not state.adaptation:  # the way was so short that nothing moved on it
         state, _ = problem.as_written().sweep(state, retargets=False)
-    state = _with_jumps(problem, state)
+    if jumps:
+        state = _with_jumps(problem, state)
     chosen, rate = Moves(problem, state.adaptation), 0.0
     for steps in LENGTHS:
         candidate = problem.with_leapfrog_steps(steps)
@@ -121,7 +123,7 @@ def _correlation_left(problem: Problem, state: SweepState) -> float:
         adapts = index < NUM_ADAPTING
         state, _ = problem.sweep(state, adapt=adapts, adapt_preconditioner=False, retargets=False)
     correlations = [
-        (one * other).flatten(0, -2).mean(0)
+        (one * other).flatten(0, -3).mean(0).flatten()
         for one, other in zip(before, _statistics(problem, state), strict=True)
     ]
     largest = torch.cat(correlations).nan_to_num(nan=1.0).amax()
@@ -129,14 +131,11 @@ def _correlation_left(problem: Problem, state: SweepState) -> float:
 
 
 def _statistics(problem: Problem, state: SweepState) -> list[Tensor]:
-    """Values, their squares, and log-densities, standardised over the particles."""
-    (group,) = problem.division.groups
-    value = _standardised(group.pack(state.latents).squeeze(-2))
-    return [
-        value,
-        _standardised(value.square()),
-        _standardised(state.log_joint).unsqueeze(-1),
-    ]
+    """Values `(K, *plates, n, d)`, their squares, and log-densities, standardised."""
+    groups = [group for group in problem.division.groups if not group.is_discrete]
+    values = [_standardised(group.pack(state.latents)) for group in groups]
+    squares = [_standardised(value.square()) for value in values]
+    return [*values, *squares, _standardised(state.log_joint)[..., None, None]]
 
 
 def _standardised(value: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def moves_of(model, *args, num_particles=400, **options) -> Moves:
     assert problem is not None
     pilot = send_pilots(problem, 0.9, ProgressBar(False))
     state, _ = resample(problem.density, pilot.annealed.state, problem.parts, always=True)
-    return tuned(problem, state)
+    return tuned(problem, state, jumps=True)
 
 
 def gaussian(size: int):
