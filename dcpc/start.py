@@ -131,12 +131,16 @@ def _unconstrained(
 
 
 def draw_from_prior(density: Density, arguments: Arguments, num_particles: int) -> SweepState:
-    """Independent particles from the prior, or from references where a latent has one."""
-    program = density.division.program
-    latents = prior_particles(program.model, program.sites, arguments, num_particles)
+    """Independent particles from the prior, or from references where a latent has one.
+
+    What depends on a latent with a reference is drawn given its value from there.
+    """
+    program, given = density.division.program, {}
     for name, reference in density.tempering.references.items():
-        noise = torch.randn_like(latents[name])
-        latents[name] = reference.loc + reference.scale * noise
+        like = program.example[name]
+        noise = like.new_empty((num_particles, *like.shape[1:])).normal_()
+        given[name] = reference.loc + reference.scale * noise
+    latents = prior_particles(program.model, program.sites, arguments, num_particles, given)
     if density.tempering.joint is not None:
         (group,) = density.division.groups
         drawn = density.tempering.joint.draw(group.pack(latents).squeeze(-2))

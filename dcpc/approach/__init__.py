@@ -11,7 +11,15 @@ from torch import Tensor
 
 from dcpc.annealing import Annealed, importance_evidence
 from dcpc.approach.blocks import correlated_blocks, strongest_correlation
-from dcpc.approach.joint import follow, joint_problem, send_pilots
+from dcpc.approach.joint import (
+    FIRST_CONDITIONAL_ESS,
+    MIN_PARTICLES,
+    finds_more,
+    follow,
+    joint_problem,
+    send_pilots,
+)
+from dcpc.approach.roots import determined_roots
 from dcpc.approach.tuning import tuned
 from dcpc.posterior import Evidence
 from dcpc.problem import Problem
@@ -28,6 +36,9 @@ MAX_PRIOR_ROUNDS = 64
 
 MIN_SWEEPS, MAX_SWEEPS = 300, 1000
 """Sweeps by default: the fewest, where moves are known to be good, and the most."""
+
+ROUGH_SWEEPS = 4
+"""Sweeps of a rough pilot at each of its temperatures, at most."""
 
 SHORT_MOVE = 3
 """Leapfrog steps by which all latents move jointly, correlated or not."""
@@ -141,16 +152,31 @@ def _from_prior(
 ) -> Arrival:
     """Particles annealed from the prior, or from references.
 
-    Where values of the pilot's are correlated, another pilot moves them jointly.
+    A rough pilot tells which values are correlated, and are moved jointly from there on, and which
+    ones the data determine, and start near where they were found.
     """
     start = problem.starting_density(initial_values)
-    pilot = problem.anneal_once(start, "annealing, pilot", conditional_ess, bar)
-    blocks = correlated_blocks(problem, pilot.state) if finds_blocks else []
-    if blocks:
-        problem = problem.with_blocks({block.sites: block.reason for block in blocks})
-        start = problem.starting_density(initial_values)
-        pilot = problem.anneal_once(start, "annealing, pilot", conditional_ess, bar)
-    annealed = pilot
+    rough = None
+    if problem.num_particles >= MIN_PARTICLES:
+        rough = problem.anneal_once(
+            start, "pilot", FIRST_CONDITIONAL_ESS, bar, max_sweeps=ROUGH_SWEEPS
+        )
+        found = (
+            {}
+            if initial_values
+            else determined_roots(problem, problem.draw_from_prior(start), rough.state)
+        )
+        blocks = correlated_blocks(problem, rough.state) if finds_blocks else []
+        if blocks:
+            problem = problem.with_blocks({block.sites: block.reason for block in blocks})
+            start = problem.starting_density(initial_values)
+        nearer = start.at(1.0, {**start.tempering.references, **found})
+    else:
+        nearer = start
+    pilot = problem.anneal_once(nearer, "annealing, pilot", conditional_ess, bar)
+    if rough is not None and finds_more(rough, pilot):
+        pilot, nearer = problem.anneal_once(start, "annealing, pilot", conditional_ess, bar), start
+    annealed, start = pilot, nearer
     if not refusal:
         annealed = problem.anneal_once(
             start, "annealing", conditional_ess, bar, pilot.ladder, adapt=False

@@ -107,7 +107,7 @@ def send_pilots(problem: Problem, conditional_ess: float, bar: ProgressBar) -> P
         if length <= SHORT or length > SHORTER * before:
             break
         before = length
-    if _finds_more(first.annealed, last.annealed):
+    if finds_more(first.annealed, last.annealed):
         return _send(problem, first_reference, conditional_ess, MAX_SWEEPS, bar)
     return last
 
@@ -154,11 +154,11 @@ def _fitted(problem: Problem, state: SweepState) -> StudentMixture:
     return StudentMixture(loc.to(value), factor, DEGREES)
 
 
-def _finds_more(first: Annealed, other: Annealed) -> bool:
+def finds_more(first: Annealed, other: Annealed) -> bool:
     """Whether the first pilot has found more evidence in a cell, beyond 4 standard errors."""
     low = first.log_evidence - 4.0 * first.log_evidence_se
     high = other.log_evidence + 4.0 * other.log_evidence_se.nan_to_num(posinf=0.0)
     return bool((low > high).any())
 
 
-__all__ = ["Pilot", "follow", "joint_problem", "send_pilots"]
+__all__ = ["Pilot", "finds_more", "follow", "joint_problem", "send_pilots"]
