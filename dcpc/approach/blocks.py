@@ -80,13 +80,15 @@ def correlated_blocks(problem: Problem, state: SweepState) -> list[Block]:
     if num_particles < MIN_PARTICLES:
         return []
     alike: dict[tuple, list[tuple[Unit, Tensor]]] = defaultdict(list)
-    for group in problem.division.groups:
-        if group.is_discrete:
-            continue
-        value = group.pack(state.latents)
-        for index, unit in enumerate(group.units):
-            if active.keys().isdisjoint(unit.sites):
-                alike[unit.plates].append((unit, value[..., index, :]))
+    values = {
+        unit.name: value
+        for group in problem.division.groups
+        if not group.is_discrete
+        for unit, value in zip(group.units, group.pack(state.latents).unbind(-2), strict=True)
+    }
+    for unit in problem.division.units:
+        if unit.name in values and active.keys().isdisjoint(unit.sites):
+            alike[unit.plates].append((unit, values[unit.name]))
     most = min(MAX_SIZE, num_particles // PARTICLES_PER_VALUE)
     return [
         block
