@@ -49,17 +49,30 @@ from dcpc.threads import exclusive
 
 
 class Units(list[Unit]):
-    """The units of a model; prints as a table."""
+    """The units of a model; prints as a table.
+
+    Args:
+        units: The units.
+        joined: By name of a unit of several latents that a run has joined, why.
+    """
 
     HEADER = ("unit", "parents", "children", "blanket", "plates", "size", "support")
 
+    def __init__(self, units: Iterable[Unit], joined: Mapping[str, str] | None = None) -> None:
+        super().__init__(units)
+        self.joined = dict(joined or {})
+
     def __str__(self) -> str:
-        return table(self.HEADER, self._rows(), "plain")
+        return "\n".join([table(self.HEADER, self._rows(), "plain"), *self._reasons()])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return table(self.HEADER, self._rows(), "html")
+        reasons = "<br>".join(map(html.escape, self._reasons()))
+        return table(self.HEADER, self._rows(), "html") + reasons
+
+    def _reasons(self) -> list[str]:
+        return [f"{unit} moved jointly: {reason}" for unit, reason in self.joined.items()]
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [
@@ -201,8 +214,15 @@ class DCPC:
     # -- what users call ---------------------------------------------------------------------
 
     def units(self, *args: Any, **kwargs: Any) -> Units:
-        """The units of the model for these arguments; prints as a table."""
-        return Units(self.division(*args, **kwargs).units)
+        """The units of the model for these arguments; prints as a table.
+
+        After a run that has found blocks, they are its units.
+        """
+        division, last = self.division(*args, **kwargs), self._posterior
+        if last is None or not last.joined or set(last.unit_of) != set(division.latents):
+            return Units(division.units)
+        blocks = [[name for name, of in last.unit_of.items() if of == unit] for unit in last.joined]
+        return Units(division.arranged(blocks).units, last.joined)
 
     def run(
         self,

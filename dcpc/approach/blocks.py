@@ -90,21 +90,25 @@ def correlated_blocks(problem: Problem, state: SweepState) -> list[Block]:
         if unit.name in values and active.keys().isdisjoint(unit.sites):
             alike[unit.plates].append((unit, values[unit.name]))
     most = min(MAX_SIZE, num_particles // PARTICLES_PER_VALUE)
-    return [
-        block
-        for members in alike.values()
-        for block in _blocks_of(members, state, most, MIN_CORRELATION + 2 / num_particles**0.5)
-    ]
+    least = MIN_CORRELATION + 2.0 / math.sqrt(num_particles)
+    order = problem.division.latents
+    found = [_blocks_of(members, state, order, most, least) for members in alike.values()]
+    return [block for blocks in found for block in blocks]
 
 
 def _blocks_of(
-    members: Sequence[tuple[Unit, Tensor]], state: SweepState, most: int, least: float
+    members: Sequence[tuple[Unit, Tensor]],
+    state: SweepState,
+    order: Sequence[str],
+    most: int,
+    least: float,
 ) -> list[Block]:
     """Blocks of units with the same plates.
 
     Args:
         members: The units, and their values `(K, *plates, d)`.
         state: Particles and weights.
+        order: Names of the latents, in program order.
         most: Most values of a block, per element of the plates.
         least: Correlation from which two units are joined.
     """
@@ -134,7 +138,7 @@ def _blocks_of(
     joined = {id(cluster): cluster for cluster in clusters.values() if len(cluster) > 1}
     return [
         Block(
-            tuple(name for k in sorted(cluster) for name in members[k][0].sites),
+            tuple(sorted((n for k in cluster for n in members[k][0].sites), key=order.index)),
             reasons[cluster[0]],
         )
         for cluster in joined.values()

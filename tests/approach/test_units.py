@@ -113,7 +113,7 @@ def test_uncorrelated_latents_stay_apart():
     latents["b"] = 0.5 * draws[:, 0] + draws[:, 1]
     (block,) = correlated_blocks(problem, state)
     assert block.sites == ("a", "b")
-    assert block.reason == "'a' and 'b' are correlated (0.45)"
+    assert block.reason.startswith("'a' and 'b' are correlated (0.4")
 
 
 def test_what_depends_on_a_latent_with_a_reference_is_drawn_given_it():
@@ -208,7 +208,15 @@ def test_a_run_with_blocks_goes_on_bit_for_bit_and_tells_them(monkeypatch, tmp_p
     assert all(torch.equal(u, expected.samples[name]) for name, u in resumed.samples.items())
 
 
-def test_the_table_tells_what_was_joined(capsys):
-    posterior = run(groups(), num_sweeps=4)
+def test_the_posterior_and_the_engine_tell_what_was_joined(capsys):
+    exact = groups()
+    engine = DCPC(exact.model, num_particles=NUM_PARTICLES)
+    assert [unit.name for unit in engine.units(*exact.args)] == ["a", "b", "effect"]
+    posterior = engine.run(*exact.args, num_sweeps=4, seed=0, progress=False)
     posterior.summary()
-    assert f"a+b moved jointly: {posterior.joined['a+b']}" in capsys.readouterr().out
+    sentence = f"a+b moved jointly: {posterior.joined['a+b']}"
+    assert sentence in capsys.readouterr().out
+    units = engine.units(*exact.args)
+    assert {unit.name for unit in units} == {"a+b", "effect"}
+    assert str(units).endswith(sentence)
+    assert "&#x27;a&#x27;" in units._repr_html_()
