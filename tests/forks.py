@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+SILENCE = Path(os.devnull)
 
 
-def child(call: Callable[[], object]) -> int:
-    """Runs something in a forked process, silently; its number."""
+def child(call: Callable[[], object], out: Path = SILENCE, err: Path | None = None) -> int:
+    """Runs something in a forked process; its number.
+
+    Args:
+        call: What to run. The process exits like a program whose only line this is.
+        out: File of what it prints.
+        err: File of what it prints to the standard error, traces included; None for this process's.
+    """
     number = os.fork()
     if number:
         return number
+    status = 1
     try:
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 1)
+        sys.stdout = _redirected(1, out)
+        if err is not None:
+            sys.stderr = _redirected(2, err)
         call()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
-        os._exit(1)
-    os._exit(0)
+        if err is not None:
+            traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _redirected(descriptor: int, path: Path) -> TextIO:
+    """A standard stream that goes to a file, also what other programs print to it."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(file, descriptor)
+    return os.fdopen(descriptor, "w", buffering=1, closefd=False)
 
 
 def wait(number: int) -> int:

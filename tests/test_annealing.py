@@ -261,7 +261,8 @@ def test_reference_hands_over_to_the_prior_as_the_temperature_rises():
         torch.testing.assert_close(got["x"], beta * factors["x"])
 
 
-def test_second_annealing_run_has_the_pilots_ladder_and_frozen_proposals(monkeypatch):
+@pytest.mark.parametrize("way", ["anneal", "run"])
+def test_second_annealing_run_has_the_pilots_ladder_and_frozen_proposals(way, monkeypatch):
     """What the estimate's particles move by must not depend on them."""
     results = []
 
@@ -270,8 +271,12 @@ def test_second_annealing_run_has_the_pilots_ladder_and_frozen_proposals(monkeyp
         return results[-1]
 
     monkeypatch.setattr("dcpc.problem.anneal", spy)
-    exact = linear_gaussian_dag(1)
-    DCPC(exact.model, num_particles=50).anneal(seed=0)
+    monkeypatch.setattr("dcpc.approach.joint_problem", lambda problem: None)  # from the prior
+    engine = DCPC(linear_gaussian_dag(1).model, num_particles=50, blocks=())
+    if way == "anneal":
+        engine.anneal(seed=0)
+    else:
+        engine.run(num_sweeps=1, seed=0, progress=False)
     pilot, second = results
     assert len(pilot.ladder) == len(second.ladder)
     for learned, used in zip(pilot.ladder, second.ladder, strict=True):

@@ -17,9 +17,6 @@ PRIVATE = {
     ),
     "torch.ops.aten._local_scalar_dense": "The operator behind .item(): print a graph to see it.",
     "torch._ops.OpOverload": "The type of a captured operator: type(torch.ops.aten.add.Tensor).",
-    "torch._functorch.compile_utils.fx_graph_cse": (
-        "Removes equal operators from a capture: leave it out; captures are larger then."
-    ),
     "torch._C._functorch.is_batchedtensor": (
         "Tells batched tensors in divide/vectorised: look for its successor in torch.func's tests."
     ),

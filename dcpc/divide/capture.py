@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from dcpc.divide.repeats import without_repeats
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -144,7 +145,7 @@ def capture(
             node.target = torch.ops.aten.full_like.default
         elif node.target is torch.ops.aten.linalg_solve_triangular.default:
             node.target = _solve_triangular
-    module.graph = _fold_constants(module, fx_graph_cse(module.graph))
+    module.graph = _fold_constants(module, without_repeats(module.graph))
     module.recompile()
     return module
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from dcpc.divide.repeats import key_of
 from dcpc.graphs.like import Node
-from dcpc.graphs.simplify import key_of
 
 __all__ = ["LEAST", "Families", "is_row"]
 

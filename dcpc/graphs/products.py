@@ -46,7 +46,7 @@ def _product_of(result: Node) -> Node | None:
     product: Node = result.args[0] if result.target is aten.view.default else result
     if product.target is not aten.mm.default or len(product.users) > 1:
         return None
-    return product if result.meta["like"].shape[-1] == product.meta["like"].shape[-1] else None
+    return product if result.meta["like"].shape[-1:] == product.meta["like"].shape[-1:] else None
 
 
 def _is_offset(vector: Node, product: Node, total: Node) -> bool:

@@ -12,9 +12,10 @@ from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dcpc.divide.repeats import is_random
 from dcpc.graphs.like import Like
 from dcpc.graphs.products import add_in_products, invert_once
-from dcpc.graphs.simplify import is_random, simplify
+from dcpc.graphs.simplify import simplify
 from dcpc.graphs.targets import with_plain_targets
 from dcpc.graphs.together import run_together
 from dcpc.graphs.trees import Structure, flatten, leaves_of, unflatten

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from dcpc.divide.repeats import is_random, key_of
 from dcpc.graphs.like import Like, Node
 from dcpc.graphs.rows import Choices
 from dcpc.operators import ELEMENTWISE
 
-__all__ = ["is_elementwise", "is_random", "key_of", "rounds_alike", "simplify"]
+__all__ = ["is_elementwise", "rounds_alike", "simplify"]
 
 aten = torch.ops.aten
 
@@ -59,14 +60,6 @@ def simplify(graph: fx.Graph, *, is_exact: bool) -> fx.Graph:
             then come after it is.
     """
     return _Simplifier(graph, is_exact).run()
-
-
-def is_random(node: Node) -> bool:
-    """Whether a node draws random numbers."""
-    return (
-        isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
-    )
 
 
 def is_elementwise(target: Any) -> bool:
@@ -153,7 +146,7 @@ class _Simplifier:
         return self.known.get(self._key(target, args, kwargs))
 
     def _key(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
-        return target, key_of(args), key_of(tuple(sorted(kwargs.items())))
+        return target, key_of(args), key_of(kwargs)
 
     # -- rules: the value of a node of the old graph, or None ---------------------------------
 
@@ -444,19 +437,6 @@ def _is_identity(node: Node) -> bool:
 
 def _is_node(value: Any) -> bool:
     return isinstance(value, fx.Node)
-
-
-def key_of(value: Any) -> Any:
-    """A hashable key of a node's argument, different for 1, 1.0 and True."""
-    if isinstance(value, list | tuple):
-        return (type(value), *map(key_of, value))
-    if isinstance(value, fx.Node):
-        return value
-    if isinstance(value, float) and math.isnan(value):
-        return "nan"
-    if isinstance(value, float) and value == 0.0:
-        return ("zero", math.copysign(1.0, value))
-    return (type(value), value)
 
 
 _RESHAPES = frozenset(

@@ -242,6 +242,17 @@ def test_a_vector_is_added_within_a_product():
         torch.testing.assert_close(got, expected)
 
 
+def test_a_product_of_one_number_may_lose_its_axes_before_something_is_added():
+    moving = {"u": torch.randn(1, 3), "v": torch.randn(3, 1), "w": torch.randn(())}
+
+    def function(settled, moving):
+        return {"sum": (moving["u"] @ moving["v"]).view(()) + moving["w"]}
+
+    recording = recorded(function, moving, is_exact=False)
+    expected = sum(moving["u"][0, i] * moving["v"][i, 0] for i in range(3)) + moving["w"]
+    torch.testing.assert_close(recording({}, moving)["sum"], expected)
+
+
 @pytest.mark.parametrize("upper", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_a_matrix_that_is_solved_with_often_is_inverted_once(upper, transposed):

@@ -203,7 +203,7 @@ def test_a_loss_may_be_taken_twice():
 def test_a_recorded_run_has_one_graph_for_all_temperatures(monkeypatch):
     monkeypatch.setattr("dcpc.approach.joint_problem", lambda problem: None)  # from the prior
     chain = gaussian_chain()
-    engine = DCPC(chain.model, num_particles=400)
+    engine = DCPC(chain.model, num_particles=400, blocks=())  # none that are found on the way
     posterior = engine.run(*chain.args, num_sweeps=400, seed=0, progress=False)
     assert len(recordings(engine)) == 2  # of the log-density and of the moves
     weights = posterior.log_weight.softmax(0)

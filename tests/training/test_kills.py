@@ -50,19 +50,22 @@ def test_killed_runs_go_on_bit_for_bit_and_leave_nothing_behind(
     whole = torch.load(tmp_path / "whole" / "last.ckpt", weights_only=True)
     chance = random.Random(0)
     folder, num_runs, done = tmp_path / "run-0", 0, 0
-    while done < num_kills:
+    has_saved, num_continued = False, 0  # before a kill; runs that did
+    while done < num_kills or not num_continued:
         status = attempt(folder, chance.uniform(0.2, 1.0) * duration, elsewhere=bool(done % 2))
         done += status == -signal.SIGKILL
         link = folder / "last.ckpt"
         if link.exists():
             saved = torch.load(link, weights_only=True)
             assert saved["dcpc"]["particles"]["visited"].all()
-        if status == 0 or done % 4 == 0:
+        has_saved |= status == -signal.SIGKILL and link.exists()
+        if status == 0 or done % 4 == 0 or done >= num_kills:
             assert attempt(folder, None, elsewhere=False) == 0
             assert_continues(whole, torch.load(link, weights_only=True))
             left = [path for path in folder.rglob("*") if "particles-" in path.name]
             left += list(folder.rglob(".*.incomplete"))
             assert not left
-            num_runs += 1
+            num_continued += has_saved
+            num_runs, has_saved = num_runs + 1, False
             folder = tmp_path / f"run-{num_runs}"
-    assert num_runs >= num_kills // 5
+    assert num_continued >= num_kills // 5

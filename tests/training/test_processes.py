@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import child, wait
 from pytorch_lightning.strategies import DDPStrategy
 from resumable_runs import assert_same, run
 
@@ -44,32 +46,43 @@ if __name__ == "__main__":
 """
 
 
-def start(folder: Path, *options: str, name: str = "dcpc") -> subprocess.Popen[str]:
-    """Starts training as a program, since Lightning starts that again for every process."""
-    folder.mkdir(exist_ok=True)
-    program = folder / "program.py"
-    program.write_text(PROGRAM.format(tests=str(ROOT / "tests")))
-    return subprocess.Popen(
-        [
-            sys.executable,
-            str(program),
-            str(folder),
-            name,
-            "--trainer.limit_val_batches=0",
-            *options,
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+class Program:
+    """A program that trains, since Lightning starts that again for every further process.
+
+    The first process is forked from this one, which has imported everything.
+    """
+
+    def __init__(self, folder: Path, *options: str, name: str = "dcpc") -> None:
+        folder.mkdir(exist_ok=True)
+        program = folder / "program.py"
+        program.write_text(PROGRAM.format(tests=str(ROOT / "tests")))
+        self.out, self.err = folder / "out", folder / "err"
+        arguments = [str(folder), name, "--trainer.limit_val_batches=0", *options]
+
+        def begin() -> None:
+            os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            main = sys.modules["__main__"]
+            main.__spec__, main.__file__ = None, str(program)
+            sys.argv = [str(program), *arguments]
+            runpy.run_path(str(program), run_name="__main__")
+
+        self.pid = child(begin, self.out, self.err)
+
+    def poll(self) -> int | None:
+        """The exit status if the program has ended."""
+        number, status = os.waitpid(self.pid, os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if number else None
+
+    def communicate(self) -> tuple[int, str, str]:
+        """The exit status, and what was said."""
+        status = wait(self.pid)
+        return status, self.out.read_text(), self.err.read_text()
 
 
 def train(folder: Path, *options: str, name: str = "dcpc") -> dict[str, Any]:
     """The checkpoint of such a training."""
-    process = start(folder, *options, name=name)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, out[-2000:] + err[-2000:]
+    status, out, err = Program(folder, *options, name=name).communicate()
+    assert status == 0, out[-2000:] + err[-2000:]
     assert out.count("checkpoint: ") == 1  # one of the processes speaks
     return torch.load(folder / "last.ckpt", weights_only=True)
 
@@ -185,17 +198,18 @@ def test_data_belong_to_one_process_in_every_epoch() -> None:
 def test_a_run_of_two_processes_goes_on_with_one_and_with_two(
     whole: Callable, tmp_path: Path
 ) -> None:
+    """However they were started."""
     _, expected = whole("ddp")
-    first = train(tmp_path / "first", *two("ddp"), "--trainer.max_epochs=2")
+    first = train(tmp_path / "first", *two("ddp_fork"), "--trainer.max_epochs=2")
     link = f"--ckpt_path={tmp_path / 'first' / 'last.ckpt'}"
-    assert_same(train(tmp_path / "second", *two("ddp"), link)["dcpc"], expected["dcpc"])
+    assert_same(train(tmp_path / "second", *two("ddp_fork"), link)["dcpc"], expected["dcpc"])
     resumed = run(tmp_path / "alone", "dcpc", "--trainer.limit_val_batches=0", link)
     assert resumed["dcpc"]["num_steps"] == first["dcpc"]["num_steps"] + 5
 
 
 @pytest.mark.slow
 def test_one_of_two_processes_that_is_killed_ends_the_run(tmp_path: Path) -> None:
-    process = start(tmp_path, *two("ddp"), "--trainer.max_epochs=100000")
+    process = Program(tmp_path, *two("ddp"), "--trainer.max_epochs=100000")
     while not (tmp_path / "last.ckpt").exists():
         time.sleep(0.2)
         assert process.poll() is None
@@ -203,8 +217,8 @@ def test_one_of_two_processes_that_is_killed_ends_the_run(tmp_path: Path) -> Non
         ["pgrep", "-P", str(process.pid), "-f", "program.py"], capture_output=True, text=True
     )
     os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0
+    status, _, err = process.communicate()
+    assert status != 0
     assert "dcpc: error: " in err
     link = tmp_path / "last.ckpt"
     done = torch.load(link, weights_only=True)
@@ -232,9 +246,8 @@ def test_one_of_two_processes_that_is_killed_ends_the_run(tmp_path: Path) -> Non
 def test_a_refusal_is_one_line_of_one_process(
     strategy: str, options: list[str], line: str, tmp_path: Path
 ) -> None:
-    process = start(tmp_path, *two(strategy), *options)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
+    status, _, err = Program(tmp_path, *two(strategy), *options).communicate()
+    assert status == 2
     errors = re.findall(r"^dcpc: error: (.*)$", err, re.MULTILINE)
     assert len(errors) == 1
     assert re.fullmatch(line, errors[0])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
 import signal
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +18,9 @@ from pytorch_lightning import Callback, Trainer
 from resumable_runs import NUM_STEPS, SCHEDULER, SETTINGS, assert_continues, run
 
 from dcpc.training import command
+
+UNMEASURED = "--trainer.limit_val_batches=0"
+"""What a run learns does not depend on whether it is measured on the way."""
 
 
 class Signalling(Callback):
@@ -46,11 +51,24 @@ class Stopping(Callback):
         trainer.should_stop |= trainer.fit_loop.total_batch_idx == self.batch
 
 
+class Whole(NamedTuple):
+    """The checkpoint of a run that is not stopped, and what it has printed of its measurements."""
+
+    checkpoint: dict[str, Any]
+    measured: list[str]
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
-    """The checkpoint of a run that is not stopped."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
+    """Runs that are not stopped, one for each of the settings."""
     folder = tmp_path_factory.mktemp("whole")
-    return functools.cache(lambda name: run(folder / name, name, *SCHEDULER))
+
+    def of(name: str) -> Whole:
+        with redirect_stdout(io.StringIO()) as said:
+            checkpoint = run(folder / name, name, *SCHEDULER)
+        return Whole(checkpoint, held_out(said.getvalue()))
+
+    return functools.cache(of)
 
 
 @pytest.fixture
@@ -107,63 +125,66 @@ def test_a_run_that_is_signalled_goes_on_as_if_it_had_not(
     assert said.endswith(f"go on with --ckpt_path {link}")
     saved = torch.load(link, weights_only=True)
     assert saved["dcpc"]["num_steps"] == step + 1
-    assert_continues(whole(name), fit(name, "stopped", *SCHEDULER, f"--ckpt_path={link}"))
+    assert_continues(
+        whole(name).checkpoint, fit(name, "stopped", *SCHEDULER, f"--ckpt_path={link}")
+    )
 
 
 @pytest.mark.parametrize(("name", "step"), grid(("dcpc", 0), ("lpc", 3), ("ipc", NUM_STEPS)))
 def test_a_run_that_a_callback_stops_within_an_epoch_goes_on_as_if_it_had_not(
     name: str, step: int, fit: Callable, whole: Callable, tmp_path: Path
 ) -> None:
-    fit(name, "stopped", *SCHEDULER, callback=Stopping(step))
+    options = (*SCHEDULER, UNMEASURED)
+    fit(name, "stopped", *options, callback=Stopping(step))
     link = f"--ckpt_path={tmp_path / 'stopped' / 'last.ckpt'}"
-    assert_continues(whole(name), fit(name, "stopped", *SCHEDULER, link))
+    assert_continues(whole(name).checkpoint, fit(name, "stopped", *options, link))
 
 
 def test_a_run_in_double_precision_goes_on_as_if_it_had_not_stopped(
     fit: Callable, tmp_path: Path
 ) -> None:
     """Its weights are loaded into a model that was made in single precision."""
-    double = "--trainer.precision=64-true"
-    whole = fit("dcpc", "whole", double)
+    double = ("--trainer.precision=64-true", UNMEASURED)
+    whole = fit("dcpc", "whole", *double)
     assert all(value.dtype == torch.float64 for value in whole["state_dict"].values())
-    fit("dcpc", "stopped", double, callback=Stopping(6))
+    fit("dcpc", "stopped", *double, callback=Stopping(6))
     link = f"--ckpt_path={tmp_path / 'stopped' / 'last.ckpt'}"
-    assert_continues(whole, fit("dcpc", "stopped", double, link))
+    assert_continues(whole, fit("dcpc", "stopped", *double, link))
 
 
 @pytest.mark.parametrize("name", ["dcpc", "ipc"])
 def test_a_run_that_has_its_steps_goes_on_as_if_it_had_more(
     name: str, fit: Callable, whole: Callable, tmp_path: Path
 ) -> None:
-    fit(name, "stopped", *SCHEDULER, "--trainer.max_steps=8")
+    options = (*SCHEDULER, UNMEASURED)
+    fit(name, "stopped", *options, "--trainer.max_steps=8")
     link = f"--ckpt_path={tmp_path / 'stopped' / 'last.ckpt'}"
-    assert_continues(whole(name), fit(name, "stopped", *SCHEDULER, link))
+    assert_continues(whole(name).checkpoint, fit(name, "stopped", *options, link))
 
 
 @pytest.mark.parametrize("name", ["dcpc", "ipc"])
 def test_a_run_that_is_signalled_while_it_validates_goes_on_with_the_next_epoch(
-    name: str, fit: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+    name: str, fit: Callable, whole: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    whole = fit(name, "whole", *SCHEDULER)
-    measured = held_out(capsys)
+    checkpoint, measured = whole(name)
     assert len(measured) == 4
     stop = Signalling(signal.SIGHUP, NUM_STEPS - 1, in_validation=True)
     assert exit_status(lambda: fit(name, "stopped", *SCHEDULER, callback=stop)) == 129
     link = f"--ckpt_path={tmp_path / 'stopped' / 'last.ckpt'}"
-    held_out(capsys)
-    assert_continues(whole, fit(name, "stopped", *SCHEDULER, link))
+    capsys.readouterr()
+    assert_continues(checkpoint, fit(name, "stopped", *SCHEDULER, link))
     # Nothing is measured on the rest of the data that the signal has cut off.
-    assert held_out(capsys) == measured[2:]
+    assert held_out(capsys.readouterr().out) == measured[2:]
 
 
-def held_out(capsys: pytest.CaptureFixture) -> list[str]:
+def held_out(said: str) -> list[str]:
     """The lines that a run has printed of its measurements."""
-    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    return [line for line in said.splitlines() if line.startswith("epoch ")]
 
 
 def test_an_interrupt_from_the_keyboard_saves_too(fit: Callable, tmp_path: Path) -> None:
     stop = Signalling(signal.SIGINT, 2)
-    assert exit_status(lambda: fit("dcpc", "stopped", callback=stop)) == 130
+    assert exit_status(lambda: fit("dcpc", "stopped", UNMEASURED, callback=stop)) == 130
     saved = torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)
     assert saved["dcpc"]["num_steps"] == 3
     assert not list((tmp_path / "stopped").rglob("particles-*"))
@@ -174,7 +195,7 @@ def test_an_interrupt_from_the_keyboard_saves_too(fit: Callable, tmp_path: Path)
     [
         ("setup", signal.SIGTERM, 143, "stopped by SIGTERM before anything was saved"),
         ("on_validation_start", signal.SIGINT, 130, "stopped by SIGINT before anything was saved"),
-        ("on_train_end", signal.SIGHUP, 129, "stopped by SIGHUP after step 15, epoch 3; go on .*"),
+        ("on_train_end", signal.SIGHUP, 129, "stopped by SIGHUP after step 5, epoch 1; go on .*"),
         ("on_fit_end", signal.SIGHUP, 129, "stopped by SIGHUP after the last checkpoint"),
     ],
 )
@@ -190,7 +211,8 @@ def test_a_signal_while_nothing_is_learned_is_one_line(
     """While the model is set up or first measured, or when all was saved."""
     callback = Callback()
     setattr(callback, hook, lambda *_, **__: os.kill(os.getpid(), number))
-    assert exit_status(lambda: fit("dcpc", "stopped", callback=callback)) == status
+    options = ["--trainer.max_epochs=1"] + [UNMEASURED] * hook.endswith("_end")
+    assert exit_status(lambda: fit("dcpc", "stopped", *options, callback=callback)) == status
     said = capsys.readouterr()
     assert re.fullmatch(line, said.out.splitlines()[-1])
     assert "Traceback" not in said.err

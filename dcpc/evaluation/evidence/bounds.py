@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,8 @@ class ImportanceSampler:
         model: The Pyro program, all of its latents in one plate over the data.
         guide: A Pyro program that draws the same latents from the same arguments; None for the
             prior.
-        chunk_size: Samples per datum weighed at once.
+        chunk_size: Samples per datum weighed at once in a whole batch. A smaller one takes more,
+            in the same memory, so that what a seed draws depends on the number of data.
         batch_size: Data weighed at once.
 
     Raises:
@@ -66,7 +68,9 @@ class ImportanceSampler:
         batch_size: int = BATCH_SIZE,
     ) -> None:
         require_at_least("chunk_size", chunk_size, 1)
-        self._inference = DCPC(model, guide, num_particles=chunk_size)
+        self._engine = functools.partial(DCPC, model, guide)
+        self._engines = {chunk_size: self._engine(num_particles=chunk_size)}
+        self._chunk_size = chunk_size
         self._batch_size = batch_size
 
     def bounds(self, x: Tensor, num_samples: int, seed: int) -> Bounds:
@@ -95,8 +99,8 @@ class ImportanceSampler:
         return torch.cat(parts, 1)
 
     def _weigh(self, x: Tensor, num_samples: int) -> Tensor:
-        problem = self._inference.bind(x)
-        self._check(problem.division, len(x))
+        problem = self._engine_for(len(x), num_samples).bind(x)
+        self._check(problem.division, len(x), problem.guide is not None)
         if problem.guide is not None and (why := problem.guide_refusal()):
             raise OptionError(f"{why}: there is no bound by its weights")
         chunks = []
@@ -106,9 +110,18 @@ class ImportanceSampler:
         # The samples are independent, so that the surplus of the last chunk may go.
         return torch.cat(chunks)[:num_samples]
 
-    def _check(self, division: Division, num_data: int) -> None:
+    def _engine_for(self, num_data: int, num_samples: int) -> DCPC:
+        """One that weighs as many samples at once as a whole batch of data has memory for."""
+        in_memory = self._chunk_size * self._batch_size // num_data
+        num_chunks = -(-num_samples // in_memory)
+        size = max(self._chunk_size, -(-num_samples // num_chunks))
+        if size not in self._engines:
+            self._engines[size] = self._engine(num_particles=size)
+        return self._engines[size]
+
+    def _check(self, division: Division, num_data: int, has_guide: bool) -> None:
         flat = [name for name in division.latents if division.sites[name].is_improper]
-        if flat and self._inference.guide is None:
+        if flat and not has_guide:
             raise EvidenceError(
                 f"the prior of site(s) {flat} is flat (improper) and cannot be sampled; give them "
                 "a proper prior, or a guide with guide_bounds"
@@ -148,7 +161,8 @@ def guide_bounds(
         x: Data, `(N, *shape)`.
         num_samples: S.
         seed: Seed of the samples; the global random state is left as it was.
-        chunk_size: Samples per datum weighed at once.
+        chunk_size: Samples per datum weighed at once in a whole batch. A smaller one takes more,
+            in the same memory, so that what a seed draws depends on the number of data.
         batch_size: Data weighed at once.
 
     Raises:
@@ -182,7 +196,8 @@ def prior_sample_estimate(
         x: Data, `(N, *shape)`.
         num_samples: S, drawn for each datum afresh.
         seed: Seed of the samples; the global random state is left as it was.
-        chunk_size: Samples per datum weighed at once.
+        chunk_size: Samples per datum weighed at once in a whole batch. A smaller one takes more,
+            in the same memory, so that what a seed draws depends on the number of data.
         batch_size: Data weighed at once.
 
     Returns:

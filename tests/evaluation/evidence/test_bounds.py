@@ -18,6 +18,8 @@ from dcpc.evaluation import (
     guide_bounds,
     prior_sample_estimate,
 )
+from dcpc.problem import Problem
+from dcpc.sweep import SweepState
 
 SIZE = 3
 
@@ -62,6 +64,34 @@ def test_the_elbo_falls_short_of_the_evidence_by_the_kullback_leibler_divergence
     error = 4 * math.sqrt(SIZE * 0.5 / (40 * len(x)))
     result = guide_bounds(shifted_gaussian(SIZE), guide_of(1.0), x, 40, 1, batch_size=700).elbo
     assert float((result - log_evidence(x)).mean()) == pytest.approx(-divergence, abs=error)
+
+
+@pytest.mark.parametrize(
+    ("num_data", "num_samples", "chunks"),
+    [(6, 10, 5 * [(2, 6)]), (1, 30, 3 * [(10, 1)]), (4, 9, 3 * [(3, 4)]), (1, 1, [(2, 1)])],
+)
+def test_a_small_batch_takes_more_samples_at_once_in_the_memory_of_a_whole_one(
+    num_data: int,
+    num_samples: int,
+    chunks: list,
+    shifted_gaussian: type,
+    x: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twelve values of the latent, two samples of each of six data."""
+    drawn, init = [], Problem.init
+
+    def spy(problem: Problem) -> SweepState:
+        state = init(problem)
+        drawn.append(tuple(state.latents["z"].shape[:2]))
+        return state
+
+    monkeypatch.setattr(Problem, "init", spy)
+    sampler = ImportanceSampler(shifted_gaussian(SIZE), chunk_size=2, batch_size=6)
+    found = sampler.log_weights(x[:num_data], num_samples, 0)
+    assert drawn == chunks
+    assert found.shape == (num_samples, num_data)
+    assert len(found.unique()) == found.numel()  # drawn afresh, each of them
 
 
 def test_more_samples_close_the_gap_of_a_guide_that_is_too_wide(
