@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 
 class NotDoubledError(Exception):
@@ -28,17 +27,21 @@ class _Doubled(TorchFunctionMode):
             raise NotDoubledError(f"{name} would write to a copy")
         if func is Tensor.float:
             func = Tensor.double
-        args, kwargs = pytree.tree_map(doubled, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return func(*doubled(args), **doubled(kwargs or {}))
 
 
 def doubled(value: Any) -> Any:
-    """A single-precision tensor, or the dtype itself, in double precision; others as they are."""
-    if value is torch.float32:
-        return torch.float64
-    if isinstance(value, Tensor) and value.dtype == torch.float32:
-        return value.double()
-    return value
+    """A single-precision tensor, or the dtype itself, in double precision; others as they are.
+
+    In tuples, lists and dictionaries too.
+    """
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype == torch.float32 else value
+    if type(value) in (tuple, list):
+        return type(value)(map(doubled, value))
+    if type(value) is dict:
+        return {key: doubled(item) for key, item in value.items()}
+    return torch.float64 if value is torch.float32 else value
 
 
 @contextmanager

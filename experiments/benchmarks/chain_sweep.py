@@ -9,6 +9,7 @@ and, once sweeps are recorded, the tensors that its like operators work on.
 
 import argparse
 import time
+from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dcpc import DCPC
+from dcpc.sweep import SweepState
 from experiments.benchmarks.timing import describe_machine, interleaved_medians
-
 
 NUM_UNRECORDED = 12
 """Sweeps after which a loop of sweeps is recorded, and the recording checked."""
@@ -29,6 +30,16 @@ def chain(observations: Tensor) -> None:
     for t in pyro.markov(range(len(observations))):
         z = pyro.sample(f"z{t}", dist.Normal(z, 0.3))
         pyro.sample(f"x{t}", dist.Normal(z, 1.0), obs=observations[t])
+
+
+def sweeps(dcpc: DCPC, state: SweepState, observations: Tensor) -> Callable[[], None]:
+    """A function that sweeps once, and goes on from there at the next call."""
+
+    def sweep() -> None:
+        nonlocal state
+        state, _ = dcpc.sweep(state, observations)
+
+    return sweep
 
 
 def main() -> None:
@@ -48,7 +59,7 @@ def main() -> None:
         capture = time.perf_counter() - start
         groups = len(dcpc.division(observations).groups)
         print(f"T = {length:4d}: capture {capture:6.1f} s, moves per sweep {groups}")
-        steps.append(lambda d=dcpc, s=state, x=observations: d.sweep(s, x))
+        steps.append(sweeps(dcpc, state, observations))
     times = interleaved_medians(*steps, repeats=9, warmup=NUM_UNRECORDED)
     for length, milliseconds in zip(options.lengths, times, strict=True):
         print(
