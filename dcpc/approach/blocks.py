@@ -23,8 +23,8 @@ MIN_CORRELATION = 0.3
 MAX_VALUES = 4096
 """Values of latents with the same plates, per element, above which no blocks are looked for."""
 
-MAX_ELEMENTS = 64
-"""Elements of plates that correlations are averaged over."""
+MAX_NUMBERS = 2**24
+"""Numbers in the matrices of correlations, of which there is one per element of the plates."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ def strongest_correlation(problem: Problem, state: SweepState) -> str:
     """
     (group,) = problem.division.groups
     names = group.units[0].sites
-    value = group.pack(state.latents).squeeze(-2)
-    correlation = _correlations(value, state)
-    correlation = correlation.reshape(-1, *correlation.shape[-2:])
+    correlation = _correlations(group.pack(state.latents).squeeze(-2), state)
     at = correlation.abs().amax(0)
     owner = _owners([group.size_of(name) for name in names])
     at = at.masked_fill(owner[:, None] == owner, 0.0)
@@ -116,10 +114,8 @@ def _blocks_of(
     if len(members) < 2 or sum(sizes) > MAX_VALUES:
         return []
     value = torch.cat([value for _, value in members], -1)
-    correlation = _correlations(value, state)
-    correlation = correlation.reshape(-1, *correlation.shape[-2:])
-    stride = math.ceil(len(correlation) / MAX_ELEMENTS)
-    correlation = correlation[::stride].mean(0)
+    most_elements = max(MAX_NUMBERS // sum(sizes) ** 2, 1)
+    correlation = _correlations(value, state, most_elements).mean(0)
     owner = _owners(sizes)
     apart = (owner[:, None] < owner) & (correlation.abs() > least)
     found = apart.nonzero().tolist()
@@ -145,10 +141,19 @@ def _blocks_of(
     ]
 
 
-def _correlations(value: Tensor, state: SweepState) -> Tensor:
-    """Correlations `(*plates, d, d)` of weighted values `(K, *plates, d)`."""
+def _correlations(value: Tensor, state: SweepState, most: int | None = None) -> Tensor:
+    """Correlations `(number of elements, d, d)` of weighted values `(K, *plates, d)`.
+
+    Args:
+        value: The values.
+        state: The state that they are of.
+        most: Elements of the plates to look at, evenly spaced; None for all.
+    """
     mass = state.log_weight.normalized()
-    mass = mass.reshape(mass.shape + (1,) * (value.dim() - mass.dim()))
+    mass = mass.reshape(mass.shape + (1,) * (value.dim() - mass.dim())).expand_as(value[..., :1])
+    mass, value = (x.reshape(len(x), -1, x.shape[-1]) for x in (mass, value))
+    stride = 1 if most is None else math.ceil(value.shape[1] / most)
+    mass, value = mass[:, ::stride], value[:, ::stride]
     deviation = (value - (mass * value).sum(0)) * mass.sqrt()
     deviation = deviation / deviation.square().sum(0).sqrt()
     rows = deviation.movedim(0, -2)
