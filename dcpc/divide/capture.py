@@ -270,13 +270,15 @@ def _solve_triangular(
 
     Torch would make a copy of it for each.
     """
-    shape = rows.shape
-    if matrix.dim() == 2 and not left:
-        rows = rows.reshape(-1, shape[-1])
+    is_shared = matrix.dim() == 2 and not left
     solved = torch.linalg.solve_triangular(
-        matrix, rows, upper=upper, left=left, unitriangular=unitriangular
+        matrix,
+        rows.reshape(-1, rows.shape[-1]) if is_shared else rows,
+        upper=upper,
+        left=left,
+        unitriangular=unitriangular,
     )
-    return solved.reshape(shape)
+    return solved.reshape(rows.shape) if is_shared else solved
 
 
 def _select_scatter(destination: Tensor, source: Tensor, dim: int, index: int) -> Tensor:
