@@ -12,7 +12,7 @@ from torch import fx
 from dcpc.divide.repeats import key_of
 from dcpc.graphs.like import Node
 
-__all__ = ["LEAST", "Families", "is_row"]
+__all__ = ["LEAST", "Families", "arguments_of", "is_row"]
 
 aten = torch.ops.aten
 
@@ -89,7 +89,7 @@ class Families:
         """
         columns = [
             column
-            for column in zip(*(node.all_input_nodes for node in alike), strict=True)
+            for column in zip(*(arguments_of(node) for node in alike), strict=True)
             if column[0] in self._rows and len(set(column)) > 1
         ]
         if all(len(set(column)) == len(column) for column in columns):
@@ -103,6 +103,13 @@ class Families:
         parts = _grouped(alike, turns.__getitem__)
         in_families = sum(len(part) for part in parts if len(part) >= LEAST)
         return parts if 2 * in_families >= len(alike) else [alike]
+
+
+def arguments_of(node: Node) -> list[fx.Node]:
+    """The nodes among a node's arguments, in order, each as often as it is there."""
+    found = list[fx.Node]()
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
 
 
 def is_row(node: Node) -> bool:

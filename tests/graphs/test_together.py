@@ -102,7 +102,16 @@ def both_ways(settled, z):
     return total
 
 
-MODELS = [walk, volatility, transitions, correlated, classes, both_ways]
+def squares(settled, z):
+    """Products of a value with itself and with another one, which are alike."""
+    total = normal(z[0], torch.zeros(()), 1.0).sum(-1)
+    for before, now in itertools.pairwise(z):
+        total = total + (before * now - now * now - before * before * now.exp()).sum(-1)
+    return total
+
+
+CHAINS = [walk, volatility, transitions, correlated, classes, both_ways]
+MODELS = [*CHAINS, squares]
 
 
 def inputs(length: int, dtype: torch.dtype = torch.float64):
@@ -147,7 +156,7 @@ def num_operators(recording: Recording) -> int:
     return sum("add" not in name and "getitem" not in name for name in names)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", CHAINS)
 def test_the_number_of_operators_does_not_grow_with_the_number_of_sites(model):
     short, long = (recorded(model, length, is_exact=False) for length in (24, 96))
     assert num_operators(long) <= num_operators(short) + 2
