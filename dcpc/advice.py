@@ -7,6 +7,8 @@ import math
 import networkx as nx
 import torch
 
+from dcpc.approach.joint import MAX_SIZE, PARTICLES_PER_VALUE
+from dcpc.approach.joint import MIN_PARTICLES as MIN_CLOUD
 from dcpc.draws import MIN_DRAWS
 from dcpc.posterior import Posterior
 
@@ -50,6 +52,10 @@ def advise(posterior: Posterior, num_sweeps: int, few_families: bool) -> str:
             f"DCPC(..., reparam={{'{narrow}': LocScaleReparam(0.0)}}) does, from "
             "pyro.infer.reparam, or DCPC(..., reparam='auto') for all sites"
         )
+    if enough := particles_for_one_unit(posterior):
+        advice.append(
+            f"take {enough} particles, from which on all latents move as one unit by default"
+        )
     if posterior.describes_history or num_sweeps < 4 * MIN_DRAWS:
         advice.append(f"sweep longer, run(..., num_sweeps={max(1000, 4 * num_sweeps)})")
     else:
@@ -59,6 +65,17 @@ def advise(posterior: Posterior, num_sweeps: int, few_families: bool) -> str:
             "start nearer to the posterior, run(..., initial_values={...}), or take more particles"
         )
     return "; ".join(advice)
+
+
+def particles_for_one_unit(posterior: Posterior) -> int:
+    """Particles from which on a run moves all latents jointly; 0 if it never does, or has them."""
+    latents, weights = posterior.state.latents, posterior.log_weight
+    size = sum(u[0].numel() for u in latents.values())
+    enough = max(MIN_CLOUD, PARTICLES_PER_VALUE * size)
+    is_one = len(set(posterior.unit_of.values())) < 2
+    if is_one or not posterior.is_exact or size > MAX_SIZE or weights.dim() > 1:
+        return 0
+    return enough if posterior.num_particles < enough and not posterior.discrete else 0
 
 
 def find_funnels(posterior: Posterior) -> list[tuple[str, str]]:

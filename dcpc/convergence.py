@@ -347,7 +347,8 @@ def _evidence(posterior: Posterior) -> Iterator[str]:
     cells = f" in {int(error.isinf().sum())} of {error.numel()} cells" if error.dim() else ""
     yield (
         f"the evidence estimate is not reliable{cells}: too few of the initial particles have "
-        "descendants; take more particles, or a conditional_ess nearer to 1"
+        "descendants; take more particles, or smaller steps of temperature, "
+        "run(..., conditional_ess=0.95)"
     )
 
 

@@ -86,3 +86,13 @@ def test_advice_depends_on_what_was_run(latents):
     history = {"d": torch.randn(500, 20)}
     kept = posterior({"d": latents["d"]}, history=history)
     assert "num_sweeps=3200" in advise(kept, num_sweeps=800, few_families=False)
+
+
+def test_particles_that_are_too_few_for_one_unit_are_counted():
+    latents = {"a": torch.randn(100, 20), "b": torch.randn(100, 10)}
+    text = advise(posterior(latents), num_sweeps=10, few_families=False)
+    assert "take 120 particles" in text  # four per value
+    many = {"a": torch.randn(100, 200), "b": torch.randn(100, 10)}
+    assert "particles, from which" not in advise(posterior(many), 10, few_families=False)
+    enough = {"a": torch.randn(100, 20), "b": torch.randn(100, 2)}
+    assert "particles, from which" not in advise(posterior(enough), 10, few_families=False)

@@ -289,7 +289,7 @@ def _unit(graph: SiteGraph, members: tuple[str, ...], plates: tuple[Plate, ...])
         blanket=graph.blanket(members),
         plates=plates,
         size=count,
-        support=graph.sites[members[0]].support,
+        support=", ".join(dict.fromkeys(graph.sites[name].support for name in members)),
     )
 
 

@@ -29,7 +29,7 @@ class Unit:
         blanket: Parents, children and the children's other parents.
         plates: Plates whose elements move independently.
         size: Number of unconstrained values per plate element.
-        support: Support of its (first) latent.
+        support: Supports of its latents.
     """
 
     sites: Members
