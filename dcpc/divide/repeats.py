@@ -85,7 +85,7 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _kind(node: fx.Node) -> Any:
-    """What is known of a node's value: like nodes of another type or layout are not equal."""
+    """Type and layout of a node's value: nodes that differ in these are not equal."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return type(value)

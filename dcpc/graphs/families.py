@@ -68,7 +68,7 @@ class Families:
         self._rows |= {node: row for row, node in enumerate(family)}
 
     def _key(self, node: Node) -> tuple:
-        """What the members of a family have in common."""
+        """The key by which nodes are members of one family."""
 
         def place(argument: fx.Node) -> Any:
             like = argument.meta["like"]

@@ -66,18 +66,18 @@ def invert_once(graph: fx.Graph) -> None:
     Args:
         graph: A graph whose nodes tell in `meta["like"]` what they give.
     """
-    solves: dict[Node, list[tuple[Node, bool]]] = defaultdict(list)
+    solves: dict[tuple[Node, bool], list[tuple[Node, bool]]] = defaultdict(list)
     for node in graph.nodes:
         if node.target is aten.linalg_solve_triangular.default and _is_by_row(node):
             matrix, is_transposed = _without_transposes(node.args[0])
-            solves[matrix].append((node, is_transposed))
-    for matrix, found in solves.items():
+            is_upper = node.kwargs["upper"] != is_transposed  # the triangle that is read
+            solves[matrix, is_upper].append((node, is_transposed))
+    for (matrix, is_upper), found in solves.items():
         size = matrix.meta["like"].shape[0]
         if sum(node.args[1].meta["like"].shape[0] for node, _ in found) < ROWS_PER_INVERSION * size:
             continue
-        first, is_transposed = found[0]
-        with graph.inserting_before(first):
-            inverse = _inverse(graph, matrix, first.kwargs["upper"] != is_transposed)
+        with graph.inserting_before(found[0][0]):
+            inverse = _inverse(graph, matrix, is_upper)
             transposed = graph.call_function(aten.t.default, (inverse,))
         transposed.meta["like"] = inverse.meta["like"].transposed()
         for node, is_transposed in found:

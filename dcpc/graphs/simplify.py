@@ -242,15 +242,16 @@ class _Simplifier:
         if node.target is aten.t.default:
             return self._transposed_back(self.values[node.args[0]], like)
         if node.target in _REDUCTIONS and not node.kwargs:
-            shape = node.args[0].meta["like"].shape
-            if node.args[1] and all(shape[dim] == 1 for dim in node.args[1]):
+            source = node.args[0].meta["like"]  # a sum of truth values is a number
+            single = node.args[1] and all(source.shape[dim] == 1 for dim in node.args[1])
+            if single and source.dtype == like.dtype:
                 return self._view(self.values[node.args[0]], like)
         if node.target in _RESHAPES or _is_identity(node):
             return self._view(self.values[node.args[0]], like)
         return None
 
     def _transposed_back(self, value: Any, like: Like) -> _Value | None:
-        """What a transpose is the transpose of."""
+        """The matrix that was transposed twice; None of others."""
         if not isinstance(value, _Value) or value.is_spread or value.node is None:
             return None
         if value.node.target is not aten.t.default:
@@ -451,7 +452,7 @@ _RESHAPES = frozenset(
 )
 
 
-_REDUCTIONS = frozenset((aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default))
+_REDUCTIONS = frozenset((aten.sum.dim_IntList, aten.mean.dim))
 """Reductions along axes that leave single elements as they are."""
 
 

@@ -63,8 +63,11 @@ def _may_join(node: Node, is_exact: bool) -> bool:
         return len(types) <= 1 and (is_same or not is_exact)
     if node.target in _LAYOUTS:
         return True
-    has_axes = len(given[0].shape) > 0
-    return not is_exact and has_axes and node.target in _RULES and not _has_factors(node)
+    if is_exact or node.target not in _RULES or not given[0].shape or _has_factors(node):
+        return False
+    if node.target is aten.linalg_solve_triangular.default:
+        return len({len(like.shape) for like in given}) == 1  # else leading axes would not meet
+    return True
 
 
 def _has_number(likes: Sequence[Like]) -> bool:
@@ -271,7 +274,7 @@ def _unbind(graph: fx.Graph) -> None:
 
 
 def _like_of(node: Node) -> Any:
-    """What a node gives, by its operator on tensors without values."""
+    """Shape, layout and type of what a node gives, by its operator on tensors without values."""
     inputs = [n.meta["like"] for n in node.all_input_nodes if isinstance(n.meta["like"], Like)]
 
     def empty(like: Any) -> Any:
@@ -325,13 +328,20 @@ def _as_it_is(new: _Together, family: Sequence[Node]) -> Call:
     return family[0].target, *_arguments(new, family)
 
 
-def _along(position: int) -> Callable[[_Together, Sequence[Node]], Call]:
-    """An operator along axes that the argument at a position names."""
+def _along(
+    position: int, default: int | tuple[()] = 0
+) -> Callable[[_Together, Sequence[Node]], Call]:
+    """An operator along axes that the argument at a position names.
+
+    Args:
+        position: The position.
+        default: What is named where there is no such argument; none for all axes.
+    """
 
     def rule(new: _Together, family: Sequence[Node]) -> Call:
         args, kwargs = _arguments(new, family)
         rank = _rank(family[0].all_input_nodes[0]) + (family[0].target is aten.unsqueeze.default)
-        named: Any = args[position] if len(args) > position else 0
+        named: Any = args[position] if len(args) > position else default
         if isinstance(named, int):
             shifted: Any = 1 + named % rank
         else:
@@ -406,8 +416,8 @@ _RULES = _LAYOUTS | {
     aten.sum.default: _sum,
     aten.sum.dim_IntList: _along(1),
     aten.mean.dim: _along(1),
-    aten.amax.default: _along(1),
-    aten.amin.default: _along(1),
+    aten.amax.default: _along(1, ()),
+    aten.amin.default: _along(1, ()),
     aten.logsumexp.default: _along(1),
     aten.cumsum.default: _along(1),
     aten._softmax.default: _along(1),

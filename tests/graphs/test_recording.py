@@ -228,6 +228,16 @@ def test_products_of_numbers_that_round_are_taken_one_by_one():
     assert [x.dtype for x in got] == [x.dtype for x in expected]
 
 
+def test_sums_over_one_element_keep_their_type():
+    def function(settled, moving):
+        bad = moving["u"] > 0
+        return bad.sum(0), moving["u"].amax(), moving["u"].sum(0), moving["u"].mean(0)
+
+    got, expected = both(function, {"u": torch.randn(1, 4)})
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert [x.dtype for x in got] == [x.dtype for x in expected]
+
+
 def affine(settled, moving):
     hidden = torch.nn.functional.linear(moving["u"], settled["weight"], settled["bias"])
     return (hidden @ settled["weight"] + 1.0), hidden + settled["row"]
@@ -275,6 +285,19 @@ def test_a_matrix_that_is_solved_with_often_is_inverted_once(upper, transposed):
         ):
             torch.testing.assert_close(got, expected)
     assert count(record(function, settled, moving, is_exact=True, inverts=True), "solve") == 2
+
+
+def test_both_triangles_of_a_matrix_are_inverted_each_on_its_own():
+    def function(settled, moving):
+        matrix, u = settled["matrix"], moving["u"]
+        upper = torch.linalg.solve_triangular(matrix, u, upper=True, left=False)
+        return upper, torch.linalg.solve_triangular(matrix, u, upper=False, left=False)
+
+    settled = {"matrix": torch.randn(3, 3) + 4.0 * torch.eye(3)}
+    moving = {"u": torch.randn(20, 3)}
+    recording = record(function, settled, moving, is_exact=False, inverts=True)
+    for got, expected in zip(recording(settled, moving), function(settled, moving), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def by_cell(settled, moving):
