@@ -7,8 +7,7 @@ import math
 import networkx as nx
 import torch
 
-from dcpc.approach.joint import MAX_SIZE, PARTICLES_PER_VALUE
-from dcpc.approach.joint import MIN_PARTICLES as MIN_CLOUD
+from dcpc.approach.joint import particles_for
 from dcpc.draws import MIN_DRAWS
 from dcpc.posterior import Posterior
 
@@ -69,13 +68,12 @@ def advise(posterior: Posterior, num_sweeps: int, few_families: bool) -> str:
 
 def particles_for_one_unit(posterior: Posterior) -> int:
     """Particles from which on a run moves all latents jointly; 0 if it never does, or has them."""
-    latents, weights = posterior.state.latents, posterior.log_weight
-    size = sum(u[0].numel() for u in latents.values())
-    enough = max(MIN_CLOUD, PARTICLES_PER_VALUE * size)
     is_one = len(set(posterior.unit_of.values())) < 2
-    if is_one or not posterior.is_exact or size > MAX_SIZE or weights.dim() > 1:
+    has_cells = posterior.log_weight.dim() > 1
+    if is_one or has_cells or posterior.discrete or not posterior.is_exact:
         return 0
-    return enough if posterior.num_particles < enough and not posterior.discrete else 0
+    enough = particles_for(sum(u[0].numel() for u in posterior.state.latents.values()))
+    return enough if posterior.num_particles < enough else 0
 
 
 def find_funnels(posterior: Posterior) -> list[tuple[str, str]]:

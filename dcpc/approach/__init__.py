@@ -21,6 +21,7 @@ from dcpc.approach.joint import (
 )
 from dcpc.approach.roots import determined_roots
 from dcpc.approach.tuning import tuned
+from dcpc.divide.tempering import Reference
 from dcpc.posterior import Evidence
 from dcpc.problem import Problem
 from dcpc.progress import ProgressBar
@@ -155,31 +156,28 @@ def _from_prior(
     A rough pilot tells which values are correlated, and are moved jointly from there on, and which
     ones the data determine, and start near where they were found.
     """
-    start = problem.starting_density(initial_values)
+    start = nearer = problem.starting_density(initial_values)
     rough = None
     if problem.num_particles >= MIN_PARTICLES:
         rough = problem.anneal_once(
             start, "pilot", FIRST_CONDITIONAL_ESS, bar, max_sweeps=ROUGH_SWEEPS
         )
-        found = (
-            {}
-            if initial_values
-            else determined_roots(problem, problem.draw_from_prior(start), rough.state)
-        )
+        found: dict[str, Reference] = {}
+        if not initial_values:
+            found = determined_roots(problem, problem.draw_from_prior(start), rough.state)
         blocks = correlated_blocks(problem, rough.state) if finds_blocks else []
         if blocks:
             problem = problem.with_blocks({block.sites: block.reason for block in blocks})
             start = problem.starting_density(initial_values)
         nearer = start.at(1.0, {**start.tempering.references, **found})
-    else:
-        nearer = start
     pilot = problem.anneal_once(nearer, "annealing, pilot", conditional_ess, bar)
     if rough is not None and finds_more(rough, pilot):
-        pilot, nearer = problem.anneal_once(start, "annealing, pilot", conditional_ess, bar), start
-    annealed, start = pilot, nearer
+        nearer = start
+        pilot = problem.anneal_once(start, "annealing, pilot", conditional_ess, bar)
+    annealed = pilot
     if not refusal:
         annealed = problem.anneal_once(
-            start, "annealing", conditional_ess, bar, pilot.ladder, adapt=False
+            nearer, "annealing", conditional_ess, bar, pilot.ladder, adapt=False
         )
     if not finds_blocks or not isinstance(problem.parts.correction, Metropolis):
         return _arrival(annealed, problem, refusal)

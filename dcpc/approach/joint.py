@@ -57,6 +57,11 @@ INFLATION = 1.2
 """Scale matrix of a reference, over the covariance of the particles."""
 
 
+def particles_for(size: int) -> int:
+    """Particles that it takes to move so many values of a cell as one unit; 0 if none do."""
+    return max(MIN_PARTICLES, PARTICLES_PER_VALUE * size) if size <= MAX_SIZE else 0
+
+
 def joint_problem(problem: Problem) -> Problem | None:
     """The problem with all latents as one unit; None where they are too many, or not all alike.
 
@@ -66,8 +71,7 @@ def joint_problem(problem: Problem) -> Problem | None:
     sizes = [unit.size * math.prod(p.size for p in unit.plates) for unit in division.units]
     size = sum(sizes) // math.prod(division.population_shape)
     if (
-        size > MAX_SIZE
-        or num_particles < max(MIN_PARTICLES, PARTICLES_PER_VALUE * size)
+        not 0 < particles_for(size) <= num_particles
         or any(group.is_discrete for group in division.groups)
         or problem.density.active_latents()
         or isinstance(division.program, LoopProgram)
@@ -161,4 +165,4 @@ def finds_more(first: Annealed, other: Annealed) -> bool:
     return bool((low > high).any())
 
 
-__all__ = ["Pilot", "finds_more", "follow", "joint_problem", "send_pilots"]
+__all__ = ["Pilot", "finds_more", "follow", "joint_problem", "particles_for", "send_pilots"]
