@@ -221,8 +221,7 @@ class DCPC:
         division, last = self.division(*args, **kwargs), self._posterior
         if last is None or not last.joined or set(last.unit_of) != set(division.latents):
             return Units(division.units)
-        blocks = [[name for name, of in last.unit_of.items() if of == unit] for unit in last.joined]
-        return Units(division.arranged(blocks).units, last.joined)
+        return Units(division.arranged(list(last.found_blocks)).units, last.joined)
 
     def run(
         self,

@@ -105,6 +105,14 @@ class Posterior:
     local_samples: Samples = field(default_factory=dict)
 
     @property
+    def found_blocks(self) -> dict[tuple[str, ...], str]:
+        """By latents that the run itself has joined to a unit, why."""
+        return {
+            tuple(name for name, of in self.unit_of.items() if of == unit): reason
+            for unit, reason in self.joined.items()
+        }
+
+    @property
     def is_partial(self) -> bool:
         """Whether the run was interrupted; `DCPC.resume` makes the sweeps that are left."""
         return self.continuation is not None

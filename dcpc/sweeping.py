@@ -72,15 +72,9 @@ def with_blocks_of(problem: Problem, posterior: Posterior) -> Problem:
     steps, found = posterior.continuation.leapfrog_steps, set(posterior.unit_of.values())
     if not steps and found == {unit.name for unit in problem.division.units}:
         return problem
-    joined: dict[str, list[str]] = {unit: [] for unit in posterior.joined}
-    for name, unit in posterior.unit_of.items():
-        if unit in joined:
-            joined[unit].append(name)
-    reasons = {tuple(names): posterior.joined[unit] for unit, names in joined.items()}
-    if len(found) > 1 and reasons:
-        return _lengthened(problem.with_blocks(reasons), steps)
+    reasons = posterior.found_blocks
     if len(found) > 1:
-        return _lengthened(problem, steps)
+        return _lengthened(problem.with_blocks(reasons) if reasons else problem, steps)
     joint = joint_problem(problem) or problem  # that it is another engine's, is found out later
     return _lengthened(joint.because(reasons), steps)
 

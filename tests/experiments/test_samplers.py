@@ -164,7 +164,15 @@ def test_the_stages_of_a_default_run_are_measured() -> None:
         pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(data["x"]))
 
     sampled = sample(Task("toy", model, {"x": 1.0}, ("z",), num_particles=16))
-    stages = ["capture", "annealing, pilot", "annealing", "warm-up", "sampling", "summary"]
+    stages = [
+        "capture",
+        "annealing, pilot",
+        "annealing",
+        "tuning",
+        "warm-up",
+        "sampling",
+        "summary",
+    ]
     assert [stage for stage in sampled.seconds if stage != "imports"] == stages
     assert sampled.draws["z"].shape[0] == 16
     assert sampled.num_gradients == 16 * 500
