@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -487,6 +488,17 @@ class DCPC:
             ModelError, DataError, CertificationError: The model or data cannot be handled.
         """
         return self._problem(args, kwargs)
+
+    def expecting(
+        self, num_sweeps: int, say: Callable[[str], None] = lambda _: None
+    ) -> AbstractContextManager[None]:
+        """A block of code for a loop of `Problem.sweep`: it is compiled where its length pays.
+
+        Args:
+            num_sweeps: Number of sweeps, of arguments of one shape, that are known to come.
+            say: Told what takes long.
+        """
+        return self._runner.expecting(num_sweeps, say)
 
     def division(self, *args: Any, **kwargs: Any) -> Division:
         """The divided model for arguments of this shape, from a cache."""

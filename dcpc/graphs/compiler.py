@@ -16,7 +16,7 @@ from dcpc.graphs.like import Like
 from dcpc.graphs.recording import Recording
 from dcpc.kernels import FORMULAS
 
-__all__ = ["compile_recording"]
+__all__ = ["compile_nodes", "compile_recording"]
 
 aten = torch.ops.aten
 
@@ -38,6 +38,26 @@ def compile_recording(recording: Recording) -> None:
     recording.draws = [_as_uniform(*draw) for draw in recording.draws]
 
 
+def compile_nodes(
+    inputs: Sequence[fx.Node],
+    nodes: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    examples: Sequence[Tensor],
+) -> Callable[..., Sequence[Tensor]]:
+    """Compiles some nodes of a graph.
+
+    Args:
+        inputs: Nodes that are given.
+        nodes: Nodes to compute, in order.
+        outputs: Nodes whose values to return.
+        examples: Values of the inputs.
+
+    Raises:
+        Exception: Whatever torch raises where it cannot compile.
+    """
+    return _compile(inputs, nodes, outputs, {}, [Like.of(value) for value in examples])
+
+
 @dataclass(frozen=True)
 class _Part:
     """A compiled part of a graph.
@@ -45,13 +65,19 @@ class _Part:
     Attributes:
         run: The code, of a list of inputs.
         inputs: Positions of its inputs among those of the whole.
+        strides: How they must lie in memory.
     """
 
     run: Callable[[list[Tensor]], Sequence[Tensor]]
     inputs: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
 
-    def __call__(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self.run([values[i] for i in self.inputs])
+    def __call__(self, *values: Tensor) -> Sequence[Tensor]:
+        given = [values[i] for i in self.inputs]
+        for index, (value, stride) in enumerate(zip(given, self.strides, strict=True)):
+            if value.stride() != stride:
+                given[index] = value.new_empty_strided(value.shape, stride).copy_(value)
+        return self.run(given)
 
 
 class _Compiled:
@@ -96,7 +122,7 @@ class _Compiled:
         self._second = _compile([*inputs, *kept], rest, outputs, {}, examples)
 
     def __call__(self, *values: Tensor) -> Sequence[Tensor]:
-        return self._second((*values, *self._first(values)))
+        return self._second(*values, *self._first(*values))
 
 
 def _compile(
@@ -131,7 +157,8 @@ def _compile(
     graph.output(tuple(copied[node] for node in outputs))
     graph.eliminate_dead_code()
     module = fx.GraphModule({}, graph)
-    return _Part(_inductor(module, [examples[i].empty() for i in used]), tuple(used))
+    strides = tuple(examples[i].stride for i in used)
+    return _Part(_inductor(module, [examples[i].empty() for i in used]), tuple(used), strides)
 
 
 def _inductor(

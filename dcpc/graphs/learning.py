@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dcpc.graphs.recording import NotRecordable, record
 from dcpc.graphs.stages import Run, Stages
-from dcpc.graphs.tiers import RECORD_AFTER, are_results
+from dcpc.graphs.tiers import RECORD_AFTER, Mode, are_results, first_line, pays_to_compile
 from dcpc.graphs.trees import leaves_of
 from dcpc.seeding import random_state_kept
 
@@ -36,9 +36,11 @@ class LearningSweep:
         evaluate: Evaluates the particles: a function of settled and moving trees.
         move: Moves them: a function of these, with what `evaluate` gave among the moving.
         loss: The loss of particles: a function of a settled tree, latents and weights.
+        mode: True to compile it, `auto` to compile it where that pays.
 
     Attributes:
-        is_refused: Whether it cannot be recorded.
+        refusal: Why it is not recorded, or not compiled; empty if it is, or not yet.
+        is_compiled: Whether compiled code runs.
     """
 
     def __init__(
@@ -46,8 +48,11 @@ class LearningSweep:
         evaluate: Callable[[Tree, Tree], Tree],
         move: Callable[[Tree, Tree], Tree],
         loss: Callable[[Tree, Tree, Tensor], Tensor],
+        mode: Mode = "auto",
     ) -> None:
-        self.is_refused = False
+        self.refusal = ""
+        self.is_compiled = False
+        self._mode = mode
         self._evaluate, self._move, self._loss = evaluate, move, loss
         self._parameters: list[Tensor] = []
         self._stages: Stages | None = None
@@ -60,17 +65,28 @@ class LearningSweep:
         """Number of operators of the recording; 0 if there is none."""
         return 0 if self._stages is None else self._stages.num_operators
 
-    def start(self, settled: Tree, moving: Tree, *, at_once: bool = False) -> Run | None:
+    def start(
+        self,
+        settled: Tree,
+        moving: Tree,
+        at_once: bool = False,
+        num_expected: int = 0,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> Run | None:
         """A run of the recording; None as long as there is none.
 
         Args:
             settled: What does not differ between particles.
             moving: What does.
             at_once: Whether to record now, instead of after a few calls.
+            num_expected: Number of calls that are known to come.
+            say: Told what takes long.
         """
         self._num_calls += 1
         if self._stages is None and (at_once or self._num_calls > RECORD_AFTER):
             self._record(settled, moving, is_exact=not at_once)
+            if self._stages is not None and at_once:
+                self._compile(self._stages, settled, moving, num_expected, say)
         if self._stages is None:
             return None
         self._num_recorded += 1
@@ -104,7 +120,7 @@ class LearningSweep:
         return known_loss(result["loss"], result["gradients"], self._parameters)
 
     def _record(self, settled: Tree, moving: Tree, is_exact: bool) -> None:
-        if self.is_refused:
+        if self.refusal:
             return
         with torch.enable_grad():
             loss = self._loss(settled, moving["latents"], moving["weights"])
@@ -112,10 +128,30 @@ class LearningSweep:
         try:
             with random_state_kept():
                 recording = record(self._whole, settled, moving, is_exact=is_exact, inverts=True)
-        except NotRecordable:
-            self.is_refused = True
+        except NotRecordable as error:
+            self.refusal = str(error)
         else:
             self._stages = Stages(recording)
+
+    def _compile(
+        self,
+        stages: Stages,
+        settled: Tree,
+        moving: Tree,
+        num_expected: int,
+        say: Callable[[str], None],
+    ) -> None:
+        """Compiles the stages where that pays; they run without a compiler where it fails."""
+        if not pays_to_compile(stages.recording, self._mode, num_expected):
+            return
+        say("compiling the training step")
+        try:
+            with random_state_kept():
+                self._stages = stages.compiled(leaves_of((settled, moving)))
+        except Exception as error:
+            self.refusal = f"torch's compiler failed: {first_line(error)}"
+        else:
+            self.is_compiled = True
 
     def _whole(self, settled: Tree, moving: Tree) -> tuple[Tree, Tree, Tree]:
         first = self._evaluate(settled, moving)
@@ -138,7 +174,7 @@ class LearningSweep:
         with torch.no_grad():
             is_right = are_results(results, self._whole, settled, moving)
         if not is_right:
-            self.is_refused, self._stages = True, None
+            self.refusal, self._stages = "its recording does not give the same numbers", None
 
 
 @dataclass(frozen=True)
@@ -176,7 +212,7 @@ class _Known(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(grad * gradient for gradient in ctx.gradients)
+        return None, None, *torch._foreach_mul(ctx.gradients, grad)
 
 
 def known_loss(value: Tensor, gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:

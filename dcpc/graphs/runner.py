@@ -68,11 +68,12 @@ class RecordedRunner(Runner):
 
     @contextmanager
     def expecting(self, num_sweeps: int, say: Callable[[str], None]) -> Iterator[None]:
-        self._num_expected, self._say = num_sweeps, say
+        before = self._num_expected, self._say
+        self._num_expected, self._say, self._learns_now = num_sweeps, say, False
         try:
             yield
         finally:
-            self._num_expected, self._say = 0, _silent
+            self._num_expected, self._say = before
 
     def begin(self, density: Density, *, learns: bool) -> None:
         self._learns_now = learns
@@ -93,7 +94,7 @@ class RecordedRunner(Runner):
                 result = self._pending.run.stage(EVALUATE, leaves_of((settled, moving)))
                 return _scored(result["evaluations"]), result["log_joint"]
         # One graph of the moves, which does not begin with an evaluation, is enough for a run.
-        is_run = self.mode is True or self._num_expected > 0
+        is_run = self.mode is True or self._num_as_run > 0
         function = _log_joint if is_run else _evaluate_leading
         result = self._run(
             density,
@@ -145,12 +146,17 @@ class RecordedRunner(Runner):
             return super().loss(density, state)
         return left.loss(state.log_weight.normalized())
 
+    @property
+    def _num_as_run(self) -> int:
+        """Number of sweeps that are known to come and do not learn."""
+        return 0 if self._learns_now else self._num_expected
+
     def _learns(self, density: Density, state: SweepState) -> bool:
         """Whether a sweep is one of many of which each is followed by a loss."""
         division = density.division
         names = {group.name for group in division.groups}
         return (
-            self.mode is not True
+            (self.mode is not True or self._learns_now)
             and division in self._has_loss
             and state.num_particles <= division.program.num_particles
             and names <= state.adaptation.keys()
@@ -175,8 +181,11 @@ class RecordedRunner(Runner):
                 _given if moving["evaluations"] else evaluate,
                 _of_moves(density.division, parts, groups),
                 _of_loss(density.division),
+                self.mode,
             )
-        run = sweeps[key].start(settled, moving, at_once=self._learns_now)
+        run = sweeps[key].start(settled, moving, self._learns_now, self._num_expected, self._say)
+        if sweeps[key].refusal:
+            self._tell(sweeps[key].refusal)
         if run is None:
             return None
         return Left(sweeps[key], run, settled, moving, moving["latents"])
@@ -239,7 +248,7 @@ class RecordedRunner(Runner):
         if key not in tiers:
             tiers[key] = Tiered(make(), self.mode)
         tier = tiers[key]
-        result = tier(settled, moving, leaves, self._num_expected, self._say)
+        result = tier(settled, moving, leaves, self._num_as_run, self._say)
         if tier.refusal:
             self._tell(tier.refusal)
         return result

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from dcpc.graphs.compiler import compile_nodes
 from dcpc.graphs.recording import Recording
 from dcpc.graphs.targets import with_plain_targets
 from dcpc.graphs.trees import Structure, unflatten
-from dcpc.recombine import take_particles
 
 __all__ = ["Stages"]
 
@@ -27,7 +28,7 @@ class Stages:
     """
 
     def __init__(self, recording: Recording) -> None:
-        self._recording = recording
+        self.recording = recording
         graph = recording.graph
         self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
         operators = [node for node in graph.nodes if node.op == "call_function"]
@@ -47,15 +48,44 @@ class Stages:
             wanted = {*outputs}.union(*(nodes for nodes, _ in entries[index + 1 :]))
             kept = [n for n in own if n in wanted or not later.isdisjoint(n.users)]
             self._stages.append(_Stage(own, kept, outputs, structure))
+        self._carried = [self._carried_over(index) for index in range(len(entries))]
 
     @property
     def num_operators(self) -> int:
         """Number of operators of all stages."""
-        return self._recording.num_operators
+        return self.recording.num_operators
+
+    def compiled(self, leaves: Sequence[Tensor]) -> Stages:
+        """The same with every stage as compiled code.
+
+        What a stage is given lies in memory as the compiled stages before it leave it.
+
+        Args:
+            leaves: Leaves of the recorded function's arguments.
+
+        Raises:
+            Exception: Whatever torch raises where it cannot compile.
+        """
+        other = copy(self)
+        other._stages = [copy(stage) for stage in self._stages]
+        run = other.start()
+        for index, stage in enumerate(other._stages):
+            stage.run = compile_nodes(
+                stage.given, stage.nodes, stage.kept, run.given(index, leaves)
+            )
+            run.stage(index, leaves)
+        return other
 
     def start(self) -> Run:
         """A run, before its first stage."""
-        return Run(self._recording, self._inputs, self._stages, self._varying)
+        return Run(self.recording, self._inputs, self._stages, self._carried)
+
+    def _carried_over(self, index: int) -> list[fx.Node]:
+        """What stages before one compute of particles, for it and those after it."""
+        before, later = self._stages[:index], self._stages[index:]
+        needed = {node for stage in later for node in (*stage.given, *stage.outputs)}
+        kept = [node for stage in before for node in stage.kept]
+        return [node for node in kept if node in needed and node in self._varying]
 
 
 class _Stage:
@@ -77,40 +107,49 @@ class _Stage:
     ) -> None:
         own = set(nodes)
         given = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in own)
-        self.given, self.kept, self.outputs = list(given), list(kept), list(outputs)
+        self.nodes, self.given = list(nodes), list(given)
+        self.kept, self.outputs = list(kept), list(outputs)
         self.drawn = {node for node in given if node.op == "placeholder"}
         self.structure = structure
         graph = fx.Graph()
         copied = {node: graph.placeholder(node.name) for node in self.given}
-        for node, copy in copied.items():
-            copy.meta["like"] = node.meta.get("like")
+        for node in self.given:
+            copied[node].meta["like"] = node.meta.get("like")
         for node in nodes:
             copied[node] = graph.node_copy(node, copied.__getitem__)
         graph.output(tuple(copied[node] for node in self.kept))
-        self.run = with_plain_targets(graph)
+        self.run: Callable[..., Sequence[Tensor]] = with_plain_targets(graph)
 
 
 class Run:
-    """Values of a graph, stage by stage."""
+    """Values of a graph, stage by stage.
+
+    Args:
+        recording: The recording.
+        inputs: Its inputs.
+        stages: Its stages.
+        carried: For every stage, what those before it have computed of particles for it and later
+            ones.
+    """
 
     def __init__(
         self,
         recording: Recording,
         inputs: Sequence[fx.Node],
         stages: Sequence[_Stage],
-        varying: set[fx.Node],
+        carried: Sequence[Sequence[fx.Node]],
     ) -> None:
         self._recording = recording
         self._inputs = inputs
         self._stages = stages
-        self._varying = varying
+        self._carried = carried
         self._next = 0
         self._values: dict[fx.Node, Tensor] = {}
         self._versions = [x._version for x in recording.closure]
 
     def copy(self) -> Run:
         """A run that goes on from the same values."""
-        other = Run(self._recording, self._inputs, self._stages, self._varying)
+        other = Run(self._recording, self._inputs, self._stages, self._carried)
         other._values, other._versions = dict(self._values), self._versions
         other._next = self._next
         return other
@@ -126,12 +165,13 @@ class Run:
         Returns:
             Whether all values are by particle and cell, in this order, so that it could be done.
         """
-        later = self._stages[self._next :]
-        needed = {n for stage in later for n in (*stage.given, *stage.outputs)} & self._varying
-        kept = [n for n in self._values if n.op != "placeholder" and n in needed]
-        taken = {node: _taken(self._values[node], ancestors) for node in kept}
-        self._values.update((node, value) for node, value in taken.items() if value is not None)
-        return None not in taken.values()
+        num_cells = ancestors[0].numel()
+        cells = torch.arange(num_cells, device=ancestors.device)
+        rows = (ancestors.reshape(-1, num_cells) * num_cells + cells).flatten()
+        carried, shape = self._carried[self._next], tuple(ancestors.shape)
+        taken = [_taken(self._values[node], shape, rows) for node in carried]
+        self._values.update((n, x) for n, x in zip(carried, taken, strict=True) if x is not None)
+        return all(value is not None for value in taken)
 
     @property
     def is_current(self) -> bool:
@@ -145,29 +185,35 @@ class Run:
             index: Number of the stage.
             leaves: Leaves of the recorded function's arguments.
         """
-        stage, recording = self._stages[index], self._recording
+        stage, values = self._stages[index], self._values
         self._next = index + 1
-        values, first = self._values, len(leaves) + len(recording.closure)
         with torch.no_grad():
-            values.update(zip(self._inputs, (*leaves, *recording.closure), strict=False))
-            for node, (draw, like) in zip(self._inputs[first:], recording.draws, strict=True):
-                if node in stage.drawn and node not in values:
-                    values[node] = draw(like.empty())
-            results = stage.run(*(values[node] for node in stage.given))
+            results = stage.run(*self.given(index, leaves))
         values.update(zip(stage.kept, results, strict=True))
         return unflatten([values[n] for n in stage.outputs], stage.structure)
 
+    def given(self, index: int, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """What a stage is computed from, with random numbers, which are drawn once.
 
-def _taken(value: Tensor, ancestors: Tensor) -> Tensor | None:
+        Args:
+            index: Number of the stage.
+            leaves: Leaves of the recorded function's arguments.
+        """
+        stage, recording, values = self._stages[index], self._recording, self._values
+        first = len(leaves) + len(recording.closure)
+        values.update(zip(self._inputs, (*leaves, *recording.closure), strict=False))
+        for node, (draw, like) in zip(self._inputs[first:], recording.draws, strict=True):
+            if node in stage.drawn and node not in values:
+                values[node] = draw(like.empty())
+        return [values[node] for node in stage.given]
+
+
+def _taken(value: Tensor, shape: tuple[int, ...], rows: Tensor) -> Tensor | None:
     """A value of other particles; None if its first axes are not those of particles and cells."""
-    shape, rows = tuple(ancestors.shape), ancestors.numel()
-    axes = tuple(range(1, len(shape)))
     if value.shape[: len(shape)] == shape:
-        return take_particles(value, ancestors, axes)
-    if value.shape[:1] == (rows,):
-        by_cell = value.unflatten(0, shape)
-        return take_particles(by_cell, ancestors, axes).flatten(0, len(axes))
-    return None
+        by_row = value.reshape(len(rows), *value.shape[len(shape) :])
+        return by_row.index_select(0, rows).view(value.shape)
+    return value.index_select(0, rows) if value.shape[:1] == (len(rows),) else None
 
 
 def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:

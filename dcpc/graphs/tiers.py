@@ -13,7 +13,7 @@ from dcpc.graphs.recording import NotRecordable, Recording, record
 from dcpc.graphs.trees import leaves_of, mapped
 from dcpc.seeding import random_state_kept
 
-__all__ = ["RECORD_AFTER", "Mode", "Tiered", "are_results", "compile_seconds", "saved_seconds"]
+__all__ = ["RECORD_AFTER", "Mode", "Tiered", "are_results", "first_line", "pays_to_compile"]
 
 Mode = Literal["auto"] | bool
 
@@ -114,14 +114,12 @@ class Tiered:
         except NotRecordable as error:
             self._refuse(str(error), say)
             return
-        if self._mode is True or num_expected * saved_seconds(recording) > compile_seconds(
-            recording
-        ):
+        if pays_to_compile(recording, self._mode, num_expected):
             say("compiling the sweep")
             try:
                 compile_recording(recording)
             except Exception as error:
-                self._refuse(f"torch's compiler failed: {_first_line(error)}", say)
+                self._refuse(f"torch's compiler failed: {first_line(error)}", say)
                 return
             self.is_compiled = True
         self._recording = recording
@@ -140,16 +138,18 @@ class Tiered:
         say(f"sweeps are not compiled: {reason}")
 
 
-def saved_seconds(recording: Recording) -> float:
-    """Time that compiled code saves in a call, about."""
-    elements = recording.num_elements
-    time = SECONDS_PER_OPERATOR * recording.num_operators + SECONDS_PER_ELEMENT * elements
-    return SAVED_SHARE * time
+def pays_to_compile(recording: Recording, mode: Mode, num_expected: int) -> bool:
+    """Whether a recording is to be compiled.
 
-
-def compile_seconds(recording: Recording) -> float:
-    """Time that it takes to compile, about, where Inductor has not done so before."""
-    return COMPILE_SECONDS + COMPILE_SECONDS_PER_OPERATOR * recording.num_operators
+    Args:
+        recording: The recording.
+        mode: True to compile it, `auto` to compile it where that pays.
+        num_expected: Number of calls that are known to come.
+    """
+    num_operators, num_elements = recording.num_operators, recording.num_elements
+    saved = SECONDS_PER_OPERATOR * num_operators + SECONDS_PER_ELEMENT * num_elements
+    price = COMPILE_SECONDS + COMPILE_SECONDS_PER_OPERATOR * num_operators
+    return mode is True or num_expected * SAVED_SHARE * saved > price
 
 
 def are_results(
@@ -206,5 +206,6 @@ def _largest(value: Tensor) -> float:
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what an error says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

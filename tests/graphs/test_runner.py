@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dcpc import DCPC
 from dcpc.conquer import Langevin
-from dcpc.graphs import tiers
+from dcpc.graphs import stages, tiers
 from dcpc.graphs.compiler import compile_recording
 from dcpc.graphs.learning import LearningSweep
 from dcpc.graphs.runner import CompileWarning, RecordedRunner
@@ -145,7 +145,7 @@ def test_learning_with_recorded_sweeps_is_learning_as_written_bit_for_bit(
             kept = engine.division(x).recordings.values()
             sweeps = [sweep for sweep in kept if isinstance(sweep, LearningSweep)]
             assert any(sweep.num_operators for sweep in sweeps)
-            assert not any(sweep.is_refused for sweep in sweeps)
+            assert not any(sweep.refusal for sweep in sweeps)
     assert equal(*learned)
 
 
@@ -311,6 +311,79 @@ def test_compiled_sweeps_are_those_as_written_but_for_rounding(options):
     args = DATA[0] + 5.0, DATA[1]
     for one, other in zip(sweep(compiled, args), sweep(written, args), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+def learn(engine: DCPC, x: Tensor, num_sweeps: int) -> None:
+    state = engine.init(x)
+    for _ in range(num_sweeps):
+        problem = engine.bind(x)
+        state, _ = problem.sweep(state, learns=True)
+        problem.loss(state).backward()
+
+
+def test_auto_compiles_learning_where_its_steps_make_up_for_it(monkeypatch):
+    """A loop says how many steps there are; the rest of a batch is a shape of its own."""
+    compiled: list[int] = []
+
+    def counted(inputs, nodes, outputs, examples):
+        compiled.append(len(nodes))
+        raise RuntimeError("no compiler here\nsecond line")
+
+    monkeypatch.setattr(stages, "compile_nodes", counted)
+    for num_steps in (100, 10_000_000):
+        said: list[str] = []
+        engine = DCPC(Layers(), num_particles=2)
+        with engine.expecting(num_steps, said.append):
+            learn(engine, torch.rand(6, 1, 2, 2), 3)
+            assert bool(compiled) == bool(said) == (num_steps > 100)
+        learn(engine, torch.rand(5, 1, 2, 2), 3)
+        assert len(compiled) == len(said) == (num_steps > 100)
+
+
+def test_learning_that_cannot_be_compiled_is_recorded_and_says_why_once(monkeypatch):
+    def failing(inputs, nodes, outputs, examples):
+        raise RuntimeError("no compiler here\nsecond line")
+
+    monkeypatch.setattr(stages, "compile_nodes", failing)
+    x, engine = torch.rand(6, 1, 2, 2), DCPC(Layers(), num_particles=2, compile=True)
+    monkeypatch.setattr(engine._runner, "_run", lambda *_: pytest.fail("not a learning sweep"))
+    state = DCPC(engine.model, num_particles=2, compile=False).init(x)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        state, _ = DCPC(engine.model, num_particles=2, compile=False).sweep(state, x)
+        for _ in range(3):
+            state, _ = engine.bind(x).sweep(state, learns=True)
+            engine.loss(state, x)
+    said = [str(w.message) for w in caught if w.category is CompileWarning]
+    assert said == ["sweeps are not compiled: torch's compiler failed: no compiler here"]
+    assert sum(recordings(engine)) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_particles", [1, 4])
+def test_compiled_learning_is_learning_as_written_but_for_rounding(num_particles):
+    """In all three stages, with particles that are resampled between them."""
+    x, results = torch.rand(16, 1, 2, 2), []
+    for mode in (True, False):
+        model = Layers()
+        engine = DCPC(model, num_particles=num_particles, compile=mode)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        torch.manual_seed(0)
+        state, num_resampled = engine.init(x), 0
+        for _ in range(NUM_SWEEPS):
+            problem = engine.bind(x)
+            state, info = problem.sweep(state, learns=True)
+            num_resampled += info.ancestors is not None
+            optimizer.zero_grad()
+            problem.loss(state).backward()
+            optimizer.step()
+        results.append([*state.latents.values(), *model.parameters()])
+        kept = engine.division(x).recordings.values()
+        sweeps = [sweep for sweep in kept if isinstance(sweep, LearningSweep)]
+        assert [sweep.is_compiled for sweep in sweeps] == [True] * (mode is True)
+        assert num_resampled > 1 or num_particles == 1
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow

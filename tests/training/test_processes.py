@@ -192,6 +192,9 @@ def test_data_belong_to_one_process_in_every_epoch() -> None:
             lengths = {len(list(part)) for part in parts}
             assert lengths == {len(parts[0])}
             assert all(batch for part in parts for batch in part)
+            for part in parts:
+                sizes = [len(batch) for batch in part]
+                assert all(part.count(n) == sizes.count(n) for n in range(1, size + 1))
         assert owned[0] == owned[1]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -74,12 +76,21 @@ class EpochBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
         order = torch.randperm(self.size, generator=generator)
-        parts: tuple[Tensor, ...]
+        return iter([part.tolist() for part in self._parts(order)[self.start :]])
+
+    def count(self, num_data: int) -> int:
+        """Number of batches of so many data in an epoch."""
+        return self._sizes[num_data]
+
+    @cached_property
+    def _sizes(self) -> Counter[int]:
+        return Counter(len(part) for part in self._parts(torch.arange(self.size)))
+
+    def _parts(self, order: Tensor) -> tuple[Tensor, ...]:
+        """The batches of this process."""
         if self.num_processes == 1:
-            parts = order.split(self.batch_size)
-        else:
-            parts = order[order % self.num_processes == self.rank].tensor_split(len(self))
-        return iter([part.tolist() for part in parts[self.start :]])
+            return order.split(self.batch_size)
+        return order[order % self.num_processes == self.rank].tensor_split(len(self))
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from dcpc.conquer import Move, Preconditioner
 from dcpc.errors import ModelError, OptionError, require_at_least
+from dcpc.graphs.tiers import Mode
 from dcpc.inference import DCPC
 from dcpc.parts import Adaptation
 from dcpc.presets import PRESETS, lookup
@@ -75,6 +77,9 @@ class ParticleModule(GenerativeModule):
         correction: Correction of the proposal, likewise.
         preconditioner: Scale of the proposal, likewise.
         blocks: Lists of latents to move jointly, as one unit each; null for one unit per latent.
+        compile: Whether sweeps and the gradient of the loss run as compiled code: `auto` where the
+            steps of the whole run, by `trainer.max_epochs` and `trainer.max_steps`, make up for
+            the time that compiling takes.
         start: Where particles start.
         held_out: How held-out data are measured.
         learning_rate: Adam learning rate; ignored when `--optimizer` is given.
@@ -101,6 +106,7 @@ class ParticleModule(GenerativeModule):
         correction: Correction | str | None = None,
         preconditioner: Preconditioner | str | None = None,
         blocks: list[list[str]] | None = None,
+        compile: Mode = "auto",
         start: Start = Start(),
         held_out: HeldOut = HeldOut(),
         learning_rate: float = 1e-3,
@@ -130,6 +136,7 @@ class ParticleModule(GenerativeModule):
             preconditioner=preconditioner,
             step_size=_step_size(step_size, algorithm),
             blocks=blocks or (),
+            compile=compile,
         )
         self.automatic_optimization = not preset.step_parameters_every_sweep
 
@@ -229,7 +236,8 @@ class ParticleModule(GenerativeModule):
         state = draw() if self.restarts else here.recall(draw)
         state = replace(state, adaptation=self.adaptation)
         for remaining in reversed(range(num_sweeps)):
-            state, info = problem.sweep(state, learns=True)
+            with self.inference.expecting(self._num_expected(len(x)), rank_zero_info):
+                state, info = problem.sweep(state, learns=True)
             if remaining == 0 or self._steps_after(remaining):
                 losses = {
                     name: weight * loss for name, loss in self._losses(problem, state, x).items()
@@ -241,6 +249,17 @@ class ParticleModule(GenerativeModule):
         ess = 100.0 * info.ess.mean() / state.num_particles
         self.log("train/ess_percent", ess, prog_bar=True, batch_size=len(x), sync_dist=True)
         return losses
+
+    def _num_expected(self, num_data: int) -> int:
+        """Sweeps of batches of one size in the whole run; 0 if that is not known."""
+        batches = getattr(self.trainer.train_dataloader, "batch_sampler", None)
+        epochs = self.trainer.max_epochs or 0
+        if not isinstance(batches, EpochBatches) or epochs < 1:
+            return 0
+        num_batches = epochs * batches.count(num_data)
+        if self.trainer.max_steps > 0:
+            num_batches = min(num_batches, self.trainer.max_steps)
+        return num_batches * self.sweeps_per_step
 
     def _losses(self, problem: Problem, state: SweepState, x: Tensor) -> dict[str, Tensor]:
         """The model's loss per datum, in nats, and the guide's."""

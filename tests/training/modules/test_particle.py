@@ -14,6 +14,7 @@ from pytorch_lightning import Callback, Trainer
 
 from dcpc.conquer import Langevin
 from dcpc.errors import ModelError, OptionError
+from dcpc.graphs import learning
 from dcpc.models import DeepLatentGaussian, MLPEncoder
 from dcpc.presets import PRESETS
 from dcpc.problem import Problem
@@ -205,6 +206,24 @@ def test_a_short_last_batch_trains_like_any_other(
     run.fit(module, datamodule=images(num_images=4 + 16 + last, batch_size=8))
     assert len(record.losses) == 9
     assert bool(run.model.store.visited(torch.arange(16 + last)).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [({"max_epochs": 3}, [24, 12]), ({"max_steps": 5}, [20, 12])], ids=str
+)
+def test_compiling_reckons_with_the_sweeps_of_the_whole_run(
+    deep_module: Callable,
+    images: type,
+    trainer: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict,
+    expected: list[int],
+) -> None:
+    asked: list[tuple[bool | str, int]] = []
+    monkeypatch.setattr(learning, "pays_to_compile", lambda _, *how: asked.append(how))
+    run = trainer(**{"max_epochs": 3} | options)
+    run.fit(deep_module(sweeps_per_step=4), datamodule=images(num_images=19 + 4, batch_size=8))
+    assert asked == [("auto", num_sweeps) for num_sweeps in expected]
 
 
 @pytest.mark.parametrize("algorithm", PRESETS)
