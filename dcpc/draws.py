@@ -264,7 +264,8 @@ def _argsort(values: Tensor) -> Tensor:
 
 
 def _interpolated(ordered: Tensor, probabilities: Sequence[float]) -> Tensor:
-    position = torch.tensor(probabilities, dtype=torch.float64) * (ordered.shape[1] - 1)
+    ranks = torch.tensor(probabilities, dtype=torch.float64, device="cpu")
+    position = ranks * (ordered.shape[1] - 1)
     below = position.floor()
     share = (position - below).to(ordered)
     low, high = (ordered[:, index.long().to(ordered.device)] for index in (below, position.ceil()))

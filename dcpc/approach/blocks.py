@@ -162,7 +162,9 @@ def _correlations(value: Tensor, state: SweepState, most: int | None = None) -> 
 
 def _owners(sizes: Sequence[int]) -> Tensor:
     """For every value of some latents, which of them it belongs to."""
-    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return torch.repeat_interleave(
+        torch.arange(len(sizes), device="cpu"), torch.tensor(sizes, device="cpu")
+    )
 
 
 def _sentence(first: str, second: str, correlation: float) -> str:

@@ -208,7 +208,7 @@ def _independent(
 
 
 def _code_masks(size: int) -> list[Tensor]:
-    indices = torch.arange(size)
+    indices = torch.arange(size, device="cpu")
     bits = [(indices >> bit) & 1 == 1 for bit in range((size - 1).bit_length())]
     return [mask for bit in bits for mask in (bit, ~bit)]
 

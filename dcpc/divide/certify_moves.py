@@ -72,8 +72,8 @@ def certify_moves(
     in_double = _in_double(reference, base)
     at_base = reference.terms(base)
     for group in groups:
-        half = torch.rand(group.plate_shape) < 0.5
-        half = half.to(next(iter(base.values())).device)
+        device = next(iter(base.values())).device
+        half = torch.rand(group.plate_shape, device=device) < 0.5
         for chosen in (half, ~half) if group.plates else (torch.ones_like(half),):
             changed = {**base, **_mixed(group, base, other, chosen, program.sites)}
             got = reference.change(group, base, changed)

@@ -108,8 +108,9 @@ class StudentMixture(JointReference):
     @cached_property
     def _whitener(self) -> Tensor:
         """`F^-1`."""
-        identity = torch.eye(self.factor.shape[-1]).to(self.factor).expand_as(self.factor)
-        return torch.linalg.solve_triangular(self.factor, identity, upper=False)
+        factor = self.factor
+        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
 
     @cached_property
     def _log_norm(self) -> Tensor:
@@ -140,7 +141,9 @@ class HalfPrior(JointReference):
     other: JointReference
 
     def draw(self, prior: Tensor) -> Tensor:
-        half = int(len(prior) / 2 + float(torch.rand(())))  # on average, of an odd number too
+        half = int(
+            len(prior) / 2 + float(torch.rand((), device="cpu"))
+        )  # on average, of an odd number too
         return torch.cat([prior[:half], self.other.draw(prior[half:])])
 
     def log_prob(self, value: Tensor, log_prior: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def without_repeats(graph: fx.Graph) -> fx.Graph:
     arguments, what is computed before and after such a write, and the outputs, each of which has
     its own memory.
     """
-    outputs = set(next(reversed(graph.nodes)).all_input_nodes)
+    outputs = set(graph.output_node().all_input_nodes)
     copy = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     known: dict[Any, fx.Node] = {}

@@ -32,7 +32,8 @@ class Reference:
     def log_prob(self, u: Tensor, batch_dims: int) -> Tensor:
         """Log-density of `(K, *batch, *event)`, summed over the event: `(K, *batch)`."""
         z = (u - self.loc) / self.scale
-        log_prob = -0.5 * z * z - torch.as_tensor(self.scale).log() - _HALF_LOG_TWO_PI
+        scale = torch.as_tensor(self.scale, device=z.device)
+        log_prob = -0.5 * z * z - scale.log() - _HALF_LOG_TWO_PI
         return log_prob.flatten(1 + batch_dims).sum(-1) if u.dim() > 1 + batch_dims else log_prob
 
 

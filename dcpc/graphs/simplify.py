@@ -213,7 +213,9 @@ class _Simplifier:
             return None
         like = node.meta["like"]
         arguments = [
-            torch.tensor(self.values[a].number, dtype=like.dtype) if _is_node(a) else a
+            torch.tensor(self.values[a].number, dtype=like.dtype, device=like.device)
+            if _is_node(a)
+            else a
             for a in node.args
         ]
         return target(*arguments, **node.kwargs).item()

@@ -60,7 +60,7 @@ class _Numbers:
         if key not in self._known:
             with self._graph.inserting_before(self._first):
                 self._known[key] = self._graph.placeholder(f"number{len(self.tensors)}")
-            self.tensors.append(torch.tensor(float(number), dtype=dtype))
+            self.tensors.append(torch.tensor(float(number), dtype=dtype, device="cpu"))
         return self._known[key]
 
 
