@@ -146,7 +146,6 @@ def capture(
         elif node.target is torch.ops.aten.linalg_solve_triangular.default:
             node.target = _solve_triangular
     module.graph = _fold_constants(module, without_repeats(module.graph))
-    module.recompile()
     return module
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import networkx as nx
@@ -35,9 +36,7 @@ class SiteGraph:
 
     def children(self, members: Sequence[str]) -> frozenset[str]:
         """Sites whose factors depend on a member, members excluded; observed sites included."""
-        return frozenset(
-            name for name, latents in self.depends.items() if latents & set(members)
-        ) - set(members)
+        return frozenset().union(*(self._entered[name] for name in members)) - set(members)
 
     def blanket(self, members: Sequence[str]) -> frozenset[str]:
         """Markov blanket: parents, children and the children's other parents."""
@@ -47,12 +46,25 @@ class SiteGraph:
 
     def factors(self, members: Sequence[str]) -> list[str]:
         """Sites whose factors make up the members' complete conditional, in program order."""
-        touched = set(members) | self.children(members)
-        return [name for name in self.sites if name in touched]
+        return sorted({*members} | self.children(members), key=self._order.__getitem__)
 
     def is_discrete(self, members: Members) -> bool:
         """Whether the members are discrete latents."""
         return self.sites[members[0]].discrete is not None
+
+    @cached_property
+    def _entered(self) -> Mapping[str, list[str]]:
+        """For every latent, the sites whose factors depend on it."""
+        entered: dict[str, list[str]] = {name: [] for name in self.sites}
+        for name, latents in self.depends.items():
+            for latent in latents:
+                entered[latent].append(name)
+        return entered
+
+    @cached_property
+    def _order(self) -> Mapping[str, int]:
+        """Position of every site in the program."""
+        return {name: index for index, name in enumerate(self.sites)}
 
     @property
     def latents(self) -> list[str]:

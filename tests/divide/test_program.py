@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from contextlib import nullcontext
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -390,3 +393,29 @@ def test_a_units_density_is_a_constant_of_the_parameters_and_the_wholes_is_not()
         density = group.log_density(group.pack(latents), latents, (x,))
         assert not density.requires_grad
     assert engine.loss(state, x).requires_grad
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_leaves_the_collection_of_garbage_as_it_was(was_on, fails):
+    during = []
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        during.append(gc.isenabled())
+        if fails and z > 0:
+            pass
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    if not was_on:
+        gc.disable()
+    try:
+        arguments, sites = Arguments((), {}), read_sites(model, (), {})
+        during.clear()
+        with pytest.raises(ModelError) if fails else nullcontext():
+            divide(model, arguments, sites, K)
+        assert during
+        assert not any(during)
+        assert gc.isenabled() is was_on
+    finally:
+        gc.enable()
