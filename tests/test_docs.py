@@ -22,4 +22,6 @@ def test_program_of_a_page_runs(program, capsys):
     short = re.sub(r"num_sweeps=[\d_]+", "num_sweeps=20", program)
     names: dict = {}
     exec(compile(short, "page", "exec"), names)
-    assert names["posterior"].samples
+    values = names["posterior"].samples if "posterior" in names else names["state"].latents
+    assert values
+    assert all(bool(value.isfinite().all()) for value in values.values())
