@@ -730,6 +730,10 @@ FAULTS = [
           "return num_batches * self.sweeps_per_step", "return num_batches"),
     Fault("a batch that is left over counts as a whole one",
           "epochs * batches.count(num_data)", "epochs * len(batches)"),
+    Fault("a write below a view is recorded",
+          "return all(x.untyped_storage().data_ptr() != memory for x in others)", "return True"),
+    Fault("a write that keeps the type is recorded as one that does not",
+          "if plain(*args, **kwargs).dtype != target.dtype:", "if False:"),
     Fault("correlations are looked up on the default device",
           'torch.tensor(sizes, device="cpu")', "torch.tensor(sizes)"),
 ]  # fmt: skip

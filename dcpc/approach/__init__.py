@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dcpc.annealing import Annealed, importance_evidence
-from dcpc.approach.blocks import correlated_blocks, strongest_correlation
+from dcpc.approach.blocks import find_blocks, strongest_correlation
 from dcpc.approach.joint import (
     FIRST_CONDITIONAL_ESS,
     MIN_PARTICLES,
@@ -165,7 +165,7 @@ def _from_prior(
         found: dict[str, Reference] = {}
         if not initial_values:
             found = determined_roots(problem, problem.draw_from_prior(start), rough.state)
-        blocks = correlated_blocks(problem, rough.state) if finds_blocks else []
+        blocks = find_blocks(problem, rough.state) if finds_blocks else []
         if blocks:
             problem = problem.with_blocks({block.sites: block.reason for block in blocks})
             start = problem.starting_density(initial_values)

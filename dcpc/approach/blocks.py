@@ -15,7 +15,7 @@ from dcpc.divide import Unit
 from dcpc.problem import Problem
 from dcpc.sweep import SweepState
 
-__all__ = ["Block", "correlated_blocks", "strongest_correlation"]
+__all__ = ["Block", "find_blocks", "strongest_correlation"]
 
 MIN_CORRELATION = 0.3
 """Correlation, in absolute value, of values of two units from which they move jointly."""
@@ -63,7 +63,7 @@ def strongest_correlation(problem: Problem, state: SweepState) -> str:
     return _sentence(names[owner[i]], names[owner[j]], float(element))
 
 
-def correlated_blocks(problem: Problem, state: SweepState) -> list[Block]:
+def find_blocks(problem: Problem, state: SweepState) -> list[Block]:
     """Units with the same plates whose values are correlated, as blocks of bounded size.
 
     The pairs with the strongest correlations come first. Correlations are averaged over the

@@ -218,7 +218,7 @@ class _Recorder(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             raise NotRecordable("it looks at the values of tensors")
         if func._schema.is_mutable:
-            raise NotRecordable(f"it writes in place ({func})")
+            return self._write(func, args, kwargs)
         result = func(*args, **kwargs)
         if func in _DRAWS:
             self._nodes[result] = self._input("noise", result)
@@ -239,6 +239,36 @@ class _Recorder(TorchDispatchMode):
             last.append(node)
             last = node
         return self._graph
+
+    def _write(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Records a write into a value of its own, which is as good as a new value.
+
+        Derivatives write so into what they have just made.
+
+        Raises:
+            NotRecordable: Something else looks at the same memory, or the operator is another one.
+        """
+        target: Any = args[0] if args else None
+        name = func.overloadpacket.__name__
+        plain: Any = getattr(getattr(aten, name.removesuffix("_"), None), func._overloadname, None)
+        is_drawn = torch.Tag.nondeterministic_seeded in func.tags
+        if not name.endswith("_") or plain is None or is_drawn or not self._is_own(target):
+            raise NotRecordable(f"it writes in place ({func})")
+        node = self._graph.call_function(plain, *map_aggregate((args, kwargs), self._node_of))
+        if plain(*args, **kwargs).dtype != target.dtype:
+            raise NotRecordable(f"it writes in place, into another type ({func})")
+        result = func(*args, **kwargs)
+        self._track(target, node)
+        return result
+
+    def _is_own(self, value: Any) -> bool:
+        """Whether a tensor was made here, and nothing else that lives has its memory."""
+        node = self._nodes.get(value) if isinstance(value, Tensor) else None
+        if node is None or node.op != "call_function":
+            return False
+        memory = value.untyped_storage().data_ptr()
+        others = (x for x in self._nodes if x is not value)
+        return all(x.untyped_storage().data_ptr() != memory for x in others)
 
     def _input(self, kind: str, value: Tensor) -> fx.Node:
         node = self._graph.placeholder(f"{kind}{len(self._inputs[kind])}")

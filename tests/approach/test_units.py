@@ -11,7 +11,7 @@ import torch
 from oracles import Exact, condition_gaussian, kalman
 
 from dcpc import DCPC, Posterior
-from dcpc.approach.blocks import correlated_blocks
+from dcpc.approach.blocks import find_blocks
 from dcpc.approach.roots import determined_roots
 from dcpc.divide.tempering import Reference
 from dcpc.progress import ProgressBar
@@ -109,9 +109,9 @@ def test_uncorrelated_latents_stay_apart():
     state = problem.init()
     latents = {"a": draws[:, 0], "b": draws[:, 1], "effect": draws[:, 2:]}
     state = type(state)(latents, LogWeights.uniform(4000), state.log_joint)
-    assert not correlated_blocks(problem, state)
+    assert not find_blocks(problem, state)
     latents["b"] = 0.5 * draws[:, 0] + draws[:, 1]
-    (block,) = correlated_blocks(problem, state)
+    (block,) = find_blocks(problem, state)
     assert block.sites == ("a", "b")
     assert block.reason.startswith("'a' and 'b' are correlated (0.4")
 
@@ -198,8 +198,10 @@ def test_a_run_with_blocks_goes_on_bit_for_bit_and_tells_them(monkeypatch, tmp_p
 
     monkeypatch.setattr(ProgressBar, "advance", counting)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job may ignore Ctrl-C
-    partial = run(exact, num_sweeps=40)
-    signal.signal(signal.SIGINT, before)
+    try:
+        partial = run(exact, num_sweeps=40)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert partial.is_partial
     partial.save(tmp_path / "partial.pt")
     partial = Posterior.load(tmp_path / "partial.pt")

@@ -110,17 +110,52 @@ def test_inputs_that_come_out_again_are_the_same_tensors():
     assert recording({}, moving)[0] is moving["u"]
 
 
+def write_below_a_view(fresh: Tensor) -> Tensor:
+    view = fresh[:2]
+    fresh.mul_(2.0)
+    return view
+
+
+def write_through_a_view(fresh: Tensor) -> Tensor:
+    fresh[:2].mul_(2.0)
+    return fresh
+
+
 @pytest.mark.parametrize(
     ("function", "why"),
     [
         (lambda settled, moving: moving["u"] if moving["u"].sum() > 0 else -moving["u"], "values"),
-        (lambda settled, moving: moving["u"].clone().add_(1.0), "in place"),
+        (lambda settled, moving: moving["u"].add_(1.0), "in place"),
+        (lambda settled, moving: write_below_a_view(moving["u"].exp()), "in place"),
+        (lambda settled, moving: write_through_a_view(moving["u"].exp()), "in place"),
+        (lambda settled, moving: moving["u"].exp().lt_(1.0), "in place"),
+        (
+            lambda settled, moving: moving["u"].float().exp().mul_(torch.ones(3).double()),
+            "in place",
+        ),
+        (lambda settled, moving: moving["u"].exp().normal_(), "in place"),
         (lambda settled, moving: torch.bernoulli(moving["u"]), "random"),
     ],
 )
 def test_what_a_graph_cannot_do_is_refused_by_name(function, why):
     with pytest.raises(NotRecordable, match=why):
         recorded(function, {"u": torch.ones(3)})
+
+
+def test_writes_into_values_that_nothing_else_looks_at_are_recorded():
+    """As derivatives write, those of `logsumexp` for one."""
+
+    def function(settled, moving):
+        fresh = moving["u"].exp()
+        before = fresh + 1.0
+        fresh.mul_(moving["u"]).add_(before)
+        return before, fresh * 2.0
+
+    first, second = {"u": torch.randn(3)}, {"u": torch.randn(3)}
+    recording, kept = recorded(function, first), second["u"].clone()
+    expected = function({}, second)
+    assert all(torch.equal(a, b) for a, b in zip(recording({}, second), expected, strict=True))
+    assert torch.equal(second["u"], kept)
 
 
 def test_what_is_constant_over_an_axis_is_computed_once_for_it():

@@ -96,6 +96,23 @@ def test_recorded_sweeps_are_those_as_written_bit_for_bit(options):
     assert recordings(recorded)
 
 
+def test_mixtures_are_recorded():
+    """The derivative of their `logsumexp` writes in place."""
+
+    def mixture(y: Tensor) -> None:
+        weight, loc = pyro.sample("weight", dist.Beta(2.0, 2.0)), torch.tensor([-2.0, 2.0])
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        choice = dist.Categorical(torch.stack([weight, 1 - weight]))
+        with pyro.plate("data", len(y)):
+            parts = dist.Normal(loc + shift, 1.0)
+            pyro.sample("y", dist.MixtureSameFamily(choice, parts), obs=y)
+
+    args = (torch.randn(7) * 2.0,)
+    recorded = DCPC(mixture, num_particles=20)
+    assert equal(sweep(recorded, args), sweep(DCPC(mixture, num_particles=20, compile=False), args))
+    assert recordings(recorded)
+
+
 def test_one_recording_serves_whatever_adapts():
     options = [
         {"adapt": True},
