@@ -141,9 +141,8 @@ class HalfPrior(JointReference):
     other: JointReference
 
     def draw(self, prior: Tensor) -> Tensor:
-        half = int(
-            len(prior) / 2 + float(torch.rand((), device="cpu"))
-        )  # on average, of an odd number too
+        # On average a half, of an odd number too.
+        half = int(len(prior) / 2 + float(torch.rand((), device="cpu")))
         return torch.cat([prior[:half], self.other.draw(prior[half:])])
 
     def log_prob(self, value: Tensor, log_prior: Tensor) -> Tensor:

@@ -253,13 +253,12 @@ class ParticleModule(GenerativeModule):
     def _num_expected(self, num_data: int) -> int:
         """Sweeps of batches of one size in the whole run; 0 if that is not known."""
         batches = getattr(self.trainer.train_dataloader, "batch_sampler", None)
-        epochs = self.trainer.max_epochs or 0
-        if not isinstance(batches, EpochBatches) or epochs < 1:
+        if not isinstance(batches, EpochBatches):
             return 0
-        num_batches = epochs * batches.count(num_data)
-        if self.trainer.max_steps > 0:
-            num_batches = min(num_batches, self.trainer.max_steps)
-        return num_batches * self.sweeps_per_step
+        epochs, steps = self.trainer.max_epochs or 0, self.trainer.max_steps
+        bounds = [epochs * len(batches)] * (epochs > 0) + [steps] * (steps > 0)
+        num_alike = min(bounds, default=0) * batches.count(num_data) // len(batches)
+        return num_alike * self.sweeps_per_step
 
     def _losses(self, problem: Problem, state: SweepState, x: Tensor) -> dict[str, Tensor]:
         """The model's loss per datum, in nats, and the guide's."""

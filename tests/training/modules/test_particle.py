@@ -209,7 +209,13 @@ def test_a_short_last_batch_trains_like_any_other(
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"), [({"max_epochs": 3}, [24, 12]), ({"max_steps": 5}, [20, 12])], ids=str
+    ("options", "expected"),
+    [
+        ({"max_epochs": 3}, [24, 12]),
+        ({"max_epochs": 3, "max_steps": 6}, [16, 8]),
+        ({"max_epochs": -1, "max_steps": 6}, [16, 8]),
+    ],
+    ids=str,
 )
 def test_compiling_reckons_with_the_sweeps_of_the_whole_run(
     deep_module: Callable,
@@ -221,7 +227,7 @@ def test_compiling_reckons_with_the_sweeps_of_the_whole_run(
 ) -> None:
     asked: list[tuple[bool | str, int]] = []
     monkeypatch.setattr(learning, "pays_to_compile", lambda _, *how: asked.append(how))
-    run = trainer(**{"max_epochs": 3} | options)
+    run = trainer(**options)
     run.fit(deep_module(sweeps_per_step=4), datamodule=images(num_images=19 + 4, batch_size=8))
     assert asked == [("auto", num_sweeps) for num_sweeps in expected]
 
