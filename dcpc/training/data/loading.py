@@ -78,12 +78,9 @@ class EpochBatches(Sampler[list[int]]):
         order = torch.randperm(self.size, generator=generator)
         return iter([part.tolist() for part in self._parts(order)[self.start :]])
 
-    def count(self, num_data: int) -> int:
-        """Number of batches of so many data in an epoch."""
-        return self._sizes[num_data]
-
     @cached_property
-    def _sizes(self) -> Counter[int]:
+    def sizes(self) -> Counter[int]:
+        """Number of batches of an epoch, by the number of data in them."""
         return Counter(len(part) for part in self._parts(torch.arange(self.size)))
 
     def _parts(self, order: Tensor) -> tuple[Tensor, ...]:

@@ -144,6 +144,7 @@ class ParticleModule(GenerativeModule):
         self.adaptation: Mapping[str, Adaptation] = {}
         self.last_sweep: SweepInfo | None = None
         self._is_resuming = False
+        self._num_sweeps: dict[int, int] = {}
         self._guide_losses = guide_objective(start, self.guide is not None, self.restarts)
         self._saved_particles: Mapping[str, Any] | None = None
 
@@ -159,6 +160,7 @@ class ParticleModule(GenerativeModule):
                 self.store.load_state_dict(self._saved_particles, is_filled=is_filled)
             self.trainer.strategy.barrier("particles")
         self._saved_particles = None
+        self._num_sweeps = self._count_sweeps()
         self._reserve()
 
     def _reserve(self) -> None:
@@ -236,7 +238,7 @@ class ParticleModule(GenerativeModule):
         state = draw() if self.restarts else here.recall(draw)
         state = replace(state, adaptation=self.adaptation)
         for remaining in reversed(range(num_sweeps)):
-            with self.inference.expecting(self._num_expected(len(x)), rank_zero_info):
+            with self.inference.expecting(self._num_sweeps.get(len(x), 0), rank_zero_info):
                 state, info = problem.sweep(state, learns=True)
             if remaining == 0 or self._steps_after(remaining):
                 losses = {
@@ -250,15 +252,15 @@ class ParticleModule(GenerativeModule):
         self.log("train/ess_percent", ess, prog_bar=True, batch_size=len(x), sync_dist=True)
         return losses
 
-    def _num_expected(self, num_data: int) -> int:
-        """Sweeps of batches of one size in the whole run; 0 if that is not known."""
+    def _count_sweeps(self) -> dict[int, int]:
+        """Sweeps of the whole run, by the number of data in a batch; none if that is not known."""
         batches = getattr(self.trainer.train_dataloader, "batch_sampler", None)
         if not isinstance(batches, EpochBatches):
-            return 0
+            return {}
         epochs, steps = self.trainer.max_epochs or 0, self.trainer.max_steps
         bounds = [epochs * len(batches)] * (epochs > 0) + [steps] * (steps > 0)
-        num_alike = min(bounds, default=0) * batches.count(num_data) // len(batches)
-        return num_alike * self.sweeps_per_step
+        most = min(bounds, default=0) * self.sweeps_per_step
+        return {size: most * count // len(batches) for size, count in batches.sizes.items()}
 
     def _losses(self, problem: Problem, state: SweepState, x: Tensor) -> dict[str, Tensor]:
         """The model's loss per datum, in nats, and the guide's."""
