@@ -84,7 +84,9 @@ class RecordedRunner(Runner):
         self, density: Density, state: SweepState, parts: Parts
     ) -> tuple[dict[str, ScoredDensity], Tensor]:
         self._pending = None
-        if self._refuses(density, parts):
+        names = {group.name for group in density.division.groups}
+        is_first = self._learns_now and not names <= state.adaptation.keys()
+        if is_first or self._refuses(density, parts):
             return super().evaluate(density, state, parts)
         if self._learns(density, state):
             groups = density.division.groups
@@ -94,7 +96,7 @@ class RecordedRunner(Runner):
                 result = self._pending.run.stage(EVALUATE, leaves_of((settled, moving)))
                 return _scored(result["evaluations"]), result["log_joint"]
         # One graph of the moves, which does not begin with an evaluation, is enough for a run.
-        is_run = self.mode is True or self._num_as_run > 0
+        is_run = self.mode is True or self._num_expected > 0
         function = _log_joint if is_run else _evaluate_leading
         result = self._run(
             density,
@@ -145,11 +147,6 @@ class RecordedRunner(Runner):
         if left is None or left.latents is not state.latents or not left.run.is_current:
             return super().loss(density, state)
         return left.loss(state.log_weight.normalized())
-
-    @property
-    def _num_as_run(self) -> int:
-        """Number of sweeps that are known to come and do not learn."""
-        return 0 if self._learns_now else self._num_expected
 
     def _learns(self, density: Density, state: SweepState) -> bool:
         """Whether a sweep is one of many of which each is followed by a loss."""
@@ -248,7 +245,7 @@ class RecordedRunner(Runner):
         if key not in tiers:
             tiers[key] = Tiered(make(), self.mode)
         tier = tiers[key]
-        result = tier(settled, moving, leaves, self._num_as_run, self._say)
+        result = tier(settled, moving, leaves, self._num_expected, self._say)
         if tier.refusal:
             self._tell(tier.refusal)
         return result

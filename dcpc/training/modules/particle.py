@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from dcpc.conquer import Move, Preconditioner
@@ -238,7 +237,7 @@ class ParticleModule(GenerativeModule):
         state = draw() if self.restarts else here.recall(draw)
         state = replace(state, adaptation=self.adaptation)
         for remaining in reversed(range(num_sweeps)):
-            with self.inference.expecting(self._num_sweeps.get(len(x), 0), rank_zero_info):
+            with self.inference.expecting(self._num_sweeps.get(len(x), 0), self.print):
                 state, info = problem.sweep(state, learns=True)
             if remaining == 0 or self._steps_after(remaining):
                 losses = {

@@ -14,7 +14,8 @@ from pytorch_lightning import Callback, Trainer
 
 from dcpc.conquer import Langevin
 from dcpc.errors import ModelError, OptionError
-from dcpc.graphs import learning
+from dcpc.graphs import learning, stages
+from dcpc.graphs.runner import CompileWarning
 from dcpc.models import DeepLatentGaussian, MLPEncoder
 from dcpc.presets import PRESETS
 from dcpc.problem import Problem
@@ -230,6 +231,26 @@ def test_compiling_reckons_with_the_sweeps_of_the_whole_run(
     run = trainer(**options)
     run.fit(deep_module(sweeps_per_step=4), datamodule=images(num_images=19 + 4, batch_size=8))
     assert asked == [("auto", num_sweeps) for num_sweeps in expected]
+
+
+def test_a_run_says_that_it_compiles_and_trains_on_where_that_fails(
+    deep_module: Callable,
+    images: type,
+    trainer: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def failing(*_: object) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(stages, "compile_nodes", failing)
+    record = Record()
+    module, data = deep_module(compile=True), images(num_images=16 + 4, batch_size=8)
+    run = trainer(max_epochs=2, callbacks=[record])
+    with pytest.warns(CompileWarning, match="torch's compiler failed: no compiler here"):
+        run.fit(module, datamodule=data)
+    assert capsys.readouterr().out == "compiling the training step\n"
+    assert torch.tensor(record.losses).isfinite().all()
 
 
 @pytest.mark.parametrize("algorithm", PRESETS)
