@@ -81,7 +81,7 @@ class Stages:
         return Run(self.recording, self._inputs, self._stages, self._carried)
 
     def _carried_over(self, index: int) -> list[fx.Node]:
-        """What stages before one compute of particles, for it and those after it."""
+        """Values of particles that earlier stages compute, and this or a later one needs."""
         before, later = self._stages[:index], self._stages[index:]
         needed = {node for stage in later for node in (*stage.given, *stage.outputs)}
         kept = [node for stage in before for node in stage.kept]
@@ -193,7 +193,7 @@ class Run:
         return unflatten([values[n] for n in stage.outputs], stage.structure)
 
     def given(self, index: int, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """What a stage is computed from, with random numbers, which are drawn once.
+        """Inputs of a stage; its random numbers are drawn once.
 
         Args:
             index: Number of the stage.

@@ -166,28 +166,37 @@ def test_learning_with_recorded_sweeps_is_learning_as_written_bit_for_bit(
     assert equal(*learned)
 
 
+def learned_at_once(
+    x: Tensor, num_particles: int, mode: bool | str
+) -> tuple[list[Tensor], list[LearningSweep]]:
+    """What a loop of learning gives from a seed, with particles that are resampled, and how."""
+    model = Layers()
+    engine = DCPC(model, num_particles=num_particles, compile=mode)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    torch.manual_seed(0)
+    state, num_resampled = engine.init(x), 0
+    for _ in range(NUM_SWEEPS):
+        problem = engine.bind(x)
+        state, info = problem.sweep(state, learns=True)
+        num_resampled += info.ancestors is not None
+        optimizer.zero_grad()
+        problem.loss(state).backward()
+        optimizer.step()
+    assert num_resampled > 1 or num_particles == 1
+    kept = engine.division(x).recordings.values()
+    sweeps = [sweep for sweep in kept if isinstance(sweep, LearningSweep)]
+    return [*state.latents.values(), *model.parameters()], sweeps
+
+
 @pytest.mark.parametrize("num_particles", [1, 4])
 def test_learning_that_is_recorded_at_once_is_learning_as_written_but_for_rounding(num_particles):
     x, learned = torch.rand(16, 1, 2, 2), []
     for mode in ("auto", False):
-        model = Layers()
-        engine = DCPC(model, num_particles=num_particles, compile=mode)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        torch.manual_seed(0)
-        state, num_resampled = engine.init(x), 0
-        for _ in range(NUM_SWEEPS):
-            problem = engine.bind(x)
-            state, info = problem.sweep(state, learns=True)
-            num_resampled += info.ancestors is not None
-            optimizer.zero_grad()
-            problem.loss(state).backward()
-            optimizer.step()
-        learned.append([*state.latents.values(), *model.parameters()])
+        values, sweeps = learned_at_once(x, num_particles, mode)
+        learned.append(values)
         if mode == "auto":
-            kept = engine.division(x).recordings.values()
-            (sweep,) = [sweep for sweep in kept if isinstance(sweep, LearningSweep)]
-            assert sweep.num_operators  # and no other for particles that were resampled
-            assert num_resampled > 1 or num_particles == 1
+            (sweep,) = sweeps  # and no other for particles that were resampled
+            assert sweep.num_operators
     for one, other in zip(*learned, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
 
@@ -383,23 +392,9 @@ def test_compiled_learning_is_learning_as_written_but_for_rounding(num_particles
     """In all three stages, with particles that are resampled between them."""
     x, results = torch.rand(16, 1, 2, 2), []
     for mode in (True, False):
-        model = Layers()
-        engine = DCPC(model, num_particles=num_particles, compile=mode)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        torch.manual_seed(0)
-        state, num_resampled = engine.init(x), 0
-        for _ in range(NUM_SWEEPS):
-            problem = engine.bind(x)
-            state, info = problem.sweep(state, learns=True)
-            num_resampled += info.ancestors is not None
-            optimizer.zero_grad()
-            problem.loss(state).backward()
-            optimizer.step()
-        results.append([*state.latents.values(), *model.parameters()])
-        kept = engine.division(x).recordings.values()
-        sweeps = [sweep for sweep in kept if isinstance(sweep, LearningSweep)]
+        values, sweeps = learned_at_once(x, num_particles, mode)
+        results.append(values)
         assert [sweep.is_compiled for sweep in sweeps] == [True] * (mode is True)
-        assert num_resampled > 1 or num_particles == 1
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
