@@ -116,7 +116,7 @@ def _with_jumps(problem: Problem, state: SweepState) -> SweepState:
 
 def _correlation_left(problem: Problem, state: SweepState) -> float:
     """Largest correlation of the particles with themselves after a few sweeps."""
-    state = restart_adaptation(state, problem.parts)
+    state = problem.scored(restart_adaptation(state, problem.parts))
     for index in range(NUM_ADAPTING + NUM_MEASURED):
         if index == NUM_ADAPTING:
             before = _statistics(problem, state)

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dcpc.divide.repeats import is_random
 from dcpc.graphs.like import Like
 from dcpc.graphs.products import add_in_products, invert_once
-from dcpc.graphs.simplify import simplify
+from dcpc.graphs.simplify import is_elementwise, simplify
 from dcpc.graphs.targets import with_plain_targets
 from dcpc.graphs.together import run_together
 from dcpc.graphs.trees import Structure, flatten, leaves_of, unflatten
@@ -88,14 +88,18 @@ class Recording:
         """Number of operators of the graph."""
         return sum(node.op == "call_function" for node in self.graph.nodes)
 
-    @property
-    def num_elements(self) -> int:
-        """Number of elements that its operators write."""
-        return sum(
-            node.meta["like"].numel
-            for node in self.graph.nodes
-            if node.op == "call_function" and isinstance(node.meta.get("like"), Like)
-        )
+    def num_elements(self, *, least: int = 0, by_element: bool = False) -> int:
+        """Number of elements that its operators write.
+
+        Args:
+            least: Size of a tensor to count.
+            by_element: Whether only operators element by element count.
+        """
+        operators = (node for node in self.graph.nodes if node.op == "call_function")
+        counted = (n for n in operators if not by_element or is_elementwise(n.target))
+        likes = (node.meta.get("like") for node in counted)
+        sizes = (like.numel for like in likes if isinstance(like, Like))
+        return sum(size for size in sizes if size >= least)
 
     def __call__(self, settled: Any, moving: Any) -> Any:
         """The function's result; the trees must have the structure that was recorded."""

@@ -25,9 +25,12 @@ WORTH_RECORDING = 100
 
 SECONDS_PER_OPERATOR = 4e-6
 SECONDS_PER_ELEMENT = 0.6e-9
+SECONDS_PER_LARGE_ELEMENT = 2.5e-9
+LARGE = 2**16
 SAVED_SHARE = 0.6
 """Time of a recording by its operators and the elements that they write, and share of it that
-compiled code saves, on the slow side: `experiments.benchmarks.compiled_sweep` measures them."""
+compiled code saves, on the slow side: `experiments.benchmarks.compiled_sweep` measures them.
+Tensors of `LARGE` elements and more go through memory, operator after operator."""
 
 COMPILE_SECONDS = 5.0
 COMPILE_SECONDS_PER_OPERATOR = 0.02
@@ -55,6 +58,7 @@ class Tiered:
     Attributes:
         refusal: Why it runs as it is written; empty if it does not, or not yet.
         is_compiled: Whether compiled code runs.
+        recording: The recording; None if there is none.
     """
 
     def __init__(self, function: Callable[[Any, Any], Any], mode: Mode) -> None:
@@ -62,14 +66,14 @@ class Tiered:
         self.is_compiled = False
         self._function = function
         self._mode = mode
-        self._recording: Recording | None = None
+        self.recording: Recording | None = None
         self._num_calls = 0
         self._num_recorded = 0
 
     @property
     def num_operators(self) -> int:
         """Number of operators of the recording; 0 if there is none."""
-        return 0 if self._recording is None else self._recording.num_operators
+        return 0 if self.recording is None else self.recording.num_operators
 
     def __call__(
         self,
@@ -89,9 +93,9 @@ class Tiered:
             say: Told what takes long, or what is not done and why.
         """
         self._num_calls += 1
-        if self._recording is None and not self.refusal:
+        if self.recording is None and not self.refusal:
             self._prepare(settled, moving, num_expected, say)
-        recording = self._recording
+        recording = self.recording
         if recording is None:
             return self._function(settled, moving)
         self._num_recorded += 1
@@ -122,7 +126,7 @@ class Tiered:
                 self._refuse(f"torch's compiler failed: {first_line(error)}", say)
                 return
             self.is_compiled = True
-        self._recording = recording
+        self.recording = recording
 
     def _check(
         self, recording: Recording, settled: Any, moving: Any, say: Callable[[str], None]
@@ -134,7 +138,7 @@ class Tiered:
             self._refuse("its recording does not give the same numbers", say)
 
     def _refuse(self, reason: str, say: Callable[[str], None]) -> None:
-        self.refusal, self._recording, self.is_compiled = reason, None, False
+        self.refusal, self.recording, self.is_compiled = reason, None, False
         say(f"sweeps are not compiled: {reason}")
 
 
@@ -146,10 +150,21 @@ def pays_to_compile(recording: Recording, mode: Mode, num_expected: int) -> bool
         mode: True to compile it, `auto` to compile it where that pays.
         num_expected: Number of calls that are known to come.
     """
-    num_operators, num_elements = recording.num_operators, recording.num_elements
-    saved = SECONDS_PER_OPERATOR * num_operators + SECONDS_PER_ELEMENT * num_elements
-    price = COMPILE_SECONDS + COMPILE_SECONDS_PER_OPERATOR * num_operators
-    return mode is True or num_expected * SAVED_SHARE * saved > price
+    saved = num_expected * SAVED_SHARE * recorded_seconds(recording)
+    return mode is True or saved > compile_seconds(recording)
+
+
+def recorded_seconds(recording: Recording) -> float:
+    """Estimate of the time that a recording takes, which does not depend on the machine."""
+    num_large = recording.num_elements(least=LARGE, by_element=True)
+    num_small = recording.num_elements() - num_large
+    by_element = SECONDS_PER_ELEMENT * num_small + SECONDS_PER_LARGE_ELEMENT * num_large
+    return SECONDS_PER_OPERATOR * recording.num_operators + by_element
+
+
+def compile_seconds(recording: Recording) -> float:
+    """Estimate of the time that it takes to compile a recording."""
+    return COMPILE_SECONDS + COMPILE_SECONDS_PER_OPERATOR * recording.num_operators
 
 
 def are_results(

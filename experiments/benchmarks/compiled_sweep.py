@@ -3,9 +3,8 @@
     python -m experiments.benchmarks.compiled_sweep
 
 Eight schools (non-centred) and kidscore of posteriordb, with K = 1000 particles in double
-precision. Prints the time that it takes to record, to compile for the first time, and to compile
-once more from Inductor's cache on disk; and the constants that `dcpc.graphs.tiers` estimates them
-by.
+precision. Prints the time that it takes to record and to compile for the first time, and once more
+from Inductor's cache on disk; and what `dcpc.graphs.tiers` takes for them where it decides.
 """
 
 import argparse
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor
 
 from dcpc import DCPC
-from dcpc.graphs.runner import RecordedRunner
+from dcpc.graphs.recording import Recording
+from dcpc.graphs.tiers import compile_seconds, recorded_seconds
 from experiments.benchmarks.timing import describe_machine, interleaved_medians
 
 SCHOOLS = (
@@ -68,8 +68,8 @@ def sweeps(model: Callable, data: tuple, compile: bool | str, adapt: bool) -> Ca
     return sweep
 
 
-def compile_time(model: Callable, data: tuple) -> tuple[float, int]:
-    """Seconds until the first compiled sweep is done, and the operators of its graph."""
+def compile_time(model: Callable, data: tuple) -> tuple[float, Recording]:
+    """Seconds until the first compiled sweep is done, and what was compiled."""
     engine = DCPC(model, num_particles=1000, compile=False)
     state, _ = engine.sweep(engine.init(*data), *data)
     compiled = DCPC(model, num_particles=1000, compile=True)
@@ -77,9 +77,8 @@ def compile_time(model: Callable, data: tuple) -> tuple[float, int]:
     start = time.perf_counter()
     problem.sweep(state, retargets=False)
     elapsed = time.perf_counter() - start
-    runner = compiled._runner
-    assert isinstance(runner, RecordedRunner)
-    return elapsed, max(runner.num_operators())
+    recordings = problem.division.recordings.values()
+    return elapsed, max((r.recording for r in recordings if r.recording), key=recorded_seconds)
 
 
 def main() -> None:
@@ -96,11 +95,13 @@ def main() -> None:
             (eight_schools, tuple(x.double() for x in SCHOOLS)),
             (kidscore, children()),
         ):
-            cold, num_operators = compile_time(model, data)
+            cold, recording = compile_time(model, data)
             warm, _ = compile_time(model, data)
             print(
-                f"{model.__name__}, {num_operators} operators: compiled in {cold:.1f} s, and in "
-                f"{warm:.1f} s from the cache"
+                f"{model.__name__}, {recording.num_operators} operators: compiled in {cold:.1f} s, "
+                f"and in {warm:.1f} s from the cache; estimates: "
+                f"{compile_seconds(recording):.1f} s of compiling, "
+                f"{1e3 * recorded_seconds(recording):.2f} ms of a recorded sweep"
             )
             for adapt in (True, False):
                 plain, recorded, compiled = interleaved_medians(

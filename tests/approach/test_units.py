@@ -73,7 +73,7 @@ def assert_is(posterior: Posterior, exact: Exact) -> None:
 
 def test_correlated_coefficients_move_jointly_beside_effects_of_their_own():
     exact = groups()
-    posterior = run(exact)
+    posterior = run(exact, num_sweeps=600)
     assert list(posterior.joined) == ["a+b"]
     assert "'a'" in posterior.joined["a+b"]
     assert "'b'" in posterior.joined["a+b"]

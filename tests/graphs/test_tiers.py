@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dcpc.graphs.tiers import are_results
+from dcpc.graphs.recording import record
+from dcpc.graphs.tiers import are_results, pays_to_compile
 
 
 def inverse(settled, moving):
@@ -44,3 +45,17 @@ def test_the_comparison_draws_nothing_from_the_generator(ill_conditioned):
     drawn = torch.rand(3)
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(3))
+
+
+@pytest.mark.parametrize(("size", "pays"), [(1_000, False), (1_000_000, True)])
+def test_the_same_operators_pay_on_tensors_that_go_through_memory(size, pays):
+    def function(settled, moving):
+        value = moving["u"]
+        for _ in range(100):
+            value = value.sin().square()
+        return [value]
+
+    recording = record(function, {}, {"u": torch.rand(size)}, is_exact=False)
+    assert pays_to_compile(recording, "auto", num_expected=300) == pays
+    assert pays_to_compile(recording, True, num_expected=1)
+    assert not pays_to_compile(recording, "auto", num_expected=1)
