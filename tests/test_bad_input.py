@@ -464,3 +464,14 @@ def test_a_model_that_only_the_loop_backend_can_run_says_so_and_names_the_operat
     with pytest.warns(UserWarning, match=message):
         DCPC(model, num_particles=4).units(torch.ones(()))
     DCPC(model, num_particles=4, backend="loop").units(torch.ones(()))
+
+
+def test_a_model_that_cannot_be_captured_as_one_graph_says_so(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("a fault of the capture")
+
+    monkeypatch.setattr("dcpc.divide.program.capture.capture", fails)
+    with pytest.warns(UserWarning, match=r"as one graph.*never compiled.*a fault of the capture"):
+        division = DCPC(plain, num_particles=4).division(torch.zeros(2))
+    assert division.program.name == "vmap"
+    DCPC(plain, num_particles=4, backend="vmap").division(torch.zeros(2))

@@ -85,21 +85,19 @@ class _Components:
         )
 
 
-def fit_mixture(value: Tensor, mass: Tensor) -> StudentMixture:
-    """A mixture of Student-t distributions that is close to weighted particles.
+def fit_mixture(value: Tensor) -> StudentMixture:
+    """A mixture of Student-t distributions that is close to particles.
 
     Args:
-        value: Particles `(K, *plates, d)`.
-        mass: Their normalised weights, broadcastable to `(K, *plates)`.
+        value: Particles `(K, *plates, d)`, equally weighted.
     """
     plates, size = value.shape[1:-1], value.shape[-1]
-    mass = mass.to(value).expand(value.shape[:-1]).reshape(len(value), -1).mT  # (C, K)
     cloud = value.reshape(len(value), -1, size).movedim(1, 0)  # (C, K, d)
-    loc = torch.einsum("ck,ckd->cd", mass, cloud)
-    scale = torch.einsum("ck,ckd->cd", mass, (cloud - loc[:, None]).square()).sqrt()
+    loc = cloud.mean(1)
+    scale = (cloud - loc[:, None]).square().mean(1).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     standard = (cloud - loc[:, None]) / scale[:, None]
-    best = _choose(standard, mass)
+    best = _choose(standard)
     shrink = math.sqrt(INFLATION * (JUMP_DEGREES - 2.0) / JUMP_DEGREES)
     centre = loc[:, None] + scale[:, None] * best.loc
     factor = shrink * scale[:, None, :, None] * best.factor
@@ -111,20 +109,19 @@ def fit_mixture(value: Tensor, mass: Tensor) -> StudentMixture:
     )
 
 
-def _choose(value: Tensor, mass: Tensor) -> _Components:
+def _choose(value: Tensor) -> _Components:
     """The components of the lowest criterion, for each cell of values `(C, K, d)`."""
     num_particles, size = value.shape[1:]
-    effective = mass.square().sum(1).reciprocal()
-    best, lowest = None, torch.full_like(effective, math.inf)
+    best, lowest = None, torch.full_like(value[:, 0, 0], math.inf)
     for count in NUM_COMPONENTS:
         if count > 1 and (
             num_particles < PARTICLES_PER_COMPONENT * size * count
             or value.numel() * count > MAX_ELEMENTS
         ):
             break
-        components, log_density = _fit_best(value, mass, count)
+        components, log_density = _fit_best(value, count)
         num_parameters = count * (1 + size + size * (size + 1) // 2) - 1
-        criterion = num_parameters * effective.log() - 2.0 * effective * log_density
+        criterion = num_parameters * math.log(num_particles) - 2.0 * num_particles * log_density
         is_better = criterion < lowest
         lowest = torch.where(is_better, criterion, lowest)
         best = components if best is None else best.padded(count).or_where(is_better, components)
@@ -132,37 +129,37 @@ def _choose(value: Tensor, mass: Tensor) -> _Components:
     return best.without(best.log_share.isneginf().all(0))
 
 
-def _fit_best(value: Tensor, mass: Tensor, count: int) -> tuple[_Components, Tensor]:
+def _fit_best(value: Tensor, count: int) -> tuple[_Components, Tensor]:
     """The best of several fits, and its mean log-density `(C,)`."""
-    best, highest = _fit(value, mass, count)
+    best, highest = _fit(value, count)
     for _ in range(NUM_STARTS - 1 if count > 1 else 0):
-        other, log_density = _fit(value, mass, count)
+        other, log_density = _fit(value, count)
         is_better = log_density > highest
         best = best.or_where(is_better, other)
         highest = torch.where(is_better, log_density, highest)
     return best, highest
 
 
-def _fit(value: Tensor, mass: Tensor, count: int) -> tuple[_Components, Tensor]:
+def _fit(value: Tensor, count: int) -> tuple[_Components, Tensor]:
     """Components from a random start, and their mean log-density `(C,)`."""
-    share = _nearest(value, _spread_out(value, mass, count))
-    components = _maximised(value, mass, share)
+    share = _nearest(value, _spread_out(value, count))
+    components = _maximised(value, share)
     for _ in range(NUM_STEPS if count > 1 else 0):
-        components = _maximised(value, mass, components.log_prob(value).softmax(1))
+        components = _maximised(value, components.log_prob(value).softmax(1))
     log_density = components.log_prob(value).logsumexp(1)
-    return components, (mass * log_density).sum(1).nan_to_num(nan=-math.inf)
+    return components, log_density.mean(1).nan_to_num(nan=-math.inf)
 
 
-def _spread_out(value: Tensor, mass: Tensor, count: int) -> Tensor:
+def _spread_out(value: Tensor, count: int) -> Tensor:
     """Particles `(C, M, d)` far from one another (Arthur & Vassilvitskii 2007)."""
     cells = torch.arange(len(value), device=value.device)
-    chosen = [value[cells, torch.multinomial(mass, 1)[:, 0]]]
-    distance = (value - chosen[0][:, None]).square().sum(-1)
-    for _ in range(count - 1):
-        odds = mass * distance
-        odds = torch.where(odds.sum(1, keepdim=True) > 0, odds, mass)
+    chosen: list[Tensor] = []
+    odds = torch.ones_like(value[..., 0])
+    for _ in range(count):
+        odds = torch.where(odds.sum(1, keepdim=True) > 0, odds, 1.0)
         chosen.append(value[cells, torch.multinomial(odds, 1)[:, 0]])
-        distance = distance.minimum((value - chosen[-1][:, None]).square().sum(-1))
+        distance = (value - chosen[-1][:, None]).square().sum(-1)
+        odds = distance if len(chosen) == 1 else odds.minimum(distance)
     return torch.stack(chosen, 1)
 
 
@@ -172,16 +169,15 @@ def _nearest(value: Tensor, centre: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(nearest, centre.shape[1]).mT.to(value)
 
 
-def _maximised(value: Tensor, mass: Tensor, share: Tensor) -> _Components:
+def _maximised(value: Tensor, share: Tensor) -> _Components:
     """The components that fit best, given the particles' shares `(C, M, K)` of them."""
-    weight = share * mass.unsqueeze(1)
-    total = weight.sum(-1)
-    weight = weight / total.clamp(min=torch.finfo(value.dtype).tiny).unsqueeze(-1)
+    count = share.sum(-1)
+    weight = share / count.clamp(min=torch.finfo(value.dtype).tiny).unsqueeze(-1)
+    total = count / value.shape[1]
     loc = torch.einsum("cmk,ckd->cmd", weight, value)
     deviation = value.unsqueeze(1) - loc.unsqueeze(2)
     covariance = (weight.unsqueeze(-1) * deviation).mT @ deviation
     pooled = (total[..., None, None] * covariance).sum(1, keepdim=True)
-    effective = mass.square().sum(1).reciprocal()
-    borrowed = value.shape[-1] / (total * effective.unsqueeze(1) + value.shape[-1])
+    borrowed = value.shape[-1] / (count + value.shape[-1])
     covariance = torch.lerp(covariance, pooled, borrowed[..., None, None])
     return _Components(total.log(), loc, factor_of(covariance))

@@ -103,7 +103,7 @@ def _with_jumps(problem: Problem, state: SweepState) -> SweepState:
     (group,) = problem.division.groups
     value = group.pack(state.latents)
     here = value.squeeze(-2)
-    mixture = fit_mixture(here, torch.full_like(here[..., 0], 1.0 / len(here)))
+    mixture = fit_mixture(here)
     there = mixture.draw_each(here)
     unit = problem.density.conditional(group, state.latents)
     gained = unit.log_density(there.unsqueeze(-2)) - unit.log_density(value)

@@ -209,10 +209,16 @@ def _build_program(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = build_program(model, sites, arguments, example, backend, summed_out)
-    if backend == "auto" and isinstance(program, LoopProgram):
-        warnings.warn(
+    if backend == "auto" and program.reason:
+        what = (
             "the model cannot be vectorised over particles, so it runs once per particle: right, "
-            f"but slow. What stopped it: {program.reason}. backend='loop' silences this.",
+            "but slow"
+            if isinstance(program, LoopProgram)
+            else "the model cannot be captured as one graph, so it runs under torch.vmap: right, "
+            "but several times slower, and never compiled"
+        )
+        warnings.warn(
+            f"{what}. What stopped it: {program.reason}. backend='{program.name}' silences this.",
             stacklevel=4,
         )
     return program

@@ -100,10 +100,12 @@ class Program(ABC):
     Attributes:
         reads_data: Whether it holds numbers that the model took out of its data, so that it is
             right for these very data only.
+        reason: What stopped a faster backend; empty if nothing did.
     """
 
     name: str
     reads_data = False
+    reason = ""
 
     def __init__(
         self,
@@ -308,8 +310,6 @@ class LoopProgram(Program):
     """The model, one particle after the other: slow, and right by construction."""
 
     name = "loop"
-    reason = ""
-    """What kept the model from being vectorised."""
 
     def select(
         self, names: Sequence[str], *, for_score: bool = False
@@ -358,8 +358,7 @@ def build_program(
             backend_class = VmapProgram if name == "vmap" else LoopProgram
             program = backend_class(model, sites, arguments, example, summed_out)
             program.select(list(sites))(example, arguments.tensors)
-            if isinstance(program, LoopProgram):
-                program.reason = reason
+            program.reason = reason
             return program
         except ModelError:
             raise

@@ -11,10 +11,6 @@ from dcpc.conquer.jump import JUMP_DEGREES
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def equal_mass(value: torch.Tensor) -> torch.Tensor:
-    return torch.full(value.shape[:-1], 1.0 / len(value))
-
-
 def covariance_of(mixture, component: int, cell: int | None = None) -> torch.Tensor:
     """Covariance of a component of Student-t distributions."""
     factor = mixture.factor[component]
@@ -26,7 +22,7 @@ def test_one_gaussian_is_one_component():
     torch.manual_seed(0)
     root = torch.randn(6, 6)
     value = 3 + torch.randn(2000, 6) @ root.mT
-    mixture = fit_mixture(value, equal_mass(value))
+    mixture = fit_mixture(value)
     assert len(mixture.loc) == 1
     torch.testing.assert_close(mixture.loc[0], value.mean(0))
     torch.testing.assert_close(
@@ -46,7 +42,7 @@ def test_modes_are_found_with_their_shares_centres_and_shapes(size):
     root = torch.randn(4, size, size).tril() * 0.4 + 0.5 * torch.eye(size)
     which = torch.multinomial(share, 4000, replacement=True)
     value = centre[which] + (root[which] @ torch.randn(4000, size, 1)).squeeze(-1)
-    mixture = fit_mixture(value, equal_mass(value))
+    mixture = fit_mixture(value)
     assert len(mixture.loc) == 4
     nearest = torch.cdist(centre, mixture.loc).argmin(1)
     assert sorted(nearest.tolist()) == [0, 1, 2, 3]
@@ -65,7 +61,7 @@ def test_every_cell_has_its_own_number_of_modes():
     one = torch.randn(1000, 2)
     two = torch.randn(1000, 2) + torch.where(torch.rand(1000, 1) < 0.3, 12.0, 0.0)
     value = torch.stack([one, two], 1)
-    mixture = fit_mixture(value, equal_mass(value))
+    mixture = fit_mixture(value)
     share = mixture.log_share.exp()
     assert share.shape == (2, 2)
     torch.testing.assert_close(share.sum(0), torch.ones(2))
@@ -73,22 +69,14 @@ def test_every_cell_has_its_own_number_of_modes():
     assert float(share[:, 1].min()) == pytest.approx(0.3, abs=0.05)
 
 
-def test_weights_count():
-    torch.manual_seed(0)
-    value = torch.cat([torch.randn(500, 1), 20 + torch.randn(500, 1)])
-    mass = torch.cat([torch.full((500,), 0.9 / 500), torch.full((500,), 0.1 / 500)])
-    mixture = fit_mixture(value, mass)
-    assert sorted(mixture.log_share.exp().tolist()) == pytest.approx([0.1, 0.9], abs=1e-6)
-
-
 def test_few_particles_have_one_component():
     value = torch.cat([torch.randn(8, 5), 30 + torch.randn(8, 5)])
-    mixture = fit_mixture(value, equal_mass(value))
+    mixture = fit_mixture(value)
     assert len(mixture.loc) == 1
     assert bool(mixture.factor.isfinite().all())
 
 
 def test_particles_in_one_place_have_a_finite_mixture():
     value = torch.zeros(100, 2)
-    mixture = fit_mixture(value, equal_mass(value))
+    mixture = fit_mixture(value)
     assert bool(mixture.log_prob(value, value[..., 0]).isfinite().all())
