@@ -35,6 +35,9 @@ LENGTHS = (5.0, -20.0, 40)
 MIN_CURVATURE = 1e-3
 """Smallest eigenvalue of the curvature, in units of its diagonal."""
 
+MAX_CURVATURE = 1e6
+"""Largest entry of the curvature in these units that is believed."""
+
 DEGREES = 5.0
 """Degrees of freedom of the Student-t distributions that are made of the Gaussians."""
 
@@ -201,7 +204,9 @@ def _inverse_factor(curvature: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     tiny = torch.finfo(diagonal.dtype).tiny ** 0.5
     scale = torch.where(diagonal > tiny, diagonal.clamp(min=tiny).rsqrt(), 1.0 + value.abs())
     relative = curvature * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    eigenvalues, vectors = torch.linalg.eigh(relative)
+    # Differences far from the posterior may be of any size, and single precision then fails.
+    bounded = relative.double().nan_to_num(0.0).clamp(-MAX_CURVATURE, MAX_CURVATURE)
+    eigenvalues, vectors = (part.to(curvature.dtype) for part in torch.linalg.eigh(bounded))
     root = eigenvalues.abs().clamp(min=MIN_CURVATURE).rsqrt()
     return scale, scale.unsqueeze(-1) * vectors * root.unsqueeze(-2)
 

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from dcpc import DCPC
 from dcpc.approach.joint import joint_problem
-from dcpc.approach.path import Paths, choose_starts
+from dcpc.approach.path import Paths, _inverse_factor, choose_starts
 from dcpc.divide.joint_reference import StudentMixture
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -125,3 +125,32 @@ def test_starts_are_denser_than_draws():
         starts = choose_starts(paths, prior, is_improper=is_improper)
         assert starts.shape == (10, *prior.shape[1:])
         assert float(paths.log_density(starts).min()) > float(paths.log_density(prior).median())
+
+
+def test_differences_of_any_size_give_a_finite_factor():
+    """Far from the posterior, differences in single precision are of any size."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (50, 20, 20)
+    exponent = torch.randint(-30, 37, shape, generator=generator).float()
+    entries = torch.randn(shape, generator=generator, dtype=torch.float32) * 10.0**exponent
+    entries = entries.where(torch.rand(shape, generator=generator) < 0.3, 0.0)
+    curvature = 0.5 * (entries + entries.mT)
+    _, factor = _inverse_factor(curvature, torch.zeros(50, 20, dtype=torch.float32))
+    assert factor.dtype == torch.float32
+    assert bool(factor.isfinite().all())
+
+
+def test_the_factor_is_that_of_the_inverse_of_the_absolute_value():
+    generator = torch.Generator().manual_seed(1)
+    vectors, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))
+    values = torch.tensor([2.0, -1.0, 1.5, 0.5, -0.7, 3.0], dtype=torch.float64)
+    scale = torch.tensor([1.0, 10.0, 0.1, 2.0, 5.0, 1.0], dtype=torch.float64)
+    unit = (vectors * values) @ vectors.mT
+    root = unit.diagonal().abs().sqrt()
+    curvature = unit / (scale[:, None] * scale)
+    _, factor = _inverse_factor(curvature[None], torch.zeros(1, 6, dtype=torch.float64))
+    # The absolute value is that of the matrix whose diagonal is one.
+    relative = unit / (root[:, None] * root)
+    found, own = torch.linalg.eigh(relative)
+    expected = (own / found.abs()) @ own.mT * (scale / root)[:, None] * (scale / root)
+    torch.testing.assert_close(factor[0] @ factor[0].mT, expected)
