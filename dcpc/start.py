@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dcpc.divide import Arguments, Density, Division, Reference, prior_particles
 from dcpc.divide.handlers import Until, layers, running, transform_of
+from dcpc.divide.masking import masked
 from dcpc.divide.model import Model, constrained_shapes, unconstrain
 from dcpc.divide.program import map_particles
 from dcpc.divide.unit import sum_to_plates
@@ -154,10 +155,13 @@ def draw_from_guide(
 ) -> SweepState:
     """Independent particles from a guide; the state refers to its log-density.
 
+    Values that are masked out in the model are no part of either density.
+
     Raises:
         OptionError: The guide does not sample all latents.
     """
     args, kwargs = arguments.rebuild(arguments.tensors)
+    active = division.activity(arguments.tensors).latents
 
     def draw(_: Tensor) -> dict[str, Tensor]:
         with torch.no_grad(), running(guide, args, kwargs):
@@ -171,7 +175,7 @@ def draw_from_guide(
             until_drawn = Until(division.latents)(division.program.model)
             replayed = pyro.poutine.trace(pyro.poutine.replay(until_drawn, trace))
             nodes = replayed.get_trace(*args, **kwargs).nodes
-            terms = [_log_density(trace, division)]
+            terms = [_log_density(trace, division, active, observed=False)]
         drawn = {}
         for name in division.latents:
             transform, value = transform_of(nodes[name]["fn"]), nodes[name]["value"]
@@ -180,7 +184,7 @@ def draw_from_guide(
             batch_dims = len(division.sites[name].batch_shape)
             if log_det.dim() > batch_dims:
                 log_det = log_det.flatten(batch_dims).sum(-1)
-            terms.append(_by_cell(log_det, division))
+            terms.append(_by_cell(_of_active(log_det, active.get(name)), division))
         return {**drawn, "_log_guide": torch.stack(torch.broadcast_tensors(*terms)).sum(0)}
 
     with running(guide, args, kwargs):
@@ -207,6 +211,7 @@ def guide_refusal(guide: Model, division: Division, arguments: Arguments) -> str
         for name, node in nodes.items()
         if node["type"] == "sample"
         and not site_is_subsample(node)
+        and not node["is_observed"]
         and not any(isinstance(part, dist.Delta) for part in layers(node["fn"]))
     }
     points = [name for name in division.latents if name not in random]
@@ -233,31 +238,58 @@ def guide_loss(
     """`- sum_cells sum_k W_k log q(z_k | x)`: the cross-entropy of the particles and the guide.
 
     Particles and weights are constants, so that its gradient trains the guide alone, as in
-    reweighted wake-sleep (Bornschein & Bengio 2015).
+    reweighted wake-sleep (Bornschein & Bengio 2015). What the guide itself observes (a label that
+    is seen, which it is to predict where it is not) counts too; latents that are masked out in the
+    model do not.
 
     Args:
         values: Constrained values of the particles, `(K, *batch, *event)` by name.
     """
     args, kwargs = arguments.rebuild(arguments.tensors)
+    active = division.activity(arguments.tensors).latents
     log_guide = []
     for k in range(state.num_particles):
         particle = {name: values[name][k].detach() for name in division.latents}
         trace = pyro.poutine.trace(pyro.poutine.condition(guide, particle)).get_trace(
             *args, **kwargs
         )
-        log_guide.append(_log_density(trace, division))
+        log_guide.append(_log_density(trace, division, active, observed=True))
     return -(state.log_weight.normalized() * torch.stack(log_guide)).sum()
 
 
-def _log_density(trace: pyro.poutine.Trace, division: Division) -> Tensor:
-    """One particle's log-density under a traced guide, by population cell."""
+def _log_density(
+    trace: pyro.poutine.Trace, division: Division, active: Mapping[str, Tensor], *, observed: bool
+) -> Tensor:
+    """One particle's log-density under a traced guide, by population cell.
+
+    Args:
+        active: By latent that the model masks in part, what is active.
+        observed: Whether to count what the guide observes.
+    """
     trace.compute_log_prob()
     terms = [
-        _by_cell(node["unscaled_log_prob"], division)
-        for node in trace.nodes.values()
-        if node["type"] == "sample" and not site_is_subsample(node)
+        _by_cell(_of_active(_masked(node), active.get(name)), division)
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample"
+        and not site_is_subsample(node)
+        and (observed or not node["is_observed"])
     ]
     return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
+
+
+def _masked(node: Any) -> Tensor:
+    """A site's log-density without its scale; of an observed one, with its mask."""
+    log_prob = node["unscaled_log_prob"]
+    return masked(log_prob, node["mask"]) if node["is_observed"] else log_prob
+
+
+def _of_active(log_prob: Tensor, active: Tensor | None) -> Tensor:
+    """Log-densities `(*batch)` where anything is active, `(*batch, *event)`."""
+    if active is None:
+        return log_prob
+    extra = active.dim() - log_prob.dim()
+    batch = active.flatten(-extra).any(-1) if extra > 0 else active
+    return torch.where(batch, log_prob, 0.0)
 
 
 def _by_cell(log_prob: Tensor, division: Division) -> Tensor:

@@ -271,6 +271,62 @@ def test_guide_on_a_constrained_support_has_the_right_evidence(name):
     assert float(((posterior.mean()["z"] - pair.mean) / pair.std).abs().max()) < 4.5 / 1000**0.5
 
 
+def test_a_guide_of_half_observed_labels_has_the_right_evidence():
+    """Where a label is seen, the guide's draw of it is no part of either density."""
+    share, centre = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([-1.0, 0.5, 2.0])
+
+    def model(x, label, seen):
+        with pyro.plate("data", len(x)):
+            label = pyro.sample("label", dist.Categorical(share), obs=label, obs_mask=seen)
+            z = pyro.sample("z", dist.Normal(centre[label], 0.7))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x, label, seen):
+        with pyro.plate("data", len(x)):
+            pyro.sample("label_unobserved", dist.Categorical(torch.tensor([0.2, 0.4, 0.4])))
+            pyro.sample("z", dist.Normal(x, 0.8))
+            with pyro.poutine.mask(mask=seen):
+                pyro.sample("told", dist.Categorical(share), obs=label)
+
+    x, label = torch.tensor([0.0, 1.0, 2.0, -1.0]), torch.tensor([0, 1, 2, 0])
+    seen = torch.tensor([True, False, True, False])
+    joint = share.log() + dist.Normal(centre, math.hypot(0.7, 0.5)).log_prob(x[:, None])
+    exact = torch.where(seen, joint.gather(1, label[:, None])[:, 0], joint.logsumexp(1))
+    engine = DCPC(model, guide, num_particles=2000)
+    posterior = engine.run(x, label, seen, num_sweeps=20, seed=0, progress=False)
+    error = (posterior.log_evidence - exact).abs() / posterior.log_evidence_se
+    assert bool((error < 4).all())
+    found = posterior.probabilities("label_unobserved")[~seen]
+    torch.testing.assert_close(found, joint.softmax(1)[~seen], atol=0.02, rtol=0.0)
+
+
+def test_a_guide_learns_from_labels_that_it_sees_and_from_no_others():
+    """The loss of its class probabilities is the cross-entropy of the labels that are seen."""
+    logits = torch.tensor([0.3, -0.2, 0.5], requires_grad=True)
+
+    def model(x, label, seen):
+        with pyro.plate("data", len(x)):
+            label = pyro.sample(
+                "label", dist.Categorical(torch.ones(3) / 3), obs=label, obs_mask=seen
+            )
+            pyro.sample("x", dist.Normal(label.to(x), 1.0), obs=x)
+
+    def guide(x, label, seen):
+        with pyro.plate("data", len(x)):
+            pyro.sample("label_unobserved", dist.Categorical(torch.ones(3) / 3))
+            with pyro.poutine.mask(mask=seen):
+                pyro.sample("told", dist.Categorical(logits=logits), obs=label)
+
+    x, label = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0, 1, 2])
+    seen = torch.tensor([True, False, True])
+    problem = DCPC(model, guide, num_particles=4).bind(x, label, seen)
+    loss = problem.guide_loss(problem.init())
+    (found,) = torch.autograd.grad(loss, logits)
+    told = torch.nn.functional.cross_entropy(logits.expand(2, 3), label[seen], reduction="sum")
+    (expected,) = torch.autograd.grad(told, logits)
+    torch.testing.assert_close(found, expected)
+
+
 def test_autoguide_warm_starts_the_particles():
     pair = next(pair for pair in conjugate_pairs() if pair.name == "gamma-precision")
     guide = AutoNormal(pair.model, init_scale=0.5)
