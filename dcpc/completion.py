@@ -49,9 +49,11 @@ def _complete(
     everything = {**latents, **start}
     probabilities: dict[str, Tensor] = {}
     density = Density(whole, tuple(tensors))
+    active = density.active_values()
     for group in whole.groups:
         if all(name in names for unit in group.units for name in unit.sites):
-            drawn = draw_from_conditional(density.conditional(group, everything), keep_dead=False)
+            unit = density.conditional(group, everything, active.get(group.name))
+            drawn = draw_from_conditional(unit, keep_dead=False)
             everything |= group.unpack(drawn.value)
             probabilities |= drawn.probabilities
     return everything, probabilities

@@ -212,6 +212,7 @@ def guide_refusal(guide: Model, division: Division, arguments: Arguments) -> str
         if node["type"] == "sample"
         and not site_is_subsample(node)
         and not node["is_observed"]
+        and name not in division.summed_out
         and not any(isinstance(part, dist.Delta) for part in layers(node["fn"]))
     }
     points = [name for name in division.latents if name not in random]
@@ -262,6 +263,8 @@ def _log_density(
 ) -> Tensor:
     """One particle's log-density under a traced guide, by population cell.
 
+    Latents that the model sums out are no part of it.
+
     Args:
         active: By latent that the model masks in part, what is active.
         observed: Whether to count what the guide observes.
@@ -273,6 +276,7 @@ def _log_density(
         if node["type"] == "sample"
         and not site_is_subsample(node)
         and (observed or not node["is_observed"])
+        and name not in division.summed_out
     ]
     return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
 

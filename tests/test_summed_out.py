@@ -260,3 +260,65 @@ def test_an_enumeration_that_costs_too_much_names_the_cost():
         DCPC(config_enumerate(model), num_particles=3).bind(SERIES[0])
     with pytest.raises(OptionError, match=r"\('a', 'b'\).*2,000 evaluations.*split"):
         DCPC(model, num_particles=3, blocks=[("a", "b")]).bind(SERIES[0])
+
+
+def half_labelled(x, label, seen):
+    """A label that nothing depends on, and that is seen of some data: two likelihoods of `z`."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        logits = torch.stack([z, -z, 0.3 * torch.ones_like(z)], -1)
+        pyro.sample("label", dist.Categorical(logits=logits), obs=label, obs_mask=seen)
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def test_labels_that_are_not_seen_are_left_out_and_have_exact_probabilities():
+    x, label = torch.tensor([0.4, -1.0, 1.5, 0.2]), torch.tensor([1, 0, 2, 0])
+    seen = torch.tensor([True, False, True, False])
+    grid = torch.linspace(-8, 8, 4001)
+    logits = torch.stack([grid, -grid, 0.3 * torch.ones_like(grid)], -1)
+    told = logits.log_softmax(-1)  # (grid, classes)
+    joint = dist.Normal(0.0, 1.0).log_prob(grid) + dist.Normal(grid, 0.5).log_prob(x[:, None])
+    joint = joint + torch.where(seen[:, None], told.T[label], 0.0)
+    log_evidence = joint.logsumexp(1) + (grid[1] - grid[0]).log()
+    weight = joint.softmax(1)
+    engine = DCPC(half_labelled, num_particles=1000)
+    assert list(engine.bind(x, label, seen).init().latents) == ["z"]
+    posterior = engine.run(x, label, seen, num_sweeps=200, seed=0, progress=False)
+    error = (posterior.log_evidence - log_evidence) / posterior.log_evidence_se
+    assert bool((error.abs() < 4).all())
+    table = posterior.statistics()["z"]
+    assert bool(((table["mean"] - weight @ grid).abs() < 4 * table["mcse"]).all())
+    found = posterior.probabilities("label_unobserved")[~seen]
+    torch.testing.assert_close(found, (weight @ told.exp())[~seen], atol=0.01, rtol=0.0)
+    drawn = posterior.samples["label"]
+    assert bool((drawn[:, seen] == label[seen]).all())
+    assert posterior.num_masked == {"label_unobserved": 2}
+
+
+def test_a_barren_latent_that_others_depend_on_is_no_barren_one():
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("w", dist.Bernoulli(0.2 + 0.5 * z))
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    problem = DCPC(model, num_particles=3).bind(SERIES[0])
+    assert problem.division.summed_out == ["w"]  # and `z` hangs on it
+
+
+def test_a_guide_may_draw_what_the_model_leaves_out():
+    def guide(x, label, seen):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.7))
+            pyro.sample("label_unobserved", dist.Categorical(torch.ones(3) / 3))
+
+    x, label = torch.tensor([0.4, -1.0]), torch.tensor([1, 0])
+    seen = torch.tensor([True, False])
+    one, other = (
+        DCPC(half_labelled, g, num_particles=4000).run(
+            x, label, seen, num_sweeps=4, seed=0, progress=False
+        )
+        for g in (None, guide)
+    )
+    error = (one.log_evidence_se.square() + other.log_evidence_se.square()).sqrt()
+    assert bool(((one.log_evidence - other.log_evidence).abs() < 4 * error).all())

@@ -11,7 +11,7 @@ few evaluations, and steps can be Newton's, with the absolute values of the curv
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,11 @@ MIN_CURVATURE = 1e-3
 MAX_CURVATURE = 1e6
 """Largest entry of the curvature in these units that is believed."""
 
+NUM_NEARBY = 4
+MAX_ROUNDING = 1.0
+"""Values that differ in their last digits, and the largest difference of their log-densities, where
+these are believed."""
+
 DEGREES = 5.0
 """Degrees of freedom of the Student-t distributions that are made of the Gaussians."""
 
@@ -63,6 +68,17 @@ class _Gaussians:
             torch.where(better.unsqueeze(-1), other.loc, self.loc),
             torch.where(better[..., None, None], other.factor, self.factor),
         )
+
+    def found(self) -> _Gaussians:
+        """The best of a cell in the place of those whose paths have led nowhere."""
+        top = self.bound.argmax(0, keepdim=True)
+        others = _Gaussians(
+            self.bound.gather(0, top).expand_as(self.bound),
+            self.loc.take_along_dim(top.unsqueeze(-1), 0).expand_as(self.loc),
+            self.factor.take_along_dim(top[..., None, None], 0).expand_as(self.factor),
+        )
+        lost = self.bound.isneginf()
+        return self.or_better(replace(others, bound=torch.where(lost, others.bound, -math.inf)))
 
 
 class Paths:
@@ -111,6 +127,7 @@ class Paths:
             width = 1.0 + value.abs()
             root = _cube_root_of_precision(value)
             step = torch.minimum(root * width, 0.05 * scale).clamp(min=1e-3 * root * width)
+        best = best.found()
         return StudentMixture(best.loc, best.factor, DEGREES)
 
     def log_density(self, value: Tensor) -> Tensor:
@@ -146,7 +163,7 @@ class Paths:
     def _gaussians(self, loc: Tensor, factor: Tensor, wanted: Tensor) -> _Gaussians:
         """Gaussians with their bounds, `E_q[log p - log q]`, by a few draws of each."""
         cholesky, failed = torch.linalg.cholesky_ex(factor @ factor.mT)
-        wanted = wanted & (failed == 0)
+        wanted = wanted & (failed == 0) & self._is_credible(loc)
         identity = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)
         cholesky = torch.where(wanted[..., None, None], cholesky, identity)
         count = max(4, self._num_particles // len(loc))
@@ -157,6 +174,17 @@ class Paths:
         constant = 0.5 * loc.shape[-1] * math.log(2 * math.pi)
         bound = (log_density + entropy).mean(0) + constant
         return _Gaussians(torch.where(wanted, bound, -math.inf), loc, cholesky)
+
+    def _is_credible(self, value: Tensor) -> Tensor:
+        """Whether the log-density at values `(S, *plates, d)` does not hang on their last digits.
+
+        A path climbs, and finds the places where arithmetic breaks down: there the log-density may
+        be large, and is another number wherever its argument is rounded otherwise.
+        """
+        noise = torch.randn(NUM_NEARBY, *value.shape, dtype=value.dtype, device=value.device)
+        nearby = value * (1.0 + 4.0 * torch.finfo(value.dtype).eps * noise)
+        density = self.log_density(nearby.flatten(0, 1)).unflatten(0, nearby.shape[:2])
+        return density.amax(0) - density.amin(0) < MAX_ROUNDING  # NaN of infinities is not
 
     def _search(self, value: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
         """The best of many lengths of a step, and the log-density there."""

@@ -36,6 +36,10 @@ NUM_MEASURED = 4
 MAX_CORRELATION = 0.1
 """Correlation that counts as forgotten, besides what chance makes of it."""
 
+MAX_LEFT = 0.95
+"""Correlation that is left by moves that do not help: where all latents move as one, the values
+with the heaviest tails set the step size of all."""
+
 MIN_GAIN = 1.4
 """Factor by which twice the steps have to raise the rate of forgetting."""
 
@@ -56,6 +60,11 @@ class Moves:
     problem: Problem
     adaptation: Mapping[str, Adaptation]
     left: float = 1.0
+
+    @property
+    def forget_nothing(self) -> bool:
+        """Whether moves of any length leave the particles where they were."""
+        return self.problem.tuned_steps > 0 and self.left > MAX_LEFT
 
     def num_sweeps(self, least: int, most: int) -> int:
         """Number of sweeps of which half are worth fifty independent draws, within bounds.

@@ -14,7 +14,7 @@ from dcpc.divide.joint_reference import JointReference
 from dcpc.divide.model import Latents
 from dcpc.divide.program import Factors
 from dcpc.divide.tempering import POSTERIOR, Reference, Tempering
-from dcpc.divide.unit import ScoredDensity, UnitGroup, sum_terms
+from dcpc.divide.unit import ScoredDensity, UnitGroup, credible, sum_terms
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ class Density:
         """
         with torch.no_grad():
             return self.division.in_batches(
-                lambda batch: self._by_cell(self.division.log_factors(batch, self.tensors), batch),
+                lambda batch: credible(
+                    self._by_cell(self.division.log_factors(batch, self.tensors), batch)
+                ),
                 latents,
             )
 
@@ -118,9 +120,14 @@ class Density:
     def active_latents(self) -> dict[str, Tensor]:
         """By latent, which values the data make a part of the density, `(*batch, *event)`.
 
-        Latents that are all active are left out.
+        Latents that are all active are left out; those that are summed out are not.
         """
-        return self.division.activity(self.tensors).latents
+        active = self.division.activity(self.tensors).latents
+        whole = self.division.completion
+        if whole is None:
+            return active
+        of_summed_out = whole.activity(self.tensors).latents
+        return active | {n: v for n, v in of_summed_out.items() if n in self.division.summed_out}
 
     def without_prior(self) -> list[str]:
         """Latents whose prior is flat, scaled or masked: it cannot be sampled or integrated."""

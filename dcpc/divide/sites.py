@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from traceback import walk_tb
 from typing import Any
 
 import pyro
@@ -195,7 +196,25 @@ def _nodes(
     handler = TensorObservations() if handler is None else handler
     with torch.no_grad(), running(model, args, kwargs, validates=True):
         handled = pyro.poutine.trace(InitialiseFlat()(handler(model)))
-        return handled.get_trace(*args, **kwargs).nodes
+        try:
+            return handled.get_trace(*args, **kwargs).nodes
+        except ValueError as error:
+            _raise_of_mask(error)
+            raise
+
+
+def _raise_of_mask(error: ValueError) -> None:
+    """Turns Pyro's complaint about a mask into one that names the site."""
+    what = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    if "obs_mask" not in what and "BoolTensor" not in what:
+        return
+    calls = [f for f, _ in walk_tb(error.__traceback__) if f.f_code.co_name == "sample"]
+    names = [str(frame.f_locals["name"]) for frame in calls if "name" in frame.f_locals]
+    site = f"site '{names[0]}': " if names else ""
+    raise DataError(
+        f"{site}{what}. A mask is a boolean tensor with one entry per element of the site's "
+        "plates; make it by mask.bool(), in the order of the data"
+    ) from error
 
 
 def _check_devices(nodes: Mapping[str, Any]) -> None:

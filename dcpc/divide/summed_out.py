@@ -1,8 +1,9 @@
-"""Discrete latents that are summed out, as `infer={"enumerate": "parallel"}` asks for.
+"""Discrete latents that are summed out: as `infer={"enumerate": "parallel"}` asks for, or barren.
 
 The sum over their values takes the place of the likelihood factors that it runs through: the other
-latents then move on their marginal density, as in Pyro's own samplers. Values can be drawn
-afterwards, from the divided model in which they are latents (`Division.completion`).
+latents then move on their marginal density, as in Pyro's own samplers. A barren latent, on which
+nothing depends (a label that is not seen), sums to one, and is left out (Shachter 1986). Values can
+be drawn afterwards, from the divided model in which they are latents (`Division.completion`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Sum:
         members: The latents.
         block: Their supports, and the order in which they are summed out.
         plates: Plates whose elements are independent, outermost first.
-        likelihood: The observed site whose factor the sum becomes.
+        likelihood: The observed site whose factor the sum becomes; empty where it is one.
     """
 
     members: Members
@@ -55,9 +56,13 @@ class Sum:
         return torch.Size(sizes)
 
     def assignments(self, sites: Mapping[str, Site], like: Tensor) -> dict[str, Tensor]:
-        """Values `(C, *batch, *event)` of the members that show all values of every factor."""
+        """Values `(C, *batch, *event)` of the members that show all values of every factor.
+
+        Any value does where the sum is one.
+        """
         width = sum(support.width for support in self.block.supports)
         rows = self.block.assignments(like.new_zeros(1, 1, width))[:, 0, 0]
+        rows = rows if self.likelihood else rows[:1]
         values, start = {}, 0
         for name, support in zip(self.members, self.block.supports, strict=True):
             part = rows[:, start : start + support.width]
@@ -101,7 +106,7 @@ class SummedOut:
             {name: site for name, site in base.items() if name not in self._merged()},
             base.deterministic,
         )
-        for part in self.sums:
+        for part in self._with_likelihood():
             self.sites[part.likelihood] = replace(
                 base[part.likelihood], plates=part.plates, batch_shape=part.batch_shape
             )
@@ -130,11 +135,14 @@ class SummedOut:
         }
         factors, masks = _at_all(run, padded)
         result = {name: factors[name][0] for name in self.sites}
-        for part in self.sums:
+        for part in self._with_likelihood():
             count = len(values[part.members[0]])
             own = {name: factors[name][:count] for name in part.block.plan.scopes}
             result[part.likelihood] = part.log_sum(own)
         return result, {name: mask[0] for name, mask in masks.items()}
+
+    def _with_likelihood(self) -> list[Sum]:
+        return [part for part in self.sums if part.likelihood]
 
     def _merged(self) -> set[str]:
         return {
@@ -164,11 +172,11 @@ def find_sums(
     graph: SiteGraph,
     plates_of: PlatesOf,
 ) -> SummedOut | None:
-    """The latents that the model's author wants enumerated and that can be summed out.
+    """The latents that the model's author wants enumerated and that can be summed out, or barren.
 
-    Those that continuous latents depend on, whose priors a handler masks or scales, or whose plates
-    hold elements that are not independent, are drawn like other discrete latents, and so are all
-    where no other latent would be left: the posterior is the same.
+    Of the former, those that continuous latents depend on, whose priors a handler masks or scales,
+    or whose plates hold elements that are not independent, are drawn like other discrete latents,
+    and so are all where no other latent would be left: the posterior is the same.
 
     Args:
         sites: The sites.
@@ -178,16 +186,41 @@ def find_sums(
     Raises:
         ModelError: A support has no end, or the sum has too many terms.
     """
-    wanted = [(name,) for name in sites.latents if sites[name].is_enumerated]
-    if not wanted:
-        return None
-    found = []
-    for whole in _connected(graph, [unit[0] for unit in wanted]):
+    found = _barren(sites, graph, plates_of)
+    gone = {name for part in found for name in part.members}
+    wanted = [n for n in sites.latents if sites[n].is_enumerated and n not in gone]
+    for whole in _connected(graph, wanted):
         part = _sum(graph, whole, plates_of([whole])[whole])
         found += [part] if part is not None else _sums_by_plates(graph, whole, plates_of)
     if sum(len(part.members) for part in found) == len(sites.latents):
         return None
     return SummedOut(sites, found) if found else None
+
+
+def _barren(sites: Sites, graph: SiteGraph, plates_of: PlatesOf) -> list[Sum]:
+    """Sums of one, over discrete latents that no other factor depends on."""
+    found = []
+    for name in sites.latents:
+        site, support = sites[name], sites[name].discrete
+        if support is None or math.isinf(support.num_values) or graph.factors((name,)) != [name]:
+            continue
+        plates = plates_of([(name,)])[(name,)]
+        plan = plan_members(graph, (name,))
+        handled = site.is_rescaled or site.is_improper
+        if plan is not None and plan.is_cheap and not handled and _is_single(site, plates):
+            ordered = tuple(sorted(plates, key=lambda plate: plate.dim))
+            found.append(Sum((name,), Block((support,), plan), ordered, ""))
+    return found
+
+
+def _is_single(site: Site, plates: Sequence[Plate]) -> bool:
+    """Whether a discrete latent has one value per element of some plates."""
+    assert site.discrete is not None
+    elements = math.prod(plate.size for plate in plates)
+    return (
+        math.prod(site.batch_shape) == elements
+        and site.unconstrained_shape.numel() == elements * site.discrete.width
+    )
 
 
 def _connected(graph: SiteGraph, names: Sequence[str]) -> list[Members]:
@@ -226,12 +259,7 @@ def _sum(graph: SiteGraph, members: Members, plates: tuple[Plate, ...]) -> Sum |
     assert plan is not None
     likelihoods = [name for name in plan.scopes if graph.sites[name].is_observed]
     elements = math.prod(plate.size for plate in plates)
-    single = all(
-        math.prod(graph.sites[name].batch_shape) == elements
-        and graph.sites[name].unconstrained_shape.numel() == elements * support.width
-        for name in members
-        if (support := graph.sites[name].discrete)
-    )
+    single = all(_is_single(graph.sites[name], plates) for name in members)
     others = [name for name in plan.scopes if name not in members and name not in likelihoods]
     handled = any(
         site.is_masked or site.is_rescaled or site.is_improper

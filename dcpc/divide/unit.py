@@ -17,6 +17,9 @@ from dcpc.divide.program import Factors, Program
 from dcpc.divide.sites import Plate, Site
 from dcpc.divide.tempering import POSTERIOR, Tempering
 
+MAX_ROUNDING = 1024.0
+"""Rounding error, in nats, from which a positive log-density is no number."""
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -235,7 +238,7 @@ class UnitGroup:
                 self.log_reference(tempering, value, factors)
             )
         stacked = torch.stack(densities, -1) if len(densities) > 1 else densities[0].unsqueeze(-1)
-        return stacked.to(value.dtype)  # data and other latents may have another precision
+        return credible(stacked.to(value.dtype))  # data and other latents may be more precise
 
     def _log_terms(
         self, value: Tensor, latents: Latents, tensors: Sequence[Tensor], tempering: Tempering
@@ -272,6 +275,16 @@ class UnitGroup:
         moved = [size for axis, size in enumerate(shape) if axis not in axes]
         u = rows.reshape(rows.shape[0], *self.plate_shape, *moved)
         return u.movedim(list(range(1, 1 + len(axes))), [1 + axis for axis in axes])
+
+
+def credible(log_density: Tensor) -> Tensor:
+    """Log-densities, minus infinity where they are so large that arithmetic has broken down.
+
+    Moves and weights go where a log-density is high, and so find the places where it is rounding
+    that makes it high: a covariance that is singular but for its last digits, say.
+    """
+    largest = MAX_ROUNDING / torch.finfo(log_density.dtype).eps
+    return log_density.masked_fill(log_density > largest, -math.inf)
 
 
 def sum_terms(terms: Iterable[Tensor]) -> Tensor:

@@ -5,9 +5,12 @@ images      how good images are: completion of halves, Frechet distances
 generation  data that a model generates, from its prior or from a pseudo-posterior; neighbours
 particles   particles of a trained model, in files and without inference
 
+classes     labels that a model predicts: error and calibration
+
 `batches` and `intensities` are what these share.
 """
 
+from dcpc.evaluation.classes import Calibration, calibration, class_probabilities
 from dcpc.evaluation.evidence import (
     PRIOR_SAMPLES,
     Bounds,
@@ -51,6 +54,7 @@ from dcpc.evaluation.particles import FrozenParticles, FrozenParticlesError, inf
 __all__ = [
     "PRIOR_SAMPLES",
     "Bounds",
+    "Calibration",
     "Completion",
     "Decoded",
     "Evaluation",
@@ -66,6 +70,8 @@ __all__ = [
     "Setting",
     "TemperatureStudy",
     "bottom_half",
+    "calibration",
+    "class_probabilities",
     "complete",
     "decode",
     "evaluate",

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from dcpc.errors import OptionError, require_at_least
+from dcpc.observed import Data, main_tensor, mapped, split
 
 __all__ = ["BATCH_SIZE", "batches", "gradients_allowed"]
 
@@ -23,14 +23,15 @@ def gradients_allowed() -> Iterator[None]:
         yield
 
 
-def batches(x: Tensor, batch_size: int) -> list[Tensor]:
+def batches(x: Data, batch_size: int) -> list[Data]:
     """Splits data into copies of its batches, which may be differentiated through.
 
     Raises:
         OptionError: An impossible batch size, or no data.
     """
     require_at_least("batch_size", batch_size, 1)
-    if x.dim() == 0 or len(x) == 0:
-        raise OptionError(f"x must hold at least one datum, got shape {tuple(x.shape)}")
+    shape = tuple(main_tensor(x).shape)
+    if not shape or not shape[0]:
+        raise OptionError(f"x must hold at least one datum, got shape {shape}")
     with gradients_allowed():
-        return [part.clone() for part in x.split(batch_size)]
+        return [mapped(torch.clone, part) for part in split(x, batch_size)]

@@ -24,6 +24,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from dcpc.errors import DCPCError, OptionError
 from dcpc.training.callbacks import (
+    CalibrationCurve,
     EvaluationTable,
     ImageGrids,
     PredictionWriter,
@@ -199,13 +200,16 @@ class TrainingCLI(LightningCLI):
         callbacks: list[Callback]
         if self.subcommand == "fit":
             monitor = SweepMonitor(options.log_every_n_steps or 50)
-            callbacks = [monitor, ImageGrids(), RunReport()]
+            callbacks = [monitor, ImageGrids(), CalibrationCurve(), RunReport()]
             if options.enable_checkpointing is not False:
                 callbacks.append(RunCheckpoint(self.signals))
             if options.logger in (None, True):
                 kwargs["logger"] = _Logger(options.default_root_dir, name="")
         else:
-            callbacks = [PredictionWriter() if self.subcommand == "predict" else EvaluationTable()]
+            is_prediction = self.subcommand == "predict"
+            callbacks = [PredictionWriter()] if is_prediction else [EvaluationTable()]
+            if self.subcommand == "test":
+                callbacks.append(CalibrationCurve())
             kwargs["logger"] = False
             kwargs["enable_checkpointing"] = False
         if options.enable_progress_bar is None:

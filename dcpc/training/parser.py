@@ -20,7 +20,14 @@ from jsonargparse.typing import (
 )
 from pytorch_lightning.cli import LightningArgumentParser
 
-from dcpc.training.data import ArrayData, DigitsData, HubImages, MoonsData
+from dcpc.training.data import (
+    ArrayData,
+    DigitsData,
+    HalfLabelledData,
+    HubImages,
+    MoonsData,
+    NamedArrayData,
+)
 from dcpc.training.messages import explain, finish
 from dcpc.training.modules import (
     AmortisedModule,
@@ -35,7 +42,7 @@ __all__ = ["ConfigParser", "Threads", "fail", "narrow_types"]
 
 CONFIGURED: dict[str, tuple[type, ...]] = {
     "model": (ParticleModule, AmortisedModule, ClassifierModule),
-    "data": (HubImages, DigitsData, ArrayData, MoonsData),
+    "data": (HubImages, DigitsData, ArrayData, MoonsData, HalfLabelledData, NamedArrayData),
 }
 """The classes below each key of a config that this package has."""
 

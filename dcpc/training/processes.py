@@ -14,6 +14,7 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from dcpc.errors import OptionError
+from dcpc.observed import Observed, main_tensor, num_data
 from dcpc.parts import Adaptation
 from dcpc.training.data import EpochBatches
 
@@ -114,13 +115,13 @@ def let_others_fail() -> None:
         time.sleep(0.05)
 
 
-def share(data: Tensor) -> float:
+def share(data: Observed) -> float:
     """This process's share of the data of a step, times the number of processes: 1 on average."""
     if num_processes() == 1:
         return 1.0
-    total = torch.tensor(float(len(data)), device=data.device)
+    total = torch.tensor(float(num_data(data)), device=main_tensor(data).device)
     distributed.all_reduce(total)
-    return num_processes() * len(data) / float(total)
+    return num_processes() * num_data(data) / float(total)
 
 
 def average(adaptation: Mapping[str, Adaptation], weight: float) -> Mapping[str, Adaptation]:

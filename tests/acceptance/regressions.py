@@ -643,7 +643,7 @@ def programs() -> list[Program]:
             grid,
             _partially_pooled_with_logit,
             num_particles=3000,
-            num_sweeps=100,
+            num_sweeps=400,
             quantities=_about_logits,
         ),
         Program(

@@ -154,3 +154,30 @@ def test_the_factor_is_that_of_the_inverse_of_the_absolute_value():
     found, own = torch.linalg.eigh(relative)
     expected = (own / found.abs()) @ own.mT * (scale / root)[:, None] * (scale / root)
     torch.testing.assert_close(factor[0] @ factor[0].mT, expected)
+
+
+def test_a_place_where_arithmetic_breaks_down_is_no_mode():
+    """In a corner, the log-density is as large as its argument's last digits make it."""
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        pyro.sample("y", dist.Normal(z.sum(), 0.5), obs=y)
+        noise = (z[0] * 1e15).sin()
+        pyro.factor("broken", torch.where(z[0] > 1.5, 1e4 * z[0] * noise.abs(), 0.0))
+
+    gaussians, _ = followed(model, torch.tensor(0.3))
+    assert bool((gaussians.loc[..., 0] < 1.5).all())
+
+
+def test_log_densities_beyond_all_precision_do_not_take_the_particles():
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        pyro.sample("y", dist.Normal(z.sum(), 0.5), obs=y)
+        pyro.factor("broken", torch.where(z[0] > 1.5, 1e300 * z[0], 0.0))
+
+    y = torch.tensor(0.3)
+    posterior = DCPC(model, num_particles=400).run(y, num_sweeps=200, seed=0, progress=False)
+    table = posterior.statistics()["z"]
+    exact = y / (2 + 0.25) * torch.ones(2)  # of a posterior that the corner hardly cuts
+    assert bool(((table["mean"] - exact).abs() < 0.1).all())
+    assert float(posterior.samples["z"][:, 0].max()) <= 1.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -10,7 +11,7 @@ import pytest
 import torch
 from oracles import Exact, condition_gaussian, kalman
 
-from dcpc import DCPC, Posterior
+from dcpc import DCPC, Posterior, approach
 from dcpc.approach.blocks import find_blocks
 from dcpc.approach.roots import determined_roots
 from dcpc.divide.tempering import Reference
@@ -223,3 +224,19 @@ def test_the_posterior_and_the_engine_tell_what_was_joined(capsys):
     assert {unit.name for unit in units} == {"a+b", "effect"}
     assert str(units).endswith(sentence)
     assert "&#x27;a&#x27;" in units._repr_html_()
+
+
+def test_latents_stay_apart_where_moving_as_one_forgets_nothing(monkeypatch):
+    tuned = approach.tuned
+
+    def stuck(problem, state, *, jumps):
+        return replace(tuned(problem, state, jumps=jumps), left=1.0)
+
+    monkeypatch.setattr(approach, "tuned", stuck)
+    exact = groups(num_groups=4)
+    posterior = run(exact, num_particles=200, num_sweeps=600)
+    assert not posterior.joined
+    assert set(posterior.unit_of.values()) == {"a", "b", "effect"}
+    assert_is(posterior, exact)
+    monkeypatch.undo()
+    assert run(exact, num_particles=200, num_sweeps=20).joined

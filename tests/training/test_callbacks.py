@@ -89,7 +89,7 @@ def test_grids_of_colour_images_in_minus_one_to_one_have_their_colours(
     logger.finalize("success")
     grid = decoded(logged(Path(logger.log_dir)), "images/originals")
     assert grid.shape == (3, 7, 7)  # four images of 2 x 2 in two rows
-    held_out = (data.held_out_set.tensors[0] + 1) / 2
+    held_out = (data.held_out_set.data + 1) / 2
     for index, original in enumerate(held_out):
         top, left = 1 + 3 * (index // 2), 1 + 3 * (index % 2)
         shown = grid[:, top : top + 2, left : left + 2]
@@ -106,7 +106,7 @@ def test_predictions_of_colour_images_in_minus_one_to_one_make_a_picture(
     picture = image.imread(tmp_path / "predictions.png")[..., :3]
     assert picture.shape[:2] == (MAGNIFICATION * (4 * 3 + 1), MAGNIFICATION * (3 * 3 + 1))
     small = torch.from_numpy(picture[::MAGNIFICATION, ::MAGNIFICATION]).permute(2, 0, 1)
-    for index, original in enumerate(data.held_out_set.tensors[0][:3]):
+    for index, original in enumerate(data.held_out_set.data[:3]):
         shown = small[:, 1:3, 1 + 3 * index : 3 + 3 * index]
         torch.testing.assert_close(shown, (original + 1) / 2, atol=1 / 255, rtol=0)
 

@@ -17,6 +17,7 @@ from dcpc.evaluation.batches import (
     gradients_allowed,
 )
 from dcpc.inference import DCPC
+from dcpc.observed import Observed, call, num_data
 from dcpc.recombine import LogWeights
 from dcpc.seeding import derived_seed, seeded
 
@@ -73,16 +74,16 @@ class ImportanceSampler:
         self._chunk_size = chunk_size
         self._batch_size = batch_size
 
-    def bounds(self, x: Tensor, num_samples: int, seed: int) -> Bounds:
+    def bounds(self, x: Observed, num_samples: int, seed: int) -> Bounds:
         """ELBO and importance-weighted bound from the same samples; see `log_weights`."""
         log_weights = self.log_weights(x, num_samples, seed)
         return Bounds(log_weights.mean(0), LogWeights(log_weights).log_mean())
 
-    def log_weights(self, x: Tensor, num_samples: int, seed: int) -> Tensor:
+    def log_weights(self, x: Observed, num_samples: int, seed: int) -> Tensor:
         """`log p(x, z_s) - log q(z_s | x)`, `(S, N)`: with the prior as `q`, `log p(x | z_s)`.
 
         Args:
-            x: Data, `(N, *shape)`.
+            x: Data, `(N, *shape)`: the model's arguments.
             num_samples: S.
             seed: Seed of the samples; the global random state is left as it was.
 
@@ -98,9 +99,9 @@ class ImportanceSampler:
                 parts.append(self._weigh(part, num_samples))
         return torch.cat(parts, 1)
 
-    def _weigh(self, x: Tensor, num_samples: int) -> Tensor:
-        problem = self._engine_for(len(x), num_samples).bind(x)
-        self._check(problem.division, len(x), problem.guide is not None)
+    def _weigh(self, x: Observed, num_samples: int) -> Tensor:
+        problem = call(self._engine_for(num_data(x), num_samples).bind, x)
+        self._check(problem.division, num_data(x), problem.guide is not None)
         if problem.guide is not None and (why := problem.guide_refusal()):
             raise OptionError(f"{why}: there is no bound by its weights")
         chunks = []
@@ -139,7 +140,7 @@ class ImportanceSampler:
 def guide_bounds(
     model: Model,
     guide: Model,
-    x: Tensor,
+    x: Observed,
     num_samples: int,
     seed: int,
     *,
@@ -158,7 +159,7 @@ def guide_bounds(
     Args:
         model: The Pyro program, all of its latents in one plate over the data.
         guide: A Pyro program that draws the same latents from the same arguments.
-        x: Data, `(N, *shape)`.
+        x: Data, `(N, *shape)`: the model's arguments.
         num_samples: S.
         seed: Seed of the samples; the global random state is left as it was.
         chunk_size: Samples per datum weighed at once in a whole batch. A smaller one takes more,
@@ -175,7 +176,7 @@ def guide_bounds(
 
 def prior_sample_estimate(
     model: Model,
-    x: Tensor,
+    x: Observed,
     num_samples: int = PRIOR_SAMPLES,
     seed: int = 0,
     *,
@@ -193,7 +194,7 @@ def prior_sample_estimate(
 
     Args:
         model: The Pyro program, all of its latents in one plate over the data.
-        x: Data, `(N, *shape)`.
+        x: Data, `(N, *shape)`: the model's arguments.
         num_samples: S, drawn for each datum afresh.
         seed: Seed of the samples; the global random state is left as it was.
         chunk_size: Samples per datum weighed at once in a whole batch. A smaller one takes more,

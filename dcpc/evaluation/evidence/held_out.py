@@ -14,9 +14,11 @@ from torch import Tensor
 from dcpc.conquer import Langevin
 from dcpc.divide.model import Model
 from dcpc.evaluation.batches import gradients_allowed
+from dcpc.evaluation.classes import class_probabilities
 from dcpc.evaluation.generation.samples import matching_site
 from dcpc.evaluation.intensities import IntensityRange, cross_entropy, to_unit
 from dcpc.inference import DCPC
+from dcpc.observed import Observed, call, main_tensor, mapped
 from dcpc.tables import table
 
 __all__ = ["Evaluation", "evaluate", "format_table", "held_out_inference", "summarise"]
@@ -45,8 +47,17 @@ OPTIONAL = {
         "nats per datum, of the upper half of an image given its lower half",
     ),
     "completion_mse": ("completion MSE", "per pixel, of the same"),
+    "error_percent": ("labels that are wrong", "percent, of the most probable classes"),
+    "expected_calibration_error": (
+        "expected calibration error",
+        "of the most probable class's probability, against the share that is right",
+    ),
+    "label_log_loss": ("log loss of labels", "nats per datum, minus their log-probability"),
 }
 """What a table has besides, where it was measured: labels and explanations."""
+
+FOUR_PLACES = ("completion_mse", "expected_calibration_error", "label_log_loss")
+"""Measurements that are shown with four decimal places, not with two."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +71,21 @@ class Evaluation:
             likelihood of unseen data: `m` has seen `x`.
         reconstruction_mse: Mean over the pixels of `(x_i - m_i)^2`, both scaled to [0, 1], `(B,)`.
         ess_percent: Effective sample size of the particles' weights, in percent of K, `(B,)`.
-        originals: `x`, `(B, *shape)`, in the data's own intensities.
+        data: The model's arguments.
+        originals: The first of them, `x`, `(B, *shape)`, in the data's own intensities.
         reconstructions: `m`, the decoder's mean averaged over the particles after inference on
             that datum, `(B, *shape)`, in the data's own intensities.
+        class_probabilities: Posterior of the label, `(B, C)`, if it is a latent that was asked for.
     """
 
     evidence_nll: Tensor
     reconstruction_cross_entropy: Tensor
     reconstruction_mse: Tensor
     ess_percent: Tensor
+    data: Observed
     originals: Tensor
     reconstructions: Tensor
+    class_probabilities: Tensor | None = None
 
 
 def held_out_inference(model: Model, num_particles: int, **options: Any) -> DCPC:
@@ -90,10 +105,11 @@ def held_out_inference(model: Model, num_particles: int, **options: Any) -> DCPC
 
 def evaluate(
     inference: DCPC,
-    x: Tensor,
+    x: Observed,
     num_temperatures: int,
     seed: int,
     intensity_range: IntensityRange = (0.0, 1.0),
+    label_site: str | None = None,
 ) -> Evaluation:
     """Infers data from scratch by annealing, and measures.
 
@@ -103,11 +119,12 @@ def evaluate(
 
     Args:
         inference: Engine with an exact algorithm, as `held_out_inference` makes it.
-        x: Data, `(B, *shape)`.
+        x: Data, `(B, *shape)`: the model's arguments, of which the first is reconstructed.
         num_temperatures: Length of the annealing ladder.
         seed: Seed of the annealing.
         intensity_range: The data's intensities of black and of white. Reconstructions are compared
             with the data in intensities from 0 to 1, so that figures of different models compare.
+        label_site: Discrete latent that is a datum's label, to be predicted.
 
     Raises:
         EvidenceError: The algorithm is not exact, or a prior is improper.
@@ -115,21 +132,28 @@ def evaluate(
         OptionError: An impossible range.
     """
     with gradients_allowed():
-        x = x.clone()
-        annealed = inference.anneal(x, num_temperatures=num_temperatures, seed=seed)
-        means = inference.bind(x).observation_means(annealed.state)
-    mean = matching_site(means, x).detach()
-    pixels, predicted = (to_unit(v, intensity_range).flatten(1) for v in (x, mean))
+        x = mapped(torch.clone, x)
+        annealed = call(inference.anneal, x, num_temperatures=num_temperatures, seed=seed)
+        problem = call(inference.bind, x)
+        means = problem.observation_means(annealed.state)
+        classes = None
+        if label_site is not None:
+            classes = class_probabilities(problem, annealed.state, label_site, seed)
+    originals = main_tensor(x)
+    mean = matching_site(means, originals).detach()
+    pixels, predicted = (to_unit(v, intensity_range).flatten(1) for v in (originals, mean))
     log_evidence, ess = annealed.log_evidence, annealed.state.log_weight.ess()
     if log_evidence.dim() == 0:
-        log_evidence, ess = (log_evidence / len(x)).expand(len(x)), ess.expand(len(x))
+        log_evidence, ess = (log_evidence / len(mean)).expand(len(mean)), ess.expand(len(mean))
     return Evaluation(
         evidence_nll=-log_evidence,
         reconstruction_cross_entropy=cross_entropy(pixels, predicted).sum(1),
         reconstruction_mse=(pixels - predicted).square().mean(1),
         ess_percent=100.0 * ess / inference.num_particles,
-        originals=x,
+        data=x,
+        originals=originals,
         reconstructions=mean,
+        class_probabilities=classes,
     )
 
 
@@ -162,7 +186,7 @@ def format_table(summary: Mapping[str, float], num_particles: int, num_temperatu
         ("ess_percent", f"{summary['ess_percent']:.0f}", "of the particles, after annealing"),
     ]
     rows += [
-        (name, f"{summary[name]:.{4 if name.endswith('mse') else 2}f}", what)
+        (name, f"{summary[name]:.{4 if name in FOUR_PLACES else 2}f}", what)
         for name, (_, what) in OPTIONAL.items()
         if name in summary
     ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from dcpc.divide.handlers import Substitute, is_random, mean_of, running, transform_of
 from dcpc.divide.model import Model
 from dcpc.errors import DataError, OptionError
+from dcpc.observed import Observed, as_arguments, main_tensor, num_data
 from dcpc.seeding import seeded
 
 __all__ = [
@@ -32,19 +33,20 @@ class Decoded(NamedTuple):
     means: Tensor
 
 
-def prior_samples(model: Model, x: Tensor, seed: int) -> Decoded:
+def prior_samples(model: Model, x: Observed, seed: int) -> Decoded:
     """Draws as many data as `x` holds from the model, by ancestral sampling.
 
     Args:
         model: A Pyro program of `x`.
-        x: Data to match in number, shape, type and device; their values do not matter.
+        x: Data to match in number, shape, type and device, all of the model's arguments; their
+            values do not matter.
         seed: Seed of the draws; the global random state is left as it was.
     """
     return decode(model, {}, x, seed)
 
 
 def decode(
-    model: Model, latents: Mapping[str, Tensor], x: Tensor, seed: int, at_means: bool = False
+    model: Model, latents: Mapping[str, Tensor], x: Observed, seed: int, at_means: bool = False
 ) -> Decoded:
     """Generates data from given values of some latents.
 
@@ -60,18 +62,19 @@ def decode(
         OptionError: A value that is no latent of the model, or of another shape.
         DataError: No observed site of the model is `x`.
     """
-    latents = {name: u.to(x.device) for name, u in latents.items()}
+    main, (args, kwargs) = main_tensor(x), as_arguments(x)
+    latents = {name: u.to(main.device) for name, u in latents.items()}
     program = Substitute(latents, None)(pyro.poutine.uncondition(model))
     if at_means:
         program = _AtMeans()(program)
     if latents:
         _check(model, latents, x)
-    with seeded(seed), torch.no_grad(), running(model, (x,), {}):
-        nodes = pyro.poutine.trace(program).get_trace(x).nodes
+    with seeded(seed), torch.no_grad(), running(model, args, kwargs):
+        nodes = pyro.poutine.trace(program).get_trace(*args, **kwargs).nodes
     observed: dict[str, Any] = {n: site for n, site in nodes.items() if _was_observed(site)}
     return Decoded(
-        samples=matching_site({name: site["value"] for name, site in observed.items()}, x),
-        means=matching_site({name: mean_of(site["fn"]) for name, site in observed.items()}, x),
+        samples=matching_site({name: site["value"] for name, site in observed.items()}, main),
+        means=matching_site({name: mean_of(site["fn"]) for name, site in observed.items()}, main),
     )
 
 
@@ -81,7 +84,7 @@ def latent_traversal(
     site: str,
     dim: int,
     values: Sequence[float],
-    x: Tensor,
+    x: Observed,
 ) -> Tensor:
     """Decoder's means as one coordinate of a latent moves and all else stays.
 
@@ -115,13 +118,14 @@ def latent_traversal(
     return torch.stack(means, 1)
 
 
-def latent_shapes(model: Model, x: Tensor) -> dict[str, torch.Size]:
+def latent_shapes(model: Model, x: Observed) -> dict[str, torch.Size]:
     """Shapes `(*batch, *event)` of the latents' unconstrained values, by name, in program order.
 
     Runs the model once; the values of `x` do not matter, and the global random state stays.
     """
-    with seeded(0), torch.no_grad(), running(model, (x,), {}):
-        nodes = pyro.poutine.trace(pyro.poutine.uncondition(model)).get_trace(x).nodes
+    args, kwargs = as_arguments(x)
+    with seeded(0), torch.no_grad(), running(model, args, kwargs):
+        nodes = pyro.poutine.trace(pyro.poutine.uncondition(model)).get_trace(*args, **kwargs).nodes
     return {
         name: transform_of(site["fn"]).inv(site["value"]).shape
         for name, site in nodes.items()
@@ -153,7 +157,7 @@ class _AtMeans(Messenger):
             msg["value"], msg["done"] = mean_of(msg["fn"]), True
 
 
-def _check(model: Model, latents: Mapping[str, Tensor], x: Tensor) -> None:
+def _check(model: Model, latents: Mapping[str, Tensor], x: Observed) -> None:
     """Compares given latents with those that the model draws."""
     shapes = latent_shapes(model, x)
     for name, value in latents.items():
@@ -162,7 +166,7 @@ def _check(model: Model, latents: Mapping[str, Tensor], x: Tensor) -> None:
         if value.shape != shapes[name]:
             raise OptionError(
                 f"the values of site '{name}' must have shape {tuple(shapes[name])} for "
-                f"{len(x)} data, got {tuple(value.shape)}"
+                f"{num_data(x)} data, got {tuple(value.shape)}"
             )
 
 

@@ -3,10 +3,12 @@
 checkpoints        the state of a run, saved wherever training stops
 monitors           what TensorBoard shows
 reports            tables, predictions, where the checkpoint is
+calibration        how far predicted labels can be trusted
 decision_boundary  the plane as a classifier sees it
 grids              grids of images
 """
 
+from dcpc.training.callbacks.calibration import CalibrationCurve, draw_calibration
 from dcpc.training.callbacks.checkpoints import RunCheckpoint
 from dcpc.training.callbacks.decision_boundary import DecisionBoundary, draw_decision_boundary
 from dcpc.training.callbacks.grids import image_grid, save_png
@@ -14,6 +16,7 @@ from dcpc.training.callbacks.monitors import ImageGrids, SweepMonitor
 from dcpc.training.callbacks.reports import EvaluationTable, PredictionWriter, RunReport
 
 __all__ = [
+    "CalibrationCurve",
     "DecisionBoundary",
     "EvaluationTable",
     "ImageGrids",
@@ -21,6 +24,7 @@ __all__ = [
     "RunCheckpoint",
     "RunReport",
     "SweepMonitor",
+    "draw_calibration",
     "draw_decision_boundary",
     "image_grid",
     "save_png",

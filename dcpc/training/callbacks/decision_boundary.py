@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from dcpc.errors import OptionError
+from dcpc.observed import main_tensor
 from dcpc.training.callbacks.monitors import num_batches, tensorboard
 from dcpc.training.data import LabelledData
 from dcpc.training.modules import ClassifierModule
@@ -62,7 +63,8 @@ def draw_decision_boundary(module: ClassifierModule, data: LabelledData) -> Figu
         OptionError: The data are no points of the plane.
     """
     assert data.held_out_set is not None
-    points, labels, _ = data.held_out_set.first(len(data.held_out_set))
+    observed, labels, _ = data.held_out_set.first(len(data.held_out_set))
+    points = main_tensor(observed)
     if points.dim() != 2 or points.shape[1] != 2:
         raise OptionError(
             f"a decision boundary is drawn of points in the plane, of shape (2,), but the data "

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from dcpc.evaluation import prior_samples
+from dcpc.observed import call, mapped
 from dcpc.sweep import SweepInfo
 from dcpc.training.callbacks.grids import image_grid
 from dcpc.training.modules import GenerativeModule, ParticleModule
@@ -48,7 +49,7 @@ class SweepMonitor(Callback):
         info = pl_module.last_sweep
         if info is None:  # the encoder is still warming up
             return
-        division = pl_module.inference.division(batch[0])
+        division = call(pl_module.inference.division, batch[0])
         for kind, values in (("acceptance", info.statistic), ("step_size", info.step_size)):
             for unit, value in division.by_unit(values).items():
                 pl_module.log(f"sweep/{kind}/{unit}", value, batch_size=1)
@@ -81,7 +82,8 @@ class ImageGrids(Callback):
         originals = first.originals[: self.num_images]
         if originals.dim() != 4:
             return
-        _, means = prior_samples(pl_module.model, originals, seed=0)
+        shown = mapped(lambda values: values[: self.num_images], first.data)
+        _, means = prior_samples(pl_module.model, shown, seed=0)
         columns = math.isqrt(max(len(originals) - 1, 0)) + 1
         for name, pictures in (
             ("originals", originals),

@@ -4,7 +4,8 @@ labelled  batches of data with labels and indices; a training set and a held-out
 loading   batches in an order that can be repeated, shared out and continued
 images    images, checked and split by a seed
 digits    scikit-learn's digits
-arrays    NumPy arrays in a folder
+arrays    NumPy arrays in a folder; named_arrays: one for every argument of a model
+half_labelled  images of which few have labels that a model sees
 hub       the Hugging Face hub or a local folder; tables: its files as the package `datasets` reads
           them; pixels: decoded once, memory-mapped
 moons     two moons, points of the plane
@@ -12,6 +13,7 @@ moons     two moons, points of the plane
 
 from dcpc.training.data.arrays import ArrayData
 from dcpc.training.data.digits import DigitsData
+from dcpc.training.data.half_labelled import HalfLabelledData
 from dcpc.training.data.hub import HubImages
 from dcpc.training.data.images import ImageData, check_images
 from dcpc.training.data.labelled import (
@@ -23,6 +25,7 @@ from dcpc.training.data.labelled import (
 )
 from dcpc.training.data.loading import EpochBatches, ResumableLoader
 from dcpc.training.data.moons import MoonsData
+from dcpc.training.data.named_arrays import NamedArrayData
 from dcpc.training.data.pixels import PixelSet
 
 __all__ = [
@@ -30,11 +33,13 @@ __all__ = [
     "Batch",
     "DigitsData",
     "EpochBatches",
+    "HalfLabelledData",
     "HubImages",
     "ImageData",
     "LabelledData",
     "LabelledSet",
     "MoonsData",
+    "NamedArrayData",
     "PixelSet",
     "ResumableLoader",
     "TensorSet",

@@ -13,7 +13,7 @@ from dcpc.errors import DataError
 from dcpc.training.data.images import ImageData, check_labels
 from dcpc.training.paths import local_path
 
-__all__ = ["ArrayData"]
+__all__ = ["ArrayData", "read_array"]
 
 
 class ArrayData(ImageData):
@@ -54,7 +54,7 @@ class ArrayData(ImageData):
                 f"data.folder: there is no folder '{self.folder}' (looked in {Path.cwd()}); it "
                 "must hold images.npy, and labels.npy if there are labels"
             )
-        images = self._array("images.npy")
+        images = read_array(self.folder / "images.npy")
         if images is None or images.ndim not in (3, 4) or not images.size:
             got = "no such file" if images is None else f"an array of shape {images.shape}"
             raise DataError(
@@ -62,7 +62,7 @@ class ArrayData(ImageData):
                 f"or (N, channels, height, width), got {got}"
             )
         pixels = self._pixels(images)
-        labels = self._array("labels.npy")
+        labels = read_array(self.folder / "labels.npy")
         labels = np.zeros(len(images), dtype=np.int64) if labels is None else labels
         name = f"data.folder: '{self.folder / 'labels.npy'}'"
         if labels.shape != (len(images),):
@@ -85,22 +85,26 @@ class ArrayData(ImageData):
         pixels = torch.from_numpy(native).to(torch.get_default_dtype())
         return pixels / 255.0 if is_byte else pixels
 
-    def _array(self, name: str) -> np.ndarray | None:
-        """The array of a file; None where there is no such file."""
-        path = self.folder / name
-        if not path.exists():
-            return None
-        try:
-            # Mapped, so that a header which promises more than there is does not fill the memory.
-            array = np.lib.format.open_memmap(path, mode="r")
-        except Exception as error:  # a damaged header raises whatever its bytes lead to
-            reason = re.split(r"[.\n]", str(error))[0][:100] or type(error).__name__
-            raise DataError(
-                f"data.folder: '{path}' is no NumPy array, or a damaged one of "
-                f"{path.stat().st_size:,} bytes ({reason}); save it anew, by np.save"
-            ) from error
-        _check_length(array, path)
-        return np.array(array)
+
+def read_array(path: Path) -> np.ndarray | None:
+    """The array of a file; None where there is no such file.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        # Mapped, so that a header which promises more than there is does not fill the memory.
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a damaged header raises whatever its bytes lead to
+        reason = re.split(r"[.\n]", str(error))[0][:100] or type(error).__name__
+        raise DataError(
+            f"data.folder: '{path}' is no NumPy array, or a damaged one of "
+            f"{path.stat().st_size:,} bytes ({reason}); save it anew, by np.save"
+        ) from error
+    _check_length(array, path)
+    return np.array(array)
 
 
 def _check_length(array: np.memmap, path: Path) -> None:

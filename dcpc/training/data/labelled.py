@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dcpc.errors import DataError, require_at_least, require_seed
+from dcpc.observed import Observed, mapped, named_tensors
 from dcpc.training.data.loading import EpochBatches, ResumableLoader
 
 __all__ = [
@@ -23,7 +24,7 @@ __all__ = [
     "check_finite",
 ]
 
-Batch = tuple[Tensor, Tensor, Tensor]
+Batch = tuple[Observed, Tensor, Tensor]
 
 AT_ONCE = 1024
 """Data that are fetched at once for the sake of their labels."""
@@ -36,12 +37,15 @@ def check_finite(batch: Batch) -> None:
         DataError: Naming the first datum that is not.
     """
     data, _, index = batch
-    if bool(data.sum().isfinite()) or bool(data.isfinite().all()):
-        return
-    row = int((~data.isfinite()).flatten(1).any(1).nonzero()[0])
-    raise DataError(
-        f"datum {int(index[row])} of the training set holds NaN or an infinity; drop or repair it"
-    )
+    for name, values in named_tensors(data):
+        if bool(values.sum().isfinite()) or bool(values.isfinite().all()):
+            continue
+        row = int((~values.isfinite()).flatten(1).any(1).nonzero()[0])
+        where = f" in '{name}'" if name else ""
+        raise DataError(
+            f"datum {int(index[row])} of the training set holds NaN or an infinity{where}; drop or "
+            "repair it"
+        )
 
 
 class LabelledSet(Dataset[Batch], ABC):
@@ -66,7 +70,7 @@ class LabelledSet(Dataset[Batch], ABC):
 
     def __getitem__(self, index: int) -> Batch:
         data, labels, indices = self.__getitems__([index])
-        return data[0], labels[0], indices[0]
+        return mapped(lambda values: values[0], data), labels[0], indices[0]
 
     def set_epoch(self, epoch: int) -> None:
         """Follow a new epoch of training."""
@@ -102,30 +106,30 @@ class TensorSet(LabelledSet):
     """Data that lie ready in memory.
 
     Args:
-        data: `(N, *shape)`.
+        data: Tensors `(N, *shape)`.
         labels: `(N,)`.
     """
 
-    def __init__(self, data: Tensor, labels: Tensor) -> None:
-        self.tensors = data, labels, torch.arange(len(data))
+    def __init__(self, data: Observed, labels: Tensor) -> None:
+        self.data, self.labels = data, labels
 
     def __len__(self) -> int:
-        return len(self.tensors[0])
+        return len(self.labels)
 
     def all_labels(self) -> Tensor:
-        return self.tensors[1]
+        return self.labels
 
     def __getitems__(self, index: Sequence[int]) -> Batch:
         rows = torch.as_tensor(index)
-        data, labels, indices = (tensor[rows] for tensor in self.tensors)
-        return data, labels, indices
+        return mapped(lambda values: values[rows], self.data), self.labels[rows], rows
 
 
 class LabelledData(LightningDataModule, ABC):
     """Base class: a subclass says what there is to train on, and what is held out.
 
-    A batch is `(data, labels, index)`: data `(B, *shape)`, labels `(B,)`, and each datum's index in
-    its own set, by which its particles are found.
+    A batch is `(data, labels, index)`: the model's arguments (a tensor `(B, *shape)`, a tuple of
+    such tensors, or a mapping of them by the arguments' names), labels `(B,)` to measure by, and
+    each datum's index in its own set, by which its particles are found.
 
     Args:
         batch_size: Training data per batch.

@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dcpc.errors import require_at_least
+from dcpc.observed import num_data
 from dcpc.training.data import Batch
 from dcpc.training.modules.base import LearningRateSchedule
 from dcpc.training.modules.generative import GenerativeModule, HeldOut
@@ -35,6 +36,8 @@ class AmortisedModule(GenerativeModule):
             null keeps it.
         particle_batch_size: Particles of a held-out datum that the model is evaluated for at once;
             null for all of them.
+        label_site: Site of the model that is a datum's label, predicted for held-out data; null
+            for none.
 
     Raises:
         OptionError: A number out of range, or a model without an encoder of its own.
@@ -49,9 +52,16 @@ class AmortisedModule(GenerativeModule):
         learning_rate: float = 1e-3,
         learning_rate_schedule: LearningRateSchedule | None = None,
         particle_batch_size: int | None = None,
+        label_site: str | None = None,
     ) -> None:
         super().__init__(
-            model, guide, held_out, learning_rate, learning_rate_schedule, particle_batch_size
+            model,
+            guide,
+            held_out,
+            learning_rate,
+            learning_rate_schedule,
+            particle_batch_size,
+            label_site,
         )
         require_at_least("model.num_samples", num_samples, 1)
         self.num_samples = num_samples
@@ -61,5 +71,5 @@ class AmortisedModule(GenerativeModule):
         x = batch[0]
         weight = share(x)
         loss = weight * self.negative_elbo(x, num_samples=self.num_samples)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(x), sync_dist=True)
+        self.log("train/loss", loss, prog_bar=True, batch_size=num_data(x), sync_dist=True)
         return loss

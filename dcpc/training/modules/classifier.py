@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from dcpc.errors import DataError, require_at_least
 from dcpc.evaluation.batches import gradients_allowed
 from dcpc.networks import EnergyNetwork, LearningRule
+from dcpc.observed import main_tensor
 from dcpc.seeding import random_state_kept
 from dcpc.training.data import Batch, LabelledData
 from dcpc.training.modules.base import LearningRateSchedule, MeasuredModule
@@ -76,7 +77,7 @@ class ClassifierModule(MeasuredModule):
             for name, part in (("training", data.training_set), ("held-out", data.held_out_set)):
                 if part is not None:
                     self._check_labels(part.all_labels(), torch.arange(len(part)), name)
-        x = data.held_out_set.first(1)[0]
+        x = main_tensor(data.held_out_set.first(1)[0])
         try:
             with random_state_kept():
                 self.predict(x.to(self.device))
@@ -93,7 +94,7 @@ class ClassifierModule(MeasuredModule):
 
     def learn(self, batch: Batch) -> None:
         """Lets the rule learn from a batch."""
-        x, labels, index = batch
+        x, labels, index = main_tensor(batch[0]), *batch[1:]
         self._check_labels(labels, index, "training")
         # Lightning's wrapper has an optimiser's methods, and counts its steps.
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
@@ -118,7 +119,7 @@ class ClassifierModule(MeasuredModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """The network's outputs, and the class that is largest there."""
-        x, labels, index = batch
+        x, labels, index = main_tensor(batch[0]), *batch[1:]
         outputs = self.predict(x)
         return {"index": index, "labels": labels, "outputs": outputs, "classes": outputs.argmax(1)}
 

@@ -14,15 +14,25 @@ from torch import Tensor, nn
 from dcpc.errors import DataError, OptionError, require_at_least
 from dcpc.evaluation import (
     PRIOR_SAMPLES,
+    Calibration,
     Evaluation,
     ImportanceSampler,
     bottom_half,
+    calibration,
     complete,
     evaluate,
     format_table,
     held_out_inference,
     prior_samples,
     summarise,
+)
+from dcpc.observed import (
+    Observed,
+    call,
+    check_signature,
+    main_tensor,
+    named_tensors,
+    num_data,
 )
 from dcpc.training.data import Batch, LabelledData
 from dcpc.training.modules.base import LearningRateSchedule, MeasuredModule
@@ -82,10 +92,14 @@ class GenerativeModule(MeasuredModule):
             null keeps it.
         particle_batch_size: Particles of a datum that the model is evaluated for at once; null for
             all of them.
+        label_site: Site of the model that is a datum's label, as in
+            `pyro.sample("label", ..., obs=label, obs_mask=seen)`: predicted for held-out data, and
+            compared with their labels. null for none.
 
     Attributes:
         evaluations: Evaluations of the last round over the held-out data.
         intensity_range: Intensities of black and of white in the data.
+        calibration: Of the last round, how well labels were predicted, if there is a `label_site`.
 
     Raises:
         OptionError: A number out of range, or a model without an encoder of its own.
@@ -101,6 +115,7 @@ class GenerativeModule(MeasuredModule):
         learning_rate: float = 1e-3,
         learning_rate_schedule: LearningRateSchedule | None = None,
         particle_batch_size: int | None = None,
+        label_site: str | None = None,
     ) -> None:
         super().__init__(learning_rate, learning_rate_schedule)
         self.model = model
@@ -111,36 +126,43 @@ class GenerativeModule(MeasuredModule):
             model, held_out.num_particles, particle_batch_size=particle_batch_size
         )
         self.intensity_range = (0.0, 1.0)
+        self.label_site = label_site
         self.evaluations: list[Evaluation] = []
+        self._labels: list[Tensor] = []
         self._estimates: dict[str, list[Tensor]] = {}
         self._prior_sampler = ImportanceSampler(model)
         self._guide_sampler = None if guide is None else ImportanceSampler(model, self.guide)
 
     def negative_elbo(
-        self, x: Tensor, model: Callable[..., Any] | None = None, num_samples: int = 1
+        self, x: Observed, model: Callable[..., Any] | None = None, num_samples: int = 1
     ) -> Tensor:
         """Minus the evidence lower bound of a batch per datum, in nats, by Pyro's `Trace_ELBO`.
 
         Args:
-            x: The batch `(B, *shape)`.
+            x: The model's arguments, `(B, *shape)`.
             model: Takes the place of the module's.
             num_samples: Samples of the guide per datum.
         """
         bound = Trace_ELBO(num_particles=num_samples)
-        return bound.differentiable_loss(model or self.model, self.guide, x) / len(x)
+        loss = call(bound.differentiable_loss, x, model or self.model, self.guide)
+        return loss / num_data(x)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         self.intensity_range = getattr(data, "intensity_range", self.intensity_range)
         if isinstance(data, LabelledData) and data.held_out_set is not None:
-            shape = tuple(data.held_out_set.first(1)[0].shape[1:])
+            first = data.held_out_set.first(1)[0]
+            check_signature(self.model, first)
+            if self.held_out.completion:
+                images_alone(first)
+            shape = tuple(main_tensor(first).shape[1:])
             check_image_shape(shape, getattr(self.model, "image_shape", shape))
 
     # -- held-out data -----------------------------------------------------------------------
 
     def start_measurements(self) -> None:
-        self.evaluations = []
+        self.evaluations, self._labels = [], []
         self._estimates = {}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -148,10 +170,11 @@ class GenerativeModule(MeasuredModule):
         x, labels, index = batch
         measured = self._evaluate(x, batch_idx, self.held_out.test_temperatures)
         samples, means = prior_samples(self.model, x, seed=batch_idx)
-        return {
+        told = measured.class_probabilities
+        return ({} if told is None else {"class_probabilities": told}) | {
             "index": index,
             "labels": labels,
-            "originals": x,
+            "originals": main_tensor(x),
             "reconstructions": measured.reconstructions,
             "evidence_nll": measured.evidence_nll,
             "prior_samples": samples,
@@ -161,24 +184,48 @@ class GenerativeModule(MeasuredModule):
     def measure(self, batch: Batch, batch_idx: int, is_test: bool) -> None:
         x = batch[0]
         self.evaluations.append(self._evaluate(x, batch_idx, self._ladder(is_test)))
+        self._labels.append(batch[1])
         for name, values in self._estimate(x, batch_idx, is_test).items():
             self._estimates.setdefault(name, []).append(values)
 
     def measurements(self) -> dict[str, float]:
         means = {name: float(torch.cat(parts).mean()) for name, parts in self._estimates.items()}
-        return summarise(self.evaluations) | means
+        return summarise(self.evaluations) | means | self._label_measurements()
+
+    @property
+    def calibration(self) -> Calibration | None:
+        found = [e.class_probabilities for e in self.evaluations]
+        probabilities = [p for p in found if p is not None]
+        return (
+            calibration(torch.cat(probabilities), torch.cat(self._labels))
+            if probabilities
+            else None
+        )
+
+    def _label_measurements(self) -> dict[str, float]:
+        told = self.calibration
+        if told is None:
+            return {}
+        return {
+            "error_percent": 100.0 * told.error_rate,
+            "expected_calibration_error": told.expected_error,
+            "label_log_loss": told.log_loss,
+        }
 
     def describe(self, measurements: Mapping[str, float]) -> str:
         nll, error = measurements["evidence_nll"], measurements["evidence_nll_se"]
-        return f"evidence NLL {nll:.2f} ± {error:.2f}"
+        told = f"evidence NLL {nll:.2f} ± {error:.2f}"
+        if "error_percent" in measurements:
+            told += f", {measurements['error_percent']:.2f} % of the labels wrong"
+        return told
 
     def table(self, is_test: bool) -> str:
         num_particles, ladder = self.held_out.num_particles, self._ladder(is_test)
         return format_table(self.measurements(), num_particles, ladder)
 
-    def _estimate(self, x: Tensor, batch_idx: int, is_test: bool) -> dict[str, Tensor]:
+    def _estimate(self, x: Observed, batch_idx: int, is_test: bool) -> dict[str, Tensor]:
         """Measurements beside the evidence, `(B,)` by name; none for data that are tied."""
-        if not self.held_out_inference.division(x).population:
+        if not call(self.held_out_inference.division, x).population:
             return {}
         found = {}
         if self._guide_sampler is not None:
@@ -190,8 +237,8 @@ class GenerativeModule(MeasuredModule):
         if is_test and self.held_out.completion:
             completed = complete(
                 self.model,
-                x,
-                bottom_half(x.shape[1:]),
+                images_alone(x),
+                bottom_half(main_tensor(x).shape[1:]),
                 num_particles=self.held_out.num_particles,
                 num_temperatures=self.held_out.test_temperatures,
                 particle_batch_size=self.particle_batch_size,
@@ -206,11 +253,31 @@ class GenerativeModule(MeasuredModule):
         how = self.held_out
         return how.test_temperatures if is_test else how.num_temperatures
 
-    def _evaluate(self, x: Tensor, batch_idx: int, num_temperatures: int) -> Evaluation:
+    def _evaluate(self, x: Observed, batch_idx: int, num_temperatures: int) -> Evaluation:
         # The same seed at every evaluation: differences come from the parameters.
         return evaluate(
-            self.held_out_inference, x, num_temperatures, batch_idx, self.intensity_range
+            self.held_out_inference,
+            x,
+            num_temperatures,
+            batch_idx,
+            self.intensity_range,
+            self.label_site,
         )
+
+
+def images_alone(x: Observed) -> Tensor:
+    """The data, if they are one tensor.
+
+    Raises:
+        OptionError: They are several.
+    """
+    if not isinstance(x, Tensor):
+        names = [name for name, _ in named_tensors(x)]
+        raise OptionError(
+            f"model.held_out.completion=True needs data that are images alone, got {names}; set it "
+            "to false"
+        )
+    return x
 
 
 def check_image_shape(shape: Sequence[int], expected: Sequence[int]) -> None:

@@ -17,6 +17,7 @@ from dcpc.conquer import Move, Preconditioner
 from dcpc.errors import ModelError, OptionError, require_at_least
 from dcpc.graphs.tiers import Mode
 from dcpc.inference import DCPC
+from dcpc.observed import Observed, call, num_data
 from dcpc.parts import Adaptation
 from dcpc.presets import PRESETS, lookup
 from dcpc.problem import Problem
@@ -29,6 +30,7 @@ from dcpc.training.divergence import failures_told
 from dcpc.training.modules.base import STATE_KEY, LearningRateSchedule
 from dcpc.training.modules.generative import GenerativeModule, Guide, HeldOut
 from dcpc.training.modules.warm_start import Start, guide_objective
+from dcpc.training.observations import check_observed
 from dcpc.training.paths import local_path
 from dcpc.training.processes import average, share
 from dcpc.training.store import ParticleStore
@@ -87,6 +89,9 @@ class ParticleModule(GenerativeModule):
             null keeps it.
         store_folder: Where the particles' memory-mapped files live during the run; null for the
             run's own folder.
+        label_site: Site of the model that is a datum's label, as in
+            `pyro.sample("label", ..., obs=label, obs_mask=seen)`: predicted for held-out data, and
+            compared with their labels. null for none.
 
     Raises:
         OptionError: A number out of range, an unknown algorithm, or a start that needs a guide.
@@ -111,9 +116,16 @@ class ParticleModule(GenerativeModule):
         learning_rate: float = 1e-3,
         learning_rate_schedule: LearningRateSchedule | None = None,
         store_folder: str | None = None,
+        label_site: str | None = None,
     ) -> None:
         super().__init__(
-            model, guide, held_out, learning_rate, learning_rate_schedule, particle_batch_size
+            model,
+            guide,
+            held_out,
+            learning_rate,
+            learning_rate_schedule,
+            particle_batch_size,
+            label_site,
         )
         require_at_least("model.sweeps_per_step", sweeps_per_step, 1)
         if self.guide is None:
@@ -178,7 +190,7 @@ class ParticleModule(GenerativeModule):
         x, _, index = batch
         told = failures_told(self._num_steps)
         with precision.train_step_context(), self.stream(self._num_steps, 3), told:
-            problem = self.inference.bind(x)
+            problem = call(self.inference.bind, x)
             self._visit_of(problem, index).reserve(problem.blank())
 
     def _visit_of(self, problem: Problem, index: Tensor) -> Visit:
@@ -212,7 +224,7 @@ class ParticleModule(GenerativeModule):
         x, _, index = batch
         losses = self._warm_up(x) if self.is_warming_up else self._visit(x, index)
         for name, loss in losses.items():
-            self.log(f"train/{name}", loss, prog_bar=True, batch_size=len(x), sync_dist=True)
+            self.log(f"train/{name}", loss, prog_bar=True, batch_size=num_data(x), sync_dist=True)
         return _total(losses)
 
     @property
@@ -220,15 +232,17 @@ class ParticleModule(GenerativeModule):
         """Whether this epoch is one of the `warm_up_epochs`."""
         return self.current_epoch < self.start.warm_up_epochs
 
-    def _warm_up(self, x: Tensor) -> dict[str, Tensor]:
+    def _warm_up(self, x: Observed) -> dict[str, Tensor]:
         losses = {"negative_elbo": share(x) * self.negative_elbo(x)}
         self._step_parameters(losses)
         return losses
 
-    def _visit(self, x: Tensor, index: Tensor) -> dict[str, Tensor]:
+    def _visit(self, x: Observed, index: Tensor) -> dict[str, Tensor]:
         """Sweeps the particles of a batch; the losses after the last sweep."""
-        problem = self.inference.bind(x)
+        problem = call(self.inference.bind, x)
         here = self._visit_of(problem, index)
+        if here.is_first:
+            check_observed(self.model, x, index)
         weight = share(x)
         num_sweeps = self.sweeps_per_step + (self.start.first_sweeps if here.is_first else 0)
         draw = partial(self._draw, problem)
@@ -237,7 +251,7 @@ class ParticleModule(GenerativeModule):
         state = draw() if self.restarts else here.recall(draw)
         state = replace(state, adaptation=self.adaptation)
         for remaining in reversed(range(num_sweeps)):
-            with self.inference.expecting(self._num_sweeps.get(len(x), 0), self.print):
+            with self.inference.expecting(self._num_sweeps.get(num_data(x), 0), self.print):
                 state, info = problem.sweep(state, learns=True)
             if remaining == 0 or self._steps_after(remaining):
                 losses = {
@@ -248,7 +262,7 @@ class ParticleModule(GenerativeModule):
         self.adaptation = average(state.adaptation, weight)
         self.last_sweep = info
         ess = 100.0 * info.ess.mean() / state.num_particles
-        self.log("train/ess_percent", ess, prog_bar=True, batch_size=len(x), sync_dist=True)
+        self.log("train/ess_percent", ess, prog_bar=True, batch_size=num_data(x), sync_dist=True)
         return losses
 
     def _count_sweeps(self) -> dict[int, int]:
@@ -261,9 +275,9 @@ class ParticleModule(GenerativeModule):
         most = min(bounds, default=0) * self.sweeps_per_step
         return {size: most * count // len(batches) for size, count in batches.sizes.items()}
 
-    def _losses(self, problem: Problem, state: SweepState, x: Tensor) -> dict[str, Tensor]:
+    def _losses(self, problem: Problem, state: SweepState, x: Observed) -> dict[str, Tensor]:
         """The model's loss per datum, in nats, and the guide's."""
-        loss = {"loss": problem.loss(state) / len(x)}
+        loss = {"loss": problem.loss(state) / num_data(x)}
         return loss | self._guide_losses(self, problem, state, x)
 
     def _steps_after(self, remaining: int) -> bool:

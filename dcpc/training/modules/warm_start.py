@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from dcpc.divide.handlers import quiet
 from dcpc.errors import OptionError, require_at_least
+from dcpc.observed import Observed, num_data
 from dcpc.problem import Problem
 from dcpc.sweep import SweepState
 from dcpc.training.modules.generative import GenerativeModule
@@ -60,7 +61,7 @@ class Start:
             )
 
 
-GuideObjective = Callable[[GenerativeModule, Problem, SweepState, Tensor], dict[str, Tensor]]
+GuideObjective = Callable[[GenerativeModule, Problem, SweepState, Observed], dict[str, Tensor]]
 """The guide's losses per datum, in nats, by name, once the particles of a batch have been swept."""
 
 
@@ -76,13 +77,13 @@ def guide_objective(start: Start, has_guide: bool, restarts: bool) -> GuideObjec
 
 
 def _from_particles(
-    module: GenerativeModule, problem: Problem, state: SweepState, x: Tensor
+    module: GenerativeModule, problem: Problem, state: SweepState, x: Observed
 ) -> dict[str, Tensor]:
-    return {"guide_loss": problem.guide_loss(state) / len(x)}
+    return {"guide_loss": problem.guide_loss(state) / num_data(x)}
 
 
 def _by_its_bound(
-    module: GenerativeModule, problem: Problem, state: SweepState, x: Tensor
+    module: GenerativeModule, problem: Problem, state: SweepState, x: Observed
 ) -> dict[str, Tensor]:
     frozen = {name: value.detach() for name, value in module.model.named_parameters()}
     with quiet():  # Pyro's warning of parameters that do not learn
@@ -92,6 +93,6 @@ def _by_its_bound(
 
 
 def _at_rest(
-    module: GenerativeModule, problem: Problem, state: SweepState, x: Tensor
+    module: GenerativeModule, problem: Problem, state: SweepState, x: Observed
 ) -> dict[str, Tensor]:
     return {}

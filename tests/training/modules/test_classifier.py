@@ -194,7 +194,7 @@ class Labels(MoonsData):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        labels = getattr(self, f"{self.part}_set").tensors[1]
+        labels = getattr(self, f"{self.part}_set").labels
         for index, label in self.labels.items():
             labels[index] = label
 

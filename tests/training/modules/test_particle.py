@@ -191,7 +191,7 @@ def test_training_finds_the_maximum_of_a_likelihood_that_is_known_in_closed_form
     module = ParticleModule(shifted_gaussian(), num_particles=32, learning_rate=0.05)
     run = trainer(max_epochs=60)
     run.fit(module, datamodule=data)
-    expected = data.training_set.tensors[0].flatten(1).mean(0)
+    expected = data.training_set.data.flatten(1).mean(0)
     # A batch's gradient, x - E[z | x] - shift averaged, has a standard deviation of about .05.
     assert torch.allclose(module.model.shift.detach(), expected, atol=0.15)
 
@@ -297,7 +297,7 @@ def test_data_that_a_batch_ties_train_without_weights(images: type, trainer: Cal
     data = images(num_images=64, batch_size=25)
     run = trainer(max_epochs=30)
     run.fit(module, datamodule=data)
-    mean = float(data.training_set.tensors[0].mean())
+    mean = float(data.training_set.data.mean())
     assert float(module.model.shift.detach()) == pytest.approx(mean, abs=0.1)
     assert not bool(module.store.state_dict()["log_weight"].any())
 

@@ -1,0 +1,105 @@
+"""Images of which few have labels that a model sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dcpc.errors import OptionError, require_at_least, require_seed
+from dcpc.observed import main_tensor
+from dcpc.training.data.images import ImageData
+from dcpc.training.data.labelled import Batch, LabelledData, LabelledSet
+
+__all__ = ["HalfLabelledData", "choose_labelled"]
+
+
+class HalfLabelledData(LabelledData):
+    """Images with labels, few of which a model sees.
+
+    A batch's data are `x`, the images `(B, *shape)`, `label`, `(B,)`, and `seen`, boolean `(B,)`:
+    the arguments of a model that says `pyro.sample("label", ..., obs=label, obs_mask=seen)`. No
+    label of held-out data is seen, and where one is not seen, `label` is 0. Training labels to be
+    seen are drawn by the seed alone, as many of every class as of the others, or one more.
+
+    Args:
+        images: All images.
+        num_labelled: Number of training images whose label is seen.
+        seed: Seed of the choice of these.
+
+    Raises:
+        OptionError: More labels than training images, or fewer than classes.
+    """
+
+    def __init__(self, images: ImageData, num_labelled: int, seed: int = 0) -> None:
+        super().__init__(
+            images.batch_size, images.evaluation_batch_size, images.seed, images.num_workers
+        )
+        require_at_least("data.num_labelled", num_labelled, 1)
+        require_seed("data.seed", seed)
+        self.images = images
+        self.num_labelled = num_labelled
+        self.label_seed = seed
+        self.intensity_range = images.intensity_range
+
+    def setup(self, stage: str) -> None:
+        if self.training_set is not None:
+            return
+        self.images.setup(stage)
+        training, held_out = self.images.training_set, self.images.held_out_set
+        assert training is not None
+        assert held_out is not None
+        seen = choose_labelled(training.all_labels(), self.num_labelled, self.label_seed)
+        self.training_set = _HalfLabelledSet(training, seen)
+        self.held_out_set = _HalfLabelledSet(held_out, torch.zeros(len(held_out), dtype=torch.bool))
+
+
+def choose_labelled(labels: Tensor, num_labelled: int, seed: int) -> Tensor:
+    """Which data are labelled, boolean `(N,)`: as many of every class as there can be.
+
+    Args:
+        labels: `(N,)`.
+        num_labelled: Their number.
+        seed: Seed of the choice.
+
+    Raises:
+        OptionError: More labels than data, or fewer than classes.
+    """
+    classes = labels.unique()
+    if not len(classes) <= num_labelled <= len(labels):
+        raise OptionError(
+            f"data.num_labelled must be at least the number of classes, {len(classes)}, and at "
+            f"most the number of training images, {len(labels)}, got {num_labelled}"
+        )
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    rank = torch.empty_like(labels)  # of a datum among those of its class, in that order
+    for number in classes:
+        rows = order[labels[order] == number]
+        rank[rows] = torch.arange(len(rows))
+    first = torch.argsort(rank[order], stable=True)[:num_labelled]
+    seen = torch.zeros(len(labels), dtype=torch.bool)
+    seen[order[first]] = True
+    return seen
+
+
+class _HalfLabelledSet(LabelledSet):
+    """A set whose data are images, labels, and which of these are seen."""
+
+    def __init__(self, images: LabelledSet, seen: Tensor) -> None:
+        self.images, self.seen = images, seen
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def all_labels(self) -> Tensor:
+        return self.images.all_labels()
+
+    def __getitems__(self, index: Sequence[int]) -> Batch:
+        x, labels, indices = self.images.__getitems__(index)
+        seen = self.seen[indices]
+        data = {"x": main_tensor(x), "label": torch.where(seen, labels, 0), "seen": seen}
+        return data, labels, indices
+
+    def set_epoch(self, epoch: int) -> None:
+        self.images.set_epoch(epoch)
