@@ -39,8 +39,9 @@ NUM_ADAPTING = 15
 SANE_ACCEPTANCE = (0.5, 0.97)
 """Acceptance rates at which proposals are still good; outside they adapt anew."""
 
-MIN_CONDITIONAL_ESS = 0.02
-"""Conditional ESS of an observation, over K, below which a warning names its step."""
+MIN_SURVIVORS = 20.0
+"""Conditional ESS of an observation below which a warning names its step; of few particles a tenth.
+"""
 
 ENOUGH_DISTINCT = 100
 """Distinct values of a latent that holds for all times, below which there is a warning."""
@@ -209,7 +210,7 @@ def _weighed(
     if new:
         increment = division.over_population(new)
         kept = log_weight.conditional_ess(increment)
-        poor = bool((kept < MIN_CONDITIONAL_ESS * log_weight.num_particles).any())
+        poor = bool((kept < min(MIN_SURVIVORS, 0.1 * log_weight.num_particles)).any())
         log_weight = log_weight.add(increment)
     log_mean = log_weight.log_mean()
     state = SweepState(dict(latents), log_weight.add(-log_mean), division.over_population(factors))
