@@ -13,7 +13,14 @@ from torch import Tensor
 from dcpc.annealing import MAX_SWEEPS, Annealed, Rung, anneal, spaced_ladder
 from dcpc.completion import complete
 from dcpc.conquer import Langevin
-from dcpc.divide import Arguments, Density, Division, UnitGroup, constrained_particles
+from dcpc.divide import (
+    Arguments,
+    Density,
+    Division,
+    Tempering,
+    UnitGroup,
+    constrained_particles,
+)
 from dcpc.divide.batches import in_batches
 from dcpc.divide.cache import Divisions
 from dcpc.divide.model import Latents, Model, observation_means
@@ -190,6 +197,13 @@ class Problem:
         other = copy(self)
         other.arguments = arguments
         other.density = replace(self.density, tensors=arguments.tensors)
+        return other
+
+    def tempered(self, temperature: float, observed: Collection[str]) -> Problem:
+        """The same problem, in which some observed sites count by a temperature."""
+        other = copy(self)
+        tempering = Tempering(temperature, observed=frozenset(observed))
+        other.density = replace(self.density, tempering=tempering)
         return other
 
     def as_written(self) -> Problem:

@@ -327,13 +327,34 @@ def test_few_values_left_of_a_latent_for_all_times_are_told() -> None:
     assert "level" in posterior.warnings[0]
 
 
-def test_a_surprise_is_told() -> None:
-    y = data(8)
-    y[-1] = 40.0
-    engine = DCPC(chain, num_particles=200)
+def test_a_surprise_is_taken_in_little_by_little() -> None:
+    """An observation at 13 standard deviations, where one weighing would leave one particle."""
+    y = data(12)
+    y[9] += 12.0
+    exact = kalman(y)
+    posterior = one_by_one(chain, 3, y)
+    names = [f"x_{t}" for t in range(8, 12)]
+    check(posterior, names, exact.mean[8:], exact.covariance.diagonal()[8:].sqrt(), 0.2)
+    check_evidence(posterior, exact.log_evidence)
+    assert posterior.warnings == ()
+
+
+def test_few_survivors_are_told() -> None:
+    """Where observations have a hard edge, no power of their density keeps more particles."""
+
+    def edged(y: Tensor) -> None:
+        x = torch.zeros(())
+        for t in pyro.markov(range(len(y))):
+            x = pyro.sample(f"x_{t}", dist.Normal(x, 0.5))
+            pyro.sample(f"y_{t}", dist.Uniform(x - 1.0, x + 1.0), obs=y[t])
+
+    y = torch.tensor([0.0, 0.2, -0.1, 0.3, 2.4])
+    engine = DCPC(edged, num_particles=400)
     posterior = engine.run(y[:3], num_sweeps=50, seed=0, progress=False)
-    with pytest.warns(ConvergenceWarning, match=r"step\(s\) 7 were far from"):
-        posterior.extend(y, seed=0, progress=False)
+    with pytest.warns(ConvergenceWarning, match=r"step\(s\) 4 were far from"):
+        posterior = posterior.extend(y, seed=0, progress=False)
+    posterior = posterior.extend(torch.cat([y, y[-1:]]), seed=0, progress=False)
+    assert len(posterior.warnings) == 1
 
 
 def test_a_regime_that_switches() -> None:
@@ -362,10 +383,13 @@ def test_a_regime_that_switches() -> None:
     check_evidence(posterior, log_evidence)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
-def test_zhat_is_unbiased_over_independent_populations(threshold: float) -> None:
-    """The mean of `Zhat / Z` over 2000 sequences of the same data is one, and errors are honest."""
-    cells, y = 2000, data(9)
+@pytest.mark.parametrize(
+    ("threshold", "surprise"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.5, 4.0)]
+)
+def test_zhat_is_unbiased_over_independent_populations(threshold: float, surprise: float) -> None:
+    """The mean of `Zhat / Z` over 400 sequences of the same data is one, and errors are honest."""
+    cells, y = 400, data(10)
+    y[7] += surprise
 
     def panel(y: Tensor) -> None:
         x = None
@@ -376,31 +400,43 @@ def test_zhat_is_unbiased_over_independent_populations(threshold: float) -> None
                 pyro.sample(f"y_{t}", dist.Normal(x, NOISE), obs=y[t])
 
     many = y[:, None].expand(-1, cells).contiguous()
-    engine = DCPC(panel, num_particles=50, resample_threshold=threshold)
+    engine = DCPC(panel, num_particles=100, resample_threshold=threshold)
     posterior = engine.run(many[:2], num_sweeps=4, seed=0, progress=False)
-    posterior = posterior.extend(many, num_sweeps=1, seed=1, progress=False)
+    posterior = posterior.extend(many, num_sweeps=2, seed=1, progress=False)
     error = posterior.log_evidence.double() - kalman(y).log_evidence
     ratio = error.exp()
-    assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / cells**0.5
-    reported = posterior.log_evidence_se
-    reported = reported[reported.isfinite()].square().mean().sqrt()
-    if threshold == 0.5:
-        assert 1 / 1.5 < float(error.std()) / float(reported) < 1.5
+    assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / cells**0.5 < 0.15
+    if threshold > 0.0:
+        reported = posterior.log_evidence_se
+        assert reported.isfinite().double().mean() > 0.9
+        spread = float(reported[reported.isfinite()].square().mean().sqrt())
+        assert 1 / 1.5 < float(error.std()) / spread < 1.5
 
 
 def test_variances_of_blocks_add_up() -> None:
-    """Equal weights over K families are no error; a block that ends keeps its variance."""
-    weights = LogWeights(torch.zeros(1000))
-    error = RunningError.start(torch.tensor(0.3), weights)
-    assert float(error.standard_error(weights)) == pytest.approx(0.3)
-    uneven = LogWeights(torch.where(torch.arange(1000) < 50, 0.0, -math.inf))
-    ended = error.resampled(uneven, torch.arange(1000) % 50)
-    assert float(ended.variance) == pytest.approx(0.3**2 + 1000 / 999 * (1 / 50 - 1 / 1000))
-    assert torch.equal(ended.eve, torch.arange(1000))
-    some = LogWeights(torch.where(torch.arange(1000) < 500, 0.0, -math.inf))
-    going = error.resampled(some, torch.arange(1000) % 500)
-    assert float(going.variance) == pytest.approx(0.3**2)
-    assert torch.equal(going.eve, torch.arange(1000) % 500)
+    """Equal weights over K families are no error; a block that ends hands its families on."""
+
+    def shared(count: int) -> LogWeights:
+        return LogWeights(torch.where(torch.arange(1000) < count, 0.0, -math.inf))
+
+    def relative(count: int) -> float:
+        return 1000 / 999 * (1 / count - 1 / 1000)
+
+    even = LogWeights(torch.zeros(1000))
+    index = torch.arange(1000)
+    first = RunningError.start(torch.tensor(0.3), even)
+    assert float(first.standard_error(even)) == pytest.approx(0.3)
+    assert float(first.standard_error(shared(50)) ** 2) == pytest.approx(0.09 + relative(50))
+    going = first.resampled(shared(500), index % 500)
+    assert torch.equal(going.younger, index % 500)
+    assert float(going.standard_error(even) ** 2) == pytest.approx(0.09 + relative(500))
+    ended = going.resampled(shared(50), index % 50)
+    assert torch.equal(ended.younger, index)
+    assert torch.equal(ended.families, index % 50)
+    assert float(ended.standard_error(even) ** 2) == pytest.approx(0.09 + relative(50))
+    again = ended.resampled(shared(40), index % 40)
+    assert torch.equal(again.families, index % 40)
+    assert float(again.standard_error(even) ** 2) == pytest.approx(0.09 + relative(40))
 
 
 def test_names_are_told_apart_by_the_number_that_counts() -> None:

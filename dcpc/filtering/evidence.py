@@ -1,10 +1,14 @@
-"""Evidence that grows by an increment per step, and its standard error in blocks of time.
+"""Standard error of an evidence estimate that grows by an increment per step.
 
 Of a long series all particles descend from one, and the genealogy of the whole says nothing any
-more about the error of `log Zhat`. The error adds up over time, and forgets: so the series is cut
-in blocks, within each of which the families since its beginning tell the relative variance of the
-block's factor (`annealing.genealogical_standard_error`, after Lee & Whiteley 2018), and variances
-add up over the blocks, as in their fixed-lag variant (Olsson & Douc 2019).
+more about the error of `log Zhat`. But the error adds up, and forgets: so time is cut in blocks.
+Let `C_s(t)` be the relative variance that the families since time s show at time t, by Lee &
+Whiteley (2018), as in `annealing.genealogical_standard_error`. A block from `s_b` to `s_{b+1}` adds
+
+    C_{s_{b-1}}(s_{b+1}) - C_{s_{b-1}}(s_b)
+
+to the variance: what families from one block earlier have grown in it, so that particles that were
+one not long ago do not count as independent (a fixed lag, as in Olsson & Douc 2019).
 """
 
 from __future__ import annotations
@@ -24,10 +28,10 @@ from dcpc.recombine import LogWeights, take_particles
 __all__ = ["RunningError"]
 
 ENOUGH_FAMILIES = 100.0
-"""Effective number of families below which a block ends; of few particles, `ENOUGH_SHARE`."""
+"""Effective number of families since its beginning below which a block ends."""
 
-ENOUGH_SHARE = 0.3
-"""The same, as a share of the particles."""
+ENOUGH_SHARE = 0.5
+"""The same as a share of the particles, of which there may be few."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +39,22 @@ class RunningError:
     """Variance of `log Zhat` so far.
 
     Attributes:
-        variance: Of the blocks that have ended, and of the run before, `(*population)`.
-        eve: Index of each particle's ancestor at the beginning of the present block,
+        variance: Of the blocks that have ended and of the run before, less what the families of
+            the last block had grown to when the present one began, `(*population)`.
+        families: Index of each particle's ancestor at the beginning of the block before this one,
             `(K, *population)`.
+        younger: Index of its ancestor at the beginning of this one, likewise.
     """
 
     variance: Tensor
-    eve: Tensor
+    families: Tensor
+    younger: Tensor
 
     @classmethod
     def start(cls, standard_error: Tensor, weights: LogWeights) -> RunningError:
         """The error of a run, whose particles begin the first block."""
-        return cls(standard_error.square(), _index(weights.log_weight))
+        index = _index(weights)
+        return cls(standard_error.square(), index, index)
 
     def resampled(self, weights: LogWeights, ancestors: Tensor) -> RunningError:
         """The same after particles of some cells were resampled, at which a block may end.
@@ -55,23 +63,29 @@ class RunningError:
             weights: Weights before.
             ancestors: Ancestors `(K, *population)`.
         """
-        axes = tuple(range(1, ancestors.dim()))
-        index = _index(weights.log_weight)
+        axes, index = tuple(range(1, ancestors.dim())), _index(weights)
         limit = min(ENOUGH_FAMILIES, ENOUGH_SHARE * weights.num_particles)
-        ends = (effective_families(weights, self.eve) < limit) & (ancestors != index).any(0)
-        variance = torch.where(ends, self.variance + self._block(weights), self.variance)
-        eve = torch.where(ends, index, take_particles(self.eve, ancestors, axes))
-        return replace(self, variance=variance, eve=eve)
+        ends = (effective_families(weights, self.younger) < limit) & (ancestors != index).any(0)
+        grown = _relative(weights, self.families) - _relative(weights, self.younger)
+        families = torch.where(ends, self.younger, self.families)
+        return replace(
+            self,
+            variance=torch.where(ends, self.variance + grown, self.variance),
+            families=take_particles(families, ancestors, axes),
+            younger=torch.where(ends, index, take_particles(self.younger, ancestors, axes)),
+        )
 
     def standard_error(self, weights: LogWeights) -> Tensor:
         """Standard error of `log Zhat`, `(*population)`."""
-        return (self.variance + self._block(weights)).sqrt()
-
-    def _block(self, weights: LogWeights) -> Tensor:
-        error = genealogical_standard_error(weights, self.eve, MIN_DECORRELATED_FAMILIES)
-        return error.square()
+        return (self.variance + _relative(weights, self.families)).clamp(min=0.0).sqrt()
 
 
-def _index(like: Tensor) -> Tensor:
+def _relative(weights: LogWeights, families: Tensor) -> Tensor:
+    """Relative variance that families show, `(*population)`; infinite where they are too few."""
+    return genealogical_standard_error(weights, families, MIN_DECORRELATED_FAMILIES).square()
+
+
+def _index(weights: LogWeights) -> Tensor:
+    like = weights.log_weight
     index = torch.arange(like.shape[0], device=like.device)
     return index.reshape(-1, *(1,) * (like.dim() - 1)).expand(like.shape).contiguous()

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from dcpc.approach.tuning import tuned
@@ -26,6 +27,7 @@ from dcpc.filtering.window import NUM_FREE, Bind, Window, disagreement, open_win
 from dcpc.parts import Adaptation
 from dcpc.posterior import Evidence
 from dcpc.problem import Problem
+from dcpc.recombine import LogWeights
 from dcpc.sweep import SweepState, resample, restart_adaptation
 
 __all__ = ["Filter", "advance"]
@@ -38,6 +40,15 @@ NUM_ADAPTING = 15
 
 SANE_ACCEPTANCE = (0.5, 0.97)
 """Acceptance rates at which proposals are still good; outside they adapt anew."""
+
+MIN_CONDITIONAL_ESS = 0.2
+"""Conditional ESS, over K, down to which observations are taken in at once."""
+
+TEMPERED_ESS = 0.5
+"""Conditional ESS, over K, that each power keeps where they are not."""
+
+SMALLEST_STEP = 1e-4
+"""Smallest step of the temperature then."""
 
 MIN_SURVIVORS = 20.0
 """Conditional ESS of an observation below which a warning names its step; of few particles a tenth.
@@ -55,7 +66,8 @@ class Filter:
         num_steps: Number of steps so far.
         steps: The sites by step.
         order: Markov order.
-        state: Latents of the window and those that hold for all times, with centred weights.
+        state: Latents of the window and those that hold for all times, with centred weights, and
+            the window's log-density.
         run: Evidence of the run that it began with.
         log_evidence: Sum of the evidence increments since, double, `(*population)`.
         error: Standard error of the sum of both.
@@ -119,6 +131,9 @@ def _taken_in(
 ) -> Filter:
     """The filter after the observations of the window's last step.
 
+    Their density is taken in at once where the particles can follow, else power by power, with
+    moves between (Neal 2001).
+
     Args:
         known: The filter.
         window: Its window.
@@ -127,15 +142,18 @@ def _taken_in(
         num_sweeps: Sweeps that move the last steps.
     """
     final = {name: z for name, z in leaving.items() if window.is_final(name)}
-    known, state = _weighed(known, window, latents)
-    before = state.log_weight
-    parts = window.base.parts
-    state, ancestors = resample(window.problem.density, state, parts)
-    if ancestors is not None:
-        known = replace(known, error=known.error.resampled(before, ancestors))
-    known = replace(known, last=Generation(final, ancestors, known.last))
-    known = _adapted(known, window, state)
-    return _degeneracy(_moved(known, state, num_sweeps))
+    state = SweepState(dict(latents), known.state.log_weight, known.state.log_joint)
+    temperature = 0.0
+    while temperature < 1.0:
+        increment, before = _increment(window, state.latents), temperature
+        temperature = _next_temperature(state.log_weight, increment, before) if num_sweeps else 1.0
+        known, state = _weighed(known, state, (temperature - before) * increment)
+        known, state = _resampled(known, window, state, final)
+        known = _adapted(known, window.at(temperature), state)
+        known, state = _moved(known, temperature, state, num_sweeps)
+        final = {}
+    log_joint = window.problem.density.log_joint(state.latents)
+    return _degeneracy(replace(known, state=replace(known.state, log_joint=log_joint)))
 
 
 def _grown(known: Filter, growth: Growth, bind: Bind) -> tuple[Filter, dict[str, Tensor]]:
@@ -188,48 +206,85 @@ def _drawn(window: Window, latents: Latents) -> dict[str, Tensor]:
     return {**drawn, **given}
 
 
-def _weighed(
-    known: Filter, window: Window, latents: Mapping[str, Tensor]
-) -> tuple[Filter, SweepState]:
-    """Weighs the particles by the density of the new step's observations.
-
-    The evidence increment is the log of the mean of the new weights under the old ones.
-    """
-    division = window.problem.division
+def _increment(window: Window, latents: Latents) -> Tensor:
+    """Log-density of the new step's observations, `(K, *population)`; zero where there are none."""
     factors = window.problem.density.log_factors(latents)
-    own = known.steps.observed_at(window.stop - 1 - window.start)
-    new = {name: factors[name] for name in own if name in factors}
-    log_weight = known.state.log_weight
-    if division.population_shape != tuple(log_weight.population):
+    new = {name: factors[name] for name in window.observed}
+    over_population = window.problem.division.over_population
+    return over_population(new) if new else torch.zeros_like(over_population(factors))
+
+
+def _next_temperature(weights: LogWeights, increment: Tensor, temperature: float) -> float:
+    """The temperature up to which observations are taken in, by the worst cell's conditional ESS.
+
+    One where that stays above `MIN_CONDITIONAL_ESS`; and where it falls below `TEMPERED_ESS`
+    however little is taken in, since the observations have density zero at most particles.
+    """
+
+    def kept(other: float) -> float:
+        taken = weights.conditional_ess((other - temperature) * increment)
+        return float(taken.min()) / weights.num_particles
+
+    low, high = temperature + SMALLEST_STEP, 1.0
+    if high <= low or kept(high) >= MIN_CONDITIONAL_ESS or kept(low) < TEMPERED_ESS:
+        return 1.0
+    for _ in range(20):
+        middle = math.sqrt((low - temperature) * (high - temperature)) + temperature
+        low, high = (middle, high) if kept(middle) >= TEMPERED_ESS else (low, middle)
+    return low
+
+
+def _weighed(known: Filter, state: SweepState, increment: Tensor) -> tuple[Filter, SweepState]:
+    """Weighs the particles; the evidence takes the mean of the new weights under the old ones.
+
+    Raises:
+        ModelError: The window has another population than the particles.
+    """
+    weights = state.log_weight
+    if increment.shape != weights.log_weight.shape:
         raise ModelError(
-            f"extend: particles weigh by {tuple(log_weight.population)} cells, the model on its "
-            f"last steps has {division.population_shape}; expected plates that hold all sites, "
-            "or not, at any length"
+            f"extend: particles weigh by {tuple(weights.population)} cells, the model on its last "
+            f"steps by {tuple(increment.shape[1:])}; expected plates that hold all sites at any "
+            "length, or at none"
         )
-    poor = False
-    if new:
-        increment = division.over_population(new)
-        kept = log_weight.conditional_ess(increment)
-        poor = bool((kept < min(MIN_SURVIVORS, 0.1 * log_weight.num_particles)).any())
-        log_weight = log_weight.add(increment)
-    log_mean = log_weight.log_mean()
-    state = SweepState(dict(latents), log_weight.add(-log_mean), division.over_population(factors))
-    return replace(
+    kept = weights.conditional_ess(increment)
+    poor = bool((kept < min(MIN_SURVIVORS, 0.1 * weights.num_particles)).any())
+    weights = weights.add(increment)
+    log_mean = weights.log_mean()
+    surprises = (*known.surprises, known.num_steps - 1) if poor else known.surprises
+    known = replace(
         known,
         log_evidence=known.log_evidence + log_mean.double(),
-        surprises=(*known.surprises, window.stop - 1) if poor else known.surprises,
-    ), state
+        surprises=surprises,
+    )
+    return known, replace(state, log_weight=weights.add(-log_mean))
 
 
-def _adapted(known: Filter, window: Window, state: SweepState) -> Filter:
-    """The filter with proposals for this window.
+def _resampled(
+    known: Filter, window: Window, state: SweepState, final: Latents
+) -> tuple[Filter, SweepState]:
+    """Resamples whole paths where the ESS is low.
+
+    Args:
+        final: Values that will not move any more.
+    """
+    before = state.log_weight
+    state, ancestors = resample(window.problem.density, state, window.base.parts)
+    if ancestors is not None:
+        known = replace(known, error=known.error.resampled(before, ancestors))
+    return replace(known, last=Generation(final, ancestors, known.last)), state
+
+
+def _adapted(known: Filter, problem: Problem, state: SweepState) -> Filter:
+    """The filter with proposals for its window.
 
     They are learned from a copy of the particles, when the window is another one or they are
     accepted too rarely or too often: at the window's full length with as many leapfrog steps as the
     particles need.
     """
     low, high = SANE_ACCEPTANCE
-    problem = window.problem
+    window = known.window
+    assert window is not None
     if all(group.is_discrete for group in problem.groups):
         return known
     if known.adaptation and (not problem.parts.adapts_step_size or low <= known.acceptance <= high):
@@ -238,9 +293,11 @@ def _adapted(known: Filter, window: Window, state: SweepState) -> Filter:
     adaptation = _learned(problem, state)
     if window.is_full(known.order):
         moves = tuned(problem, replace(state, adaptation=adaptation), jumps=False)
-        problem = moves.problem
-        adaptation = _learned(problem, replace(state, adaptation=moves.adaptation))
-    return replace(known, window=replace(window, problem=problem), adaptation=adaptation)
+        if moves.problem.tuned_steps:
+            tuned_problem = window.problem.with_leapfrog_steps(moves.problem.tuned_steps)
+            window = replace(window, problem=tuned_problem)
+        adaptation = _learned(moves.problem, replace(state, adaptation=moves.adaptation))
+    return replace(known, window=window, adaptation=adaptation)
 
 
 def _learned(problem: Problem, state: SweepState) -> Mapping[str, Adaptation]:
@@ -251,26 +308,30 @@ def _learned(problem: Problem, state: SweepState) -> Mapping[str, Adaptation]:
     return state.adaptation
 
 
-def _moved(known: Filter, state: SweepState, num_sweeps: int) -> Filter:
-    """The filter after sweeps over the latents of the last steps, with frozen proposals."""
+def _moved(
+    known: Filter, temperature: float, state: SweepState, num_sweeps: int
+) -> tuple[Filter, SweepState]:
+    """Moves the latents of the last steps by sweeps with frozen proposals."""
     window = known.window
     assert window is not None
+    problem = window.at(temperature)
     state = replace(state, adaptation=known.adaptation)
     draws, accepted = [], []
     step_size: Mapping[str, Tensor] = {}
     for _ in range(num_sweeps):
-        state, info = window.problem.sweep(state, adapt=False, retargets=False)
+        state, info = problem.sweep(state, adapt=False, retargets=False)
         draws.append(window.outside(state.latents))
         accepted += [float(rate.mean()) for rate in info.statistic.values()]
         step_size = info.step_size
-    state = SweepState(window.outside(state.latents), state.log_weight, state.log_joint)
-    return replace(
+    outside = SweepState(window.outside(state.latents), state.log_weight, state.log_joint)
+    known = replace(
         known,
-        state=state,
-        draws=tuple(draws) or (state.latents,),
+        state=outside,
+        draws=tuple(draws) or (outside.latents,),
         acceptance=sum(accepted) / len(accepted) if accepted else math.nan,
         step_size=step_size,
     )
+    return known, replace(state, adaptation={})
 
 
 def _degeneracy(known: Filter) -> Filter:

@@ -81,7 +81,7 @@ class FilteredPosterior(Posterior):
             acceptance={},
             step_size={},
             unit_of={},
-            families=self.filter.error.eve.repeat(tall),
+            families=self.filter.error.families.repeat(tall),
         )
 
 
@@ -121,6 +121,7 @@ def posterior_of(known: Filter) -> FilteredPosterior:
         known.last,
         lambda name: axes[kind(name)],
     )
+    evidence = _evidence(known)
     posterior = FilteredPosterior(
         samples=samples,
         state=known.state,
@@ -133,8 +134,8 @@ def posterior_of(known: Filter) -> FilteredPosterior:
             for unit in group.units
             for own in unit.sites
         },
-        evidence=_evidence(known),
-        warnings=tuple(_warnings(known)),
+        evidence=evidence,
+        warnings=tuple(_warnings(known, evidence)),
         discrete=_ByKind(samples, kind, window.by_kind(division.discrete)),
     )
     object.__setattr__(posterior, "filter", known)
@@ -153,7 +154,12 @@ def _evidence(known: Filter) -> Evidence:
     )
 
 
-def _warnings(known: Filter) -> Iterator[str]:
+def _warnings(known: Filter, evidence: Evidence) -> Iterator[str]:
+    if evidence.standard_error is not None and bool(evidence.standard_error.isinf().any()):
+        yield (
+            "the evidence estimate is not reliable: too few families of particles have survived to "
+            "tell its error; take more particles, or start from a run whose estimate is reliable"
+        )
     if known.degenerate:
         yield (
             f"few distinct values are left of {list(known.degenerate)}, which hold for all times: "

@@ -97,6 +97,18 @@ class Window:
         """Values of the free steps, the newest last."""
         return [name for name in self.values.values() if self.steps.step_of(name) is not None]
 
+    @cached_property
+    def observed(self) -> list[str]:
+        """The last step's observed sites, by the window's own names."""
+        own = self.steps.observed_at(self.stop - 1 - self.start)
+        return [name for name in own if name in self.problem.division.sites]
+
+    def at(self, temperature: float) -> Problem:
+        """The problem in which the last step's observations count by a temperature."""
+        if temperature == 1.0:
+            return self.problem
+        return self.problem.tempered(temperature, self.observed)
+
     def is_final(self, name: str) -> bool:
         """Whether a value belongs to a step whose latents do not move any more."""
         step = self.steps.step_of(name)
