@@ -737,13 +737,13 @@ FAULTS = [
           "return all(x.untyped_storage().data_ptr() != memory for x in others)", "return True"),
     Fault("a write that keeps the type is recorded as one that does not",
           "if plain(*args, **kwargs).dtype != target.dtype:", "if False:"),
-    Fault("extend: observations bring no weight", "log_weight = log_weight.add(increment)", "pass"),
+    Fault("extend: observations bring no weight", "weights = weights.add(increment)", "pass"),
     Fault("extend: the evidence is the last increment",
           "known.log_evidence + log_mean.double()", "log_mean.double()"),
     Fault("extend: latents for all times are not resampled",
-          "state = SweepState(window.outside(state.latents), state.log_weight, state.log_joint)",
-          "state = SweepState({**window.outside(state.latents), **{n: known.state.latents[n] for n "
-          "in known.steps.constant}}, state.log_weight, state.log_joint)"),
+          "outside = SweepState(window.outside(state.latents), state.log_weight, state.log_joint)",
+          "outside = SweepState({**window.outside(state.latents), **{n: known.state.latents[n] "
+          "for n in known.steps.constant}}, state.log_weight, state.log_joint)"),
     Fault("extend: windows are a row short", "max(first_free - order, 0)",
           "max(first_free - order + 1, 0)"),
     Fault("extend: windows are not compared with the whole",

@@ -202,6 +202,7 @@ def test_a_chain_of_order_two_with_missing_steps_and_a_season() -> None:
     count = 15
     y, season = data(count), torch.sin(torch.arange(15.0))
     seen = torch.tensor([t not in (4, 9, 10) for t in range(count)])
+    y[~seen] = math.nan
     eye = torch.eye(count, dtype=torch.float64)
     matrix = 0.6 * eye.roll(1, 0).tril(-1) + 0.3 * eye.roll(2, 0).tril(-1)
     mean, covariance, log_evidence = gaussian_posterior(
