@@ -26,6 +26,7 @@ from dcpc.filtering.steps import Steps
 from dcpc.filtering.window import NUM_FREE, Bind, Window, disagreement, open_window
 from dcpc.parts import Adaptation
 from dcpc.posterior import Evidence
+from dcpc.presets import JOINT_MOVE
 from dcpc.problem import Problem
 from dcpc.recombine import LogWeights
 from dcpc.sweep import SweepState, resample, restart_adaptation
@@ -293,10 +294,11 @@ def _adapted(known: Filter, problem: Problem, state: SweepState) -> Filter:
     adaptation = _learned(problem, state)
     if window.is_full(known.order):
         moves = tuned(problem, replace(state, adaptation=adaptation), jumps=False)
-        if moves.problem.tuned_steps:
+        # Few sweeps follow an observation: no shorter moves than those of a joint unit.
+        if moves.problem.tuned_steps > JOINT_MOVE.leapfrog_steps:
             tuned_problem = window.problem.with_leapfrog_steps(moves.problem.tuned_steps)
             window = replace(window, problem=tuned_problem)
-        adaptation = _learned(moves.problem, replace(state, adaptation=moves.adaptation))
+            adaptation = _learned(moves.problem, replace(state, adaptation=moves.adaptation))
     return replace(known, window=window, adaptation=adaptation)
 
 
