@@ -19,6 +19,7 @@ from dcpc import DCPC, ConvergenceWarning
 from dcpc.errors import DataError, ModelError, OptionError
 from dcpc.filtering import window
 from dcpc.filtering.evidence import RunningError
+from dcpc.filtering.genealogy import Generation, PathSamples
 from dcpc.filtering.steps import Template, _template
 from dcpc.posterior import Posterior
 from dcpc.recombine import LogWeights
@@ -185,6 +186,7 @@ def test_an_initial_state_and_two_latents_per_step() -> None:
     check(posterior, names[-6:], mean[-6:], covariance.diagonal()[-6:].sqrt(), 0.15)
     check_evidence(posterior, log_evidence)
     assert not any("level_init" in text for text in posterior.warnings)
+    check(posterior, names[:1], mean[:1], covariance.diagonal()[:1].sqrt(), 0.3)
     assert posterior.samples["level_init"].shape == (2000,)
 
 
@@ -435,9 +437,41 @@ def test_variances_of_blocks_add_up() -> None:
     assert torch.equal(ended.younger, index)
     assert torch.equal(ended.families, index % 50)
     assert float(ended.standard_error(even) ** 2) == pytest.approx(0.09 + relative(50))
-    again = ended.resampled(shared(40), index % 40)
-    assert torch.equal(again.families, index % 40)
-    assert float(again.standard_error(even) ** 2) == pytest.approx(0.09 + relative(40))
+    again = ended.resampled(shared(500), index % 500)  # families of 50, younger ones of 500
+    third = again.resampled(shared(60), index % 60)  # ten families of 50 count twice
+    grown = 1000 / 999 * ((10 * 2**2 + 40) / 60**2 - 1 / 60)
+    last = 1000 / 999 * ((40 * 17**2 + 20 * 16**2) / 1000**2 - 1 / 1000)
+    assert float(third.standard_error(even) ** 2) == pytest.approx(0.09 + grown + last)
+
+
+def test_draws_of_a_particle_that_hardly_moves_are_one() -> None:
+    y = data(6)
+    engine = DCPC(chain, num_particles=400, step_size=1e-8)
+    posterior = engine.run(y[:2], num_sweeps=5, seed=0, progress=False)
+    posterior = posterior.extend(y, num_sweeps=8, seed=0, progress=False)
+    about = posterior.filtered()["x_5"]
+    assert float(about["mcse"]) > 0.9 * float(about["std"]) / float(posterior.ess) ** 0.5
+
+
+def test_a_path_goes_through_the_ancestors_of_its_ancestors() -> None:
+    """Particle k now was `first[second[k]]` before two resamplings, in each population cell."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randint(6, (2, 6, 3), generator=generator)
+    oldest, older, now = torch.randn(3, 6, 3, generator=generator)
+    last = Generation({"a": oldest}, first, None)
+    last = Generation({}, None, last)
+    last = Generation({"b": older}, second, last)
+    samples = PathSamples(lambda: {"c": now}, ["c"], last, lambda _: (1,))
+    assert list(samples) == ["a", "b", "c"]
+    assert len(samples) == 3
+    for k in range(6):
+        for cell in range(3):
+            before = second[k, cell]
+            assert samples["c"][k, cell] == now[k, cell]
+            assert samples["b"][k, cell] == older[before, cell]
+            assert samples["a"][k, cell] == oldest[first[before, cell], cell]
+    with pytest.raises(KeyError):
+        samples["d"]
 
 
 def test_names_are_told_apart_by_the_number_that_counts() -> None:
