@@ -144,19 +144,19 @@ class Posterior:
             )
         return origin.engine.extend(self, *longer_args, **options)
 
-    @property
+    @cached_property
     def origin(self) -> Origin | None:
         """The engine and the arguments it was made of; None if it came from a file or a pickle."""
-        return vars(self).get("_origin")
+        return None  # until `made_by` notes them: they are no part of what is saved
 
     def made_by(self, engine: Any, call: tuple[tuple, dict]) -> Posterior:
         """Notes the engine and the call, for `extend`; returns the posterior."""
-        vars(self)["_origin"] = Origin(engine, call)
+        vars(self)["origin"] = Origin(engine, call)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the engine and the arguments."""
-        return {name: value for name, value in vars(self).items() if name != "_origin"}
+        return {name: value for name, value in vars(self).items() if name != "origin"}
 
     @property
     def is_partial(self) -> bool:
