@@ -20,7 +20,8 @@ from dcpc.divide import Arguments, Division, Unit
 from dcpc.divide.cache import Divisions
 from dcpc.divide.graph import Schedule
 from dcpc.divide.model import Model
-from dcpc.errors import OptionError
+from dcpc.errors import OptionError, require_at_least
+from dcpc.filtering import NUM_SWEEPS, FilteredPosterior, check_posterior, extend
 from dcpc.graphs.runner import RecordedRunner
 from dcpc.graphs.tiers import Mode
 from dcpc.habits import check_model_arguments, refuse
@@ -207,6 +208,7 @@ class DCPC:
             certify=certify,
         )
         self._divisions = self._divide(self.model)
+        self._windows = self._divide(self.model, blocks=())
         if compile not in (True, False, "auto"):
             raise OptionError(f"compile must be True, False or 'auto', got {compile!r}")
         self._runner = RecordedRunner(compile) if compile else PLAIN
@@ -315,7 +317,7 @@ class DCPC:
             state = restart_adaptation(arrival.state, problem.parts)
             with self._runner.expecting(num_sweeps, bar.say):  # as `resume` does
                 posterior = sweep_to_end(problem, state, recorder, bar, is_seeded=seed is not None)
-        return self._keep(posterior)
+        return self._keep(posterior.made_by(self, (args, kwargs)))
 
     def run_over(
         self,
@@ -408,7 +410,65 @@ class DCPC:
             posterior = sweep_to_end(
                 problem, posterior.state, recorder, bar, is_seeded=bool(random_state)
             )
-        return self._keep(posterior)
+        return self._keep(posterior.made_by(self, (args, kwargs)))
+
+    def extend(
+        self,
+        posterior: Posterior,
+        /,
+        *longer_args: Any,
+        num_sweeps: int = NUM_SWEEPS,
+        seed: int | None = None,
+        progress: bool = True,
+        **kwargs: Any,
+    ) -> FilteredPosterior:
+        """Takes new observations of a chain into a posterior, at a cost that the past does not set.
+
+        A resample-move filter (Gilks & Berzuini 2001; Chopin 2002): at every new step the particles
+        draw its latents from their prior, weigh by the density of its observations (the log of the
+        mean weight is the increment of `log_evidence`), are resampled as whole paths where their
+        ESS is low, and move the latents of the last steps by Metropolis sweeps.
+
+        The model is a loop over time, `for t in pyro.markov(range(len(y)))`, with sites that carry
+        the number of their step (`f"x_{t}"`) and steps that are alike; it is run on its last rows
+        alone, which is compared with the whole now and then. Initial states and latents that hold
+        for all times may be there besides; the latter are reweighted, not moved.
+
+        `posterior.filtered()` describes the newest steps, `posterior.samples` holds whole paths.
+
+        Args:
+            posterior: What `run` or `extend` of this engine returned; it stays as it is.
+            *longer_args: Arguments of the model: the old data, with new rows after them.
+            num_sweeps: Sweeps after each new observation.
+            seed: Seeds this call only.
+            progress: Whether to show a progress bar, where several observations are new.
+            **kwargs: Keyword arguments of the model, likewise.
+
+        Raises:
+            OptionError: The posterior is of another engine, from a file, partial or not exact.
+            DataError: The arguments are not the old ones with new rows, or cannot be handled.
+            ModelError: The model is no chain of steps that are alike.
+            DegenerateWeightsError: No particle has positive density.
+            ThreadError: Another thread is in an inference.
+
+        Warns:
+            ConvergenceWarning: Few particles survive; `posterior.warnings` says why.
+        """
+        check_posterior(posterior, self)
+        require_at_least("num_sweeps", num_sweeps, 0)
+        check_model_arguments(self.model, kwargs, "DCPC.extend")
+        with exclusive("DCPC.extend"), seeded(seed), ProgressBar(progress) as bar:
+            extended = extend(
+                posterior,
+                (longer_args, kwargs),
+                whole=lambda call: self._problem(*call),
+                bind=self._window,
+                num_sweeps=num_sweeps,
+                bar=bar,
+            )
+        extended.made_by(self, (longer_args, kwargs))
+        self._keep(extended, known=posterior.warnings)
+        return extended
 
     def anneal(
         self,
@@ -531,6 +591,10 @@ class DCPC:
             runner=self._runner,
         )
 
+    def _window(self, args: tuple, kwargs: dict) -> Problem:
+        """The model bound to the last rows of its data, as it is written."""
+        return Problem(self._windows, Arguments(args, kwargs), self.algorithm, thorough=True)
+
     def _run_over(
         self, model: Model, source: Source, length: Length, seed: int | None, progress: bool
     ) -> Posterior:
@@ -544,11 +608,16 @@ class DCPC:
             posterior = run_over(bind, source, length, bar)
         return self._keep(posterior)
 
-    def _keep(self, posterior: Posterior) -> Posterior:
-        """Makes it the last one, and warns the caller's caller of what is wrong with it."""
+    def _keep(self, posterior: Posterior, known: Sequence[str] = ()) -> Posterior:
+        """Makes it the last one, and warns the caller's caller of what is wrong with it.
+
+        Args:
+            known: Warnings that were issued before.
+        """
         self._posterior = posterior
-        if posterior.warnings:
-            message = format_problems(posterior.warnings)
+        new = tuple(text for text in posterior.warnings if text not in known)
+        if new:
+            message = format_problems(new)
             warnings.warn(message, ConvergenceWarning, stacklevel=3)
         return posterior
 

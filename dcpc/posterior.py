@@ -47,6 +47,19 @@ class Evidence:
     misses_prior_mass: bool = False
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a posterior comes from.
+
+    Attributes:
+        engine: The `DCPC` that made it.
+        call: Positional and keyword arguments of the model.
+    """
+
+    engine: Any
+    call: tuple[tuple, dict]
+
+
 @dataclass(frozen=True, repr=False)
 class Posterior:
     """Weighted particles, with what is known about them.
@@ -84,7 +97,7 @@ class Posterior:
             `(K, *batch, *event)` with all data on the axis of their plate: the final particles.
     """
 
-    samples: Samples
+    samples: Mapping[str, Tensor]
     state: SweepState
     population_axes: Mapping[str, tuple[int, ...]]
     acceptance: Mapping[str, float]
@@ -111,6 +124,39 @@ class Posterior:
             tuple(name for name, of in self.unit_of.items() if of == unit): reason
             for unit, reason in self.joined.items()
         }
+
+    def extend(self, *longer_args: Any, **options: Any) -> Posterior:
+        """Takes in new observations of a chain: `DCPC.extend` of the engine that made this.
+
+        Args:
+            *longer_args: Arguments of the model, the old data in front of the new ones.
+            **options: Those of `DCPC.extend`, and keyword arguments of the model.
+
+        Raises:
+            OptionError: It came from a file, a pickle or another process.
+        """
+        origin = self.origin
+        if origin is None:
+            raise OptionError(
+                "extend needs the engine and the data that the posterior was made of, which files "
+                "and pickles leave out; call run(...) of DCPC(model, ...) on all the data, and "
+                "extend what it returns"
+            )
+        return origin.engine.extend(self, *longer_args, **options)
+
+    @cached_property
+    def origin(self) -> Origin | None:
+        """The engine and the arguments it was made of; None if it came from a file or a pickle."""
+        return None  # until `made_by` notes them: they are no part of what is saved
+
+    def made_by(self, engine: Any, call: tuple[tuple, dict]) -> Posterior:
+        """Notes the engine and the call, for `extend`; returns the posterior."""
+        vars(self)["origin"] = Origin(engine, call)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the engine and the arguments."""
+        return {name: value for name, value in vars(self).items() if name != "origin"}
 
     @property
     def is_partial(self) -> bool:

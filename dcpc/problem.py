@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import reduce
@@ -13,7 +13,14 @@ from torch import Tensor
 from dcpc.annealing import MAX_SWEEPS, Annealed, Rung, anneal, spaced_ladder
 from dcpc.completion import complete
 from dcpc.conquer import Langevin
-from dcpc.divide import Arguments, Density, Division, constrained_particles
+from dcpc.divide import (
+    Arguments,
+    Density,
+    Division,
+    Tempering,
+    UnitGroup,
+    constrained_particles,
+)
 from dcpc.divide.batches import in_batches
 from dcpc.divide.cache import Divisions
 from dcpc.divide.model import Latents, Model, observation_means
@@ -57,6 +64,7 @@ class Problem:
         density: The posterior, up to the evidence.
         joined: By unit of several latents that were found to be correlated, why they are one.
         tuned_steps: Leapfrog steps, where they were tuned; 0 where they are the algorithm's.
+        moved: Names of the groups that sweeps move; None for all.
 
     Raises:
         ModelError, DataError, CertificationError: The model or data cannot be handled.
@@ -76,6 +84,7 @@ class Problem:
         self._runner = runner
         self.joined: Mapping[str, str] = {}
         self.tuned_steps = 0
+        self.moved: Collection[str] | None = None
         self._divisions = divisions
         self.arguments = arguments
         self.algorithm = algorithm
@@ -84,9 +93,20 @@ class Problem:
         self._is_checked = thorough
 
     @property
+    def model(self) -> Model:
+        """The Pyro program."""
+        return self._divisions.model
+
+    @property
     def parts(self) -> Parts:
         """Parts of the sweeps."""
         return self.algorithm.parts
+
+    @property
+    def groups(self) -> list[UnitGroup]:
+        """The groups that sweeps move."""
+        groups = self.division.groups
+        return [group for group in groups if self.moved is None or group.name in self.moved]
 
     @property
     def division(self) -> Division:
@@ -158,6 +178,34 @@ class Problem:
         """Whether the length of the moves is found by the run: where the user chose no move."""
         return self.algorithm.joint.move == JOINT_MOVE and isinstance(self.parts.move, Langevin)
 
+    def moving_only(self, latents: Collection[str]) -> Problem:
+        """The same problem, some of whose latents move, given the others.
+
+        Args:
+            latents: All latents of some of the groups.
+        """
+        other = copy(self)
+        other.moved = {
+            group.name
+            for group in self.division.groups
+            if all(name in latents for unit in group.units for name in unit.sites)
+        }
+        return other
+
+    def with_arguments(self, arguments: Arguments) -> Problem:
+        """The same problem with other data, of the same shapes and types."""
+        other = copy(self)
+        other.arguments = arguments
+        other.density = replace(self.density, tensors=arguments.tensors)
+        return other
+
+    def tempered(self, temperature: float, observed: Collection[str]) -> Problem:
+        """The same problem, in which some observed sites count by a temperature."""
+        other = copy(self)
+        tempering = Tempering(temperature, observed=frozenset(observed))
+        other.density = replace(self.density, tempering=tempering)
+        return other
+
     def as_written(self) -> Problem:
         """The same problem, whose sweeps are not recorded."""
         other = copy(self)
@@ -208,6 +256,7 @@ class Problem:
             adapt=adapt,
             adapt_preconditioner=adapt_preconditioner,
             retargets=retargets and self.parts.correction.is_exact,
+            groups=self.moved,
             runner=self._runner,
         )
 

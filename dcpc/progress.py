@@ -49,6 +49,11 @@ class ProgressBar:
         if self._bar is not None and self._show:
             self._bar.set_postfix_str(text)
 
+    def step(self) -> None:
+        """One step of the stage is done."""
+        assert self._bar is not None
+        self._bar.update(1)
+
     def advance(self, info: SweepInfo) -> None:
         """One sweep is done."""
         assert self._bar is not None

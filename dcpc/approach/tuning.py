@@ -140,10 +140,15 @@ def _correlation_left(problem: Problem, state: SweepState) -> float:
 
 
 def _statistics(problem: Problem, state: SweepState) -> list[Tensor]:
-    """Values `(K, *plates, n, d)`, their squares, and log-densities, standardised."""
-    groups = [group for group in problem.division.groups if not group.is_discrete]
+    """Values `(K, *plates, n, d)`, their squares, and log-densities, standardised.
+
+    Log-densities only where all latents move: those of given latents are not forgotten.
+    """
+    groups = [group for group in problem.groups if not group.is_discrete]
     values = [_standardised(group.pack(state.latents)) for group in groups]
     squares = [_standardised(value.square()) for value in values]
+    if problem.moved is not None:
+        return [*values, *squares]
     return [*values, *squares, _standardised(state.log_joint)[..., None, None]]
 
 

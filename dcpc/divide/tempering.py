@@ -50,11 +50,13 @@ class Tempering:
             recording is to serve many.
         references: Reference distributions by latent.
         joint: Reference distribution of all latents, which are one unit; None for none.
+        observed: Observed sites that the temperature weighs; None for all.
     """
 
     temperature: float | Tensor = 1.0
     references: Mapping[str, Reference] = field(default_factory=dict)
     joint: JointReference | None = None
+    observed: frozenset[str] | None = None
 
     @property
     def starts_jointly(self) -> bool:
@@ -80,12 +82,15 @@ class Tempering:
                 weighed[name] = (1.0 - beta) * start + (
                     beta * value if is_recorded or beta > 0 else 0.0
                 )
-            elif sites[name].is_observed or self.joint is not None:
+            elif self._is_tempered(sites[name]) or self.joint is not None:
                 zero = not is_recorded and beta <= 0
                 weighed[name] = value.new_zeros(value.shape) if zero else beta * value
             else:
                 weighed[name] = value
         return weighed
+
+    def _is_tempered(self, site: Site) -> bool:
+        return site.is_observed and (self.observed is None or site.name in self.observed)
 
 
 POSTERIOR = Tempering()
