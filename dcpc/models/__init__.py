@@ -4,11 +4,13 @@ from dcpc.models.classifiers import Perceptron
 from dcpc.models.convolutional_generator import ConvolutionalGenerator, PGDGenerator
 from dcpc.models.deep_latent_gaussian import DeepLatentGaussian
 from dcpc.models.encoders import ConvolutionalEncoder, MLPEncoder
+from dcpc.models.labelled_embedding import LabelledEmbedding
 
 __all__ = [
     "ConvolutionalEncoder",
     "ConvolutionalGenerator",
     "DeepLatentGaussian",
+    "LabelledEmbedding",
     "MLPEncoder",
     "PGDGenerator",
     "Perceptron",

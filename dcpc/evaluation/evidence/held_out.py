@@ -140,8 +140,8 @@ def evaluate(
         if label_site is not None:
             classes = class_probabilities(problem, annealed.state, label_site, seed)
     originals = main_tensor(x)
-    mean = matching_site(means, originals).detach()
-    pixels, predicted = (to_unit(v, intensity_range).flatten(1) for v in (originals, mean))
+    mean = matching_site(means, x).detach()
+    pixels, predicted = (to_unit(v, intensity_range).reshape(len(v), -1) for v in (originals, mean))
     log_evidence, ess = annealed.log_evidence, annealed.state.log_weight.ess()
     if log_evidence.dim() == 0:
         log_evidence, ess = (log_evidence / len(mean)).expand(len(mean)), ess.expand(len(mean))

@@ -13,7 +13,7 @@ from torch import Tensor
 from dcpc.divide.handlers import Substitute, is_random, mean_of, running, transform_of
 from dcpc.divide.model import Model
 from dcpc.errors import DataError, OptionError
-from dcpc.observed import Observed, as_arguments, main_tensor, num_data
+from dcpc.observed import Observed, as_arguments, main_tensor, named_tensors, num_data
 from dcpc.seeding import seeded
 
 __all__ = [
@@ -73,8 +73,8 @@ def decode(
         nodes = pyro.poutine.trace(program).get_trace(*args, **kwargs).nodes
     observed: dict[str, Any] = {n: site for n, site in nodes.items() if _was_observed(site)}
     return Decoded(
-        samples=matching_site({name: site["value"] for name, site in observed.items()}, main),
-        means=matching_site({name: mean_of(site["fn"]) for name, site in observed.items()}, main),
+        samples=matching_site({name: site["value"] for name, site in observed.items()}, x),
+        means=matching_site({name: mean_of(site["fn"]) for name, site in observed.items()}, x),
     )
 
 
@@ -133,20 +133,27 @@ def latent_shapes(model: Model, x: Observed) -> dict[str, torch.Size]:
     }
 
 
-def matching_site(values: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """The observed site with as many elements as `x`, in its shape.
+def matching_site(values: Mapping[str, Tensor], x: Observed) -> Tensor:
+    """The observed site with as many elements as the first tensor of the data, in its shape.
+
+    Where several have, the one of that tensor's name.
 
     Raises:
         DataError: No site has, or several have.
     """
-    alike = [value for value in values.values() if value.numel() == x.numel()]
+    name, first = named_tensors(x)[0]
+    alike = {n: value for n, value in values.items() if value.numel() == first.numel()}
+    if len(alike) > 1:
+        named = {n: value for n, value in alike.items() if n in (name, f"{name}_observed")}
+        alike = named or alike
     if len(alike) != 1:
         shapes = {name: tuple(value.shape) for name, value in values.items()}
         raise DataError(
             f"one observed site of the model must have as many elements as the data, "
-            f"{tuple(x.shape)}, to be compared with them; got {len(alike)} of the sites {shapes}"
+            f"{tuple(first.shape)}, to be compared with them, or its name; got {len(alike)} of the "
+            f"sites {shapes}"
         )
-    return alike[0].reshape(x.shape)
+    return next(iter(alike.values())).reshape(first.shape)
 
 
 class _AtMeans(Messenger):
