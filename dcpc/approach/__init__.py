@@ -206,9 +206,7 @@ def _from_pilots(
         reason = strongest_correlation(joint, state)
         if 0 < moves.problem.tuned_steps <= SHORT_MOVE:
             reason = reason or "short moves of all latents forget fast"
-        if moves.forget_nothing:
-            reason = ""
-        if reason:
+        if reason and not moves.forget_nothing:
             state = replace(annealed.state, adaptation=moves.adaptation)
             chosen = moves.problem.because({tuple(problem.division.latents): reason})
             arrival = _arrival(replace(annealed, state=state), chosen, refusal)

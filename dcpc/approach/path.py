@@ -39,9 +39,9 @@ MAX_CURVATURE = 1e6
 """Largest entry of the curvature in these units that is believed."""
 
 NUM_NEARBY = 4
-MAX_ROUNDING = 1.0
-"""Values that differ in their last digits, and the largest difference of their log-densities, where
-these are believed."""
+MAX_ROUNDING, MAX_RESOLUTIONS = 1.0, 64.0
+"""Values that differ in their last digits, and the largest difference of their log-densities where
+these are believed: in nats, and in units of what a number of that size resolves."""
 
 DEGREES = 5.0
 """Degrees of freedom of the Student-t distributions that are made of the Gaussians."""
@@ -184,7 +184,9 @@ class Paths:
         noise = torch.randn(NUM_NEARBY, *value.shape, dtype=value.dtype, device=value.device)
         nearby = value * (1.0 + 4.0 * torch.finfo(value.dtype).eps * noise)
         density = self.log_density(nearby.flatten(0, 1)).unflatten(0, nearby.shape[:2])
-        return density.amax(0) - density.amin(0) < MAX_ROUNDING  # NaN of infinities is not
+        resolution = MAX_RESOLUTIONS * torch.finfo(value.dtype).eps * density.abs().amax(0)
+        # NaN, the difference of infinities, is not smaller.
+        return density.amax(0) - density.amin(0) < MAX_ROUNDING + resolution
 
     def _search(self, value: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
         """The best of many lengths of a step, and the log-density there."""
