@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dcpc.models import LabelledEmbedding
 from dcpc.training import AmortisedModule, ClassifierModule
 from dcpc.training.checkpoint import read_checkpoint
 from dcpc.training.command import ConfiguredCLI, main
+from dcpc.training.data import HalfLabelledData
 from experiments import head_to_head_report
 from experiments.layers import layers
 
@@ -221,3 +223,15 @@ def test_every_colour_generator_fits_from_its_config(
     )
     assert "after" in capsys.readouterr().out
     assert (tmp_path / "run" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize(("config", "count"), [("digits-semi", 300), ("mnist-semi", 600)])
+def test_configs_of_half_labelled_images_build(
+    config: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    built = ConfiguredCLI(["fit", *arguments(config), "--trainer.accelerator=cpu"])
+    assert isinstance(built.datamodule, HalfLabelledData)
+    assert built.datamodule.num_labelled == count
+    assert built.model.label_site == "label"
+    assert isinstance(built.model.model, LabelledEmbedding)
