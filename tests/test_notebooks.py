@@ -363,7 +363,7 @@ def test_digits_of_a_checkpoint_have_the_evidence_written_down(
     assert "digits.pt: 3 particles of each of 5 digits" in shown.text
     data = DigitsData()
     data.setup("test")
-    x = data.held_out_set.tensors[0][:20].flatten(1).double().numpy()
+    x = data.held_out_set.data[:20].flatten(1).double().numpy()
     nll = continuous_bernoulli_nll(x, logit=-1.5)
     error = nll.std(ddof=1) / math.sqrt(20)
     assert f"{nll.mean():.2f} ± {error:.2f}" in shown.text

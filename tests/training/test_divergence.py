@@ -104,7 +104,7 @@ def test_a_datum_that_is_not_finite_is_named(
 ) -> None:
     data = images(batch_size=5)
     data.setup("fit")
-    data.training_set.tensors[0][13, 0, 1, 1] = torch.nan
+    data.training_set.data[13, 0, 1, 1] = torch.nan
     with pytest.raises(DataError, match=r"datum 13 of the training set holds NaN"):
         trainer().fit(deep_module(), datamodule=data)
 

@@ -15,8 +15,8 @@ def test_digits_are_split_into_disjoint_sets_that_hold_every_digit() -> None:
     data.setup("fit")
     parts = [data.training_set, data.held_out_set]
     assert [len(part) for part in parts] == [1500, 297]
-    images = torch.cat([part.tensors[0] for part in parts]).flatten(1)
-    labels = torch.cat([part.tensors[1] for part in parts])
+    images = torch.cat([part.data for part in parts]).flatten(1)
+    labels = torch.cat([part.labels for part in parts])
     raw = torch.tensor(load_digits().images).flatten(1)
     key = torch.arange(1.0, 65.0, dtype=torch.float64).sqrt()  # tells images apart
     ours, theirs = (16.0 * images.double()) @ key, raw @ key
@@ -30,7 +30,7 @@ def test_the_split_depends_on_the_seed_alone() -> None:
     for seed in (0, 0, 1):
         data = DigitsData(seed=seed)
         data.setup("test")
-        held_out.append(data.held_out_set.tensors[0])
+        held_out.append(data.held_out_set.data)
     assert torch.equal(held_out[0], held_out[1])
     assert not torch.equal(held_out[0], held_out[2])
 
@@ -41,8 +41,8 @@ def test_every_batch_carries_the_index_of_its_data_in_the_training_set() -> None
     seen = []
     for images, labels, index in data.train_dataloader():
         assert images.shape[1:] == (1, 8, 8)
-        assert torch.equal(images, data.training_set.tensors[0][index])
-        assert torch.equal(labels, data.training_set.tensors[1][index])
+        assert torch.equal(images, data.training_set.data[index])
+        assert torch.equal(labels, data.training_set.labels[index])
         seen.append(index)
     assert sorted(torch.cat(seen).tolist()) == list(range(1500))
 
