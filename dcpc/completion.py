@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dcpc.conquer import draw_from_conditional
-from dcpc.divide import Density, Division
+from dcpc.divide import Density, Division, prior_particles
 
 
 def complete(
@@ -44,12 +44,17 @@ def _complete(
     whole: Division, names: Sequence[str], tensors: Sequence[Tensor], latents: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     count = len(next(iter(latents.values())))
-    rows = torch.arange(count, device="cpu") % whole.program.num_particles
-    start = {name: whole.program.example[name][rows] for name in names}
-    everything = {**latents, **start}
-    probabilities: dict[str, Tensor] = {}
     density = Density(whole, tuple(tensors))
     active = density.active_values()
+    if active:  # what is masked out is drawn from its prior, and stays what it is
+        arguments = whole.program.arguments.replace(tensors)
+        prior = prior_particles(whole.program.model, whole.sites, arguments, count, latents)
+        start = {name: prior[name] for name in names}
+    else:
+        rows = torch.arange(count, device="cpu") % whole.program.num_particles
+        start = {name: whole.program.example[name][rows] for name in names}
+    everything = {**latents, **start}
+    probabilities: dict[str, Tensor] = {}
     for group in whole.groups:
         if all(name in names for unit in group.units for name in unit.sites):
             unit = density.conditional(group, everything, active.get(group.name))

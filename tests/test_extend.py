@@ -667,10 +667,24 @@ def test_a_window_costs_no_whole_run(monkeypatch) -> None:
         chain(y)
 
     _, posterior = ready(counted, rows=8)
-    posterior = posterior.extend(data(12), progress=False)
+    posterior = posterior.extend(data(20), progress=False)
     lengths.clear()
-    posterior = posterior.extend(data(13), progress=False)
+    posterior = posterior.extend(data(21), progress=False)
     assert set(lengths) == {window.NUM_FREE + 1}
+
+
+def test_a_season_by_the_number_of_the_step_is_refused_at_once() -> None:
+    """A window that begins an even number of steps later would not show it."""
+
+    def season(y: Tensor) -> None:
+        z = torch.tensor(0.0)
+        for t in pyro.markov(range(len(y))):
+            z = pyro.sample(f"z_{t}", dist.Normal(0.9 * z + float(t % 2 == 0), 0.5))
+            pyro.sample(f"y_{t}", dist.Normal(z, 0.7), obs=y[t])
+
+    _, posterior = ready(season, rows=8)
+    with pytest.raises(ModelError, match=r"'z_\d+'.*steps that are alike"):
+        posterior.extend(data(11), progress=False)
 
 
 @pytest.mark.slow

@@ -295,6 +295,26 @@ def test_labels_that_are_not_seen_are_left_out_and_have_exact_probabilities():
     assert posterior.num_masked == {"label_unobserved": 2}
 
 
+def test_what_a_mask_takes_out_keeps_its_prior_given_the_others():
+    """As in Pyro, where a mask takes a density away and not the draw."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+        with pyro.plate("n", 4), pyro.poutine.mask(mask=torch.arange(4) < 2):
+            k = pyro.sample("k", dist.Bernoulli(logits=z))
+        pyro.deterministic("total", k.sum(-1))
+
+    posterior = DCPC(model, num_particles=500).run(
+        torch.tensor(1.0), num_sweeps=200, seed=0, progress=False
+    )
+    z = torch.distributions.Normal(0.8, math.sqrt(0.2)).sample((200_000,))
+    exact = float(z.sigmoid().mean())
+    found = posterior.probabilities("k")[:, 1]
+    torch.testing.assert_close(found, torch.full((4,), exact), atol=0.02, rtol=0.0)
+    assert float(posterior.mean()["total"]) == pytest.approx(4 * exact, abs=0.05)
+
+
 def test_a_barren_latent_that_others_depend_on_is_no_barren_one():
     def model(x):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))

@@ -38,7 +38,7 @@ MIN_CURVATURE = 1e-3
 MAX_CURVATURE = 1e6
 """Largest entry of the curvature in these units that is believed."""
 
-NUM_NEARBY = 4
+NUM_NEARBY = 16
 MAX_ROUNDING, MAX_RESOLUTIONS = 1.0, 64.0
 """Values that differ in their last digits, and the largest difference of their log-densities where
 these are believed: in nats, and in units of what a number of that size resolves."""
@@ -93,6 +93,8 @@ class Paths:
         (self._group,) = density.division.groups
         self._density = density
         self._num_particles = num_particles
+        # Of its own: checks leave the run's numbers as they are.
+        self._generator = torch.Generator().manual_seed(0)
 
     def follow(self, value: Tensor) -> StudentMixture:
         """The Gaussians with the largest bounds, one of each start, with heavier tails.
@@ -181,8 +183,9 @@ class Paths:
         A path climbs, and finds the places where arithmetic breaks down: there the log-density may
         be large, and is another number wherever its argument is rounded otherwise.
         """
-        noise = torch.randn(NUM_NEARBY, *value.shape, dtype=value.dtype, device=value.device)
-        nearby = value * (1.0 + 4.0 * torch.finfo(value.dtype).eps * noise)
+        shape, generator = (NUM_NEARBY, *value.shape), self._generator
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        nearby = value * (1.0 + 4.0 * torch.finfo(value.dtype).eps * noise).to(value)
         density = self.log_density(nearby.flatten(0, 1)).unflatten(0, nearby.shape[:2])
         resolution = MAX_RESOLUTIONS * torch.finfo(value.dtype).eps * density.abs().amax(0)
         # NaN, the difference of infinities, is not smaller.

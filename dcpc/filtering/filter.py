@@ -75,7 +75,7 @@ class Filter:
         last: The last generation of final values.
         window: The last steps of the model; None before the first observation.
         adaptation: Proposals by group.
-        certified: Number of steps at which windows were compared with the whole; 0 for never.
+        certified: Number of steps when a window was first compared with the whole; 0 for never.
         draws: Latents after every sweep of the last step, or as they are where none was made.
         acceptance: Acceptance rate of these sweeps; NaN where nothing is accepted.
         step_size: By group.
@@ -172,7 +172,8 @@ def _grown(known: Filter, growth: Growth, bind: Bind) -> tuple[Filter, dict[str,
     """
     stop, first = known.num_steps + 1, 0 if known.window is None else known.window.start
     problem = ""
-    for order in range(known.order, known.order + MAX_EXTRA + 1):
+    most = known.order + (0 if known.certified else MAX_EXTRA)
+    for order in range(known.order, most + 1):
         window = open_window(bind, growth, known.steps, order, stop, known.window)
         if window.start < first:
             break
@@ -180,8 +181,8 @@ def _grown(known: Filter, growth: Growth, bind: Bind) -> tuple[Filter, dict[str,
             order = max(order, known.steps.order(window.problem.division.graph))
         latents = _drawn(window, known.state.latents)
         certified = known.certified
-        if window.start > 0 and (order > known.order or certified * 2 <= stop):
-            problem, certified = disagreement(window, growth, latents), stop
+        if window.start > 0 and (order > known.order or _is_due(certified, stop)):
+            problem, certified = disagreement(window, growth, latents), certified or stop
         if window.start == 0 or not problem:
             is_same = known.window is not None and known.window.shares_units(window)
             return replace(
@@ -197,6 +198,16 @@ def _grown(known: Filter, growth: Growth, bind: Bind) -> tuple[Filter, dict[str,
         f"{problem}; expected steps that are alike: pass what depends on time (a trend, a season) "
         "as data with a row per step, and start from a run over more steps if one looks far back"
     )
+
+
+def _is_due(certified: int, stop: int) -> bool:
+    """Whether a window of so many steps is to be compared with the whole.
+
+    The first eight are, and four in a row whenever the steps since have doubled: a period that
+    divides the step of one comparison does not divide that of the next.
+    """
+    passed = stop - certified
+    return not certified or passed < 8 or passed - (1 << passed.bit_length() - 1) < 4
 
 
 def _drawn(window: Window, latents: Latents) -> dict[str, Tensor]:
