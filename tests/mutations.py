@@ -771,7 +771,7 @@ FAULTS = [
           "problem, certified = disagreement(window, growth, latents), certified or stop",
           "certified = certified or stop"),
     Fault("extend: windows are compared with the whole only once",
-          "_is_due(certified, stop))", "certified == 0)"),
+          "_is_due(certified, stop):", "certified == 0:"),
     Fault("extend: given latents move", "groups=self.moved,", "groups=None,"),
     Fault("extend: initial states move when their step is given",
           "if first_free == 0: own +=", "if True: own +="),

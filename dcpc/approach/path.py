@@ -94,7 +94,7 @@ class Paths:
         self._density = density
         self._num_particles = num_particles
         # Of its own: checks leave the run's numbers as they are.
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator("cpu").manual_seed(0)
 
     def follow(self, value: Tensor) -> StudentMixture:
         """The Gaussians with the largest bounds, one of each start, with heavier tails.
@@ -184,7 +184,7 @@ class Paths:
         be large, and is another number wherever its argument is rounded otherwise.
         """
         shape, generator = (NUM_NEARBY, *value.shape), self._generator
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         nearby = value * (1.0 + 4.0 * torch.finfo(value.dtype).eps * noise).to(value)
         density = self.log_density(nearby.flatten(0, 1)).unflatten(0, nearby.shape[:2])
         resolution = MAX_RESOLUTIONS * torch.finfo(value.dtype).eps * density.abs().amax(0)

@@ -160,9 +160,9 @@ def _taken_in(
 def _grown(known: Filter, growth: Growth, bind: Bind) -> tuple[Filter, dict[str, Tensor]]:
     """The filter with the window of one more step, whose latents are drawn from their prior.
 
-    The window begins as the whole model. Where it becomes a part of it, and whenever the model is
-    twice as long as then, the factors of its free steps are compared with those of the whole; they
-    may depend on data further back than on latents, so that a longer window helps.
+    The window begins as the whole model. Where it becomes a part of it, and now and then from there
+    on (`_is_due`), the factors of its free steps are compared with those of the whole. They may
+    depend on data further back than on latents: the first time, longer windows are tried.
 
     Returns:
         The filter, and the window's latents by its own names.
@@ -181,7 +181,7 @@ def _grown(known: Filter, growth: Growth, bind: Bind) -> tuple[Filter, dict[str,
             order = max(order, known.steps.order(window.problem.division.graph))
         latents = _drawn(window, known.state.latents)
         certified = known.certified
-        if window.start > 0 and (order > known.order or _is_due(certified, stop)):
+        if window.start > 0 and _is_due(certified, stop):
             problem, certified = disagreement(window, growth, latents), certified or stop
         if window.start == 0 or not problem:
             is_same = known.window is not None and known.window.shares_units(window)

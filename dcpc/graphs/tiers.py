@@ -13,7 +13,16 @@ from dcpc.graphs.recording import NotRecordable, Recording, record
 from dcpc.graphs.trees import leaves_of, mapped
 from dcpc.seeding import random_state_kept
 
-__all__ = ["RECORD_AFTER", "Mode", "Tiered", "are_results", "first_line", "pays_to_compile"]
+__all__ = [
+    "RECORD_AFTER",
+    "Mode",
+    "Tiered",
+    "are_results",
+    "compile_seconds",
+    "first_line",
+    "pays_to_compile",
+    "recorded_seconds",
+]
 
 Mode = Literal["auto"] | bool
 
