@@ -107,13 +107,27 @@ class SweepInfo:
     def add_draw(self, drawn: ConditionalDraw, weights: LogWeights, division: Division) -> None:
         """Adds the draw of a discrete group: its probabilities, averaged over the particles."""
         for name, probability in drawn.probabilities.items():
-            axes = division.population_axes(name)
-            mass = weights.normalized().to(probability)
-            shape = [mass.shape[0]] + [1] * (probability.dim() - 1)
-            for axis, plate in zip(axes, division.population, strict=True):
-                shape[axis] = plate.size
-            order = [0, *(1 + i for i in sorted(range(len(axes)), key=lambda i: axes[i]))]
-            self.probabilities[name] = (mass.permute(order).reshape(shape) * probability).sum(0)
+            self.probabilities[name] = mean_over_particles(probability, name, weights, division)
+
+
+def mean_over_particles(
+    value: Tensor, name: str, weights: LogWeights, division: Division
+) -> Tensor:
+    """Weighted mean over the particles.
+
+    Args:
+        value: `(K, *batch, ...)`, of a latent's batch shape.
+        name: The latent.
+        weights: The particles' weights, `(K, *population)`.
+        division: The divided model.
+    """
+    axes = division.population_axes(name)
+    mass = weights.normalized().to(value)
+    shape = [mass.shape[0]] + [1] * (value.dim() - 1)
+    for axis, plate in zip(axes, division.population, strict=True):
+        shape[axis] = plate.size
+    order = [0, *(1 + i for i in sorted(range(len(axes)), key=lambda i: axes[i]))]
+    return (mass.permute(order).reshape(shape) * value).sum(0)
 
 
 @dataclass(frozen=True)

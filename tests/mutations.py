@@ -702,7 +702,7 @@ FAULTS = [
           "log_joint=unit.group.over_population(gained) if self.is_exact else None",
           "log_joint=None"),
     Fault("probabilities do not weigh particles",
-          "(mass.permute(order).reshape(shape) * probability).sum(0)", "probability.mean(0)"),
+          "(mass.permute(order).reshape(shape) * value).sum(0)", "value.mean(0)"),
     Fault("a plate's discrete elements are redrawn once",
           "NUM_DISCRETE_REDRAWS if any(", "1 if any("),
     Fault("masked-out discrete values move",

@@ -10,7 +10,7 @@ from torch import Tensor
 from dcpc.errors import DataError, ModelError
 from dcpc.problem import Problem
 from dcpc.seeding import seeded
-from dcpc.sweep import SweepState
+from dcpc.sweep import SweepState, mean_over_particles
 
 __all__ = ["Calibration", "calibration", "class_probabilities", "label_latent"]
 
@@ -54,7 +54,7 @@ def class_probabilities(problem: Problem, state: SweepState, name: str, seed: in
     latent = label_latent(problem, name)
     if latent in problem.division.summed_out:
         probability = problem.completed(state.latents)[1][latent].detach()
-        return (state.log_weight.normalized().unsqueeze(-1) * probability).sum(0)
+        return mean_over_particles(probability, latent, state.log_weight, problem.division)
     total: Tensor | None = None
     with seeded(seed):
         for _ in range(NUM_SWEEPS):

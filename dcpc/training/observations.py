@@ -18,13 +18,14 @@ from dcpc.seeding import random_state_kept
 __all__ = ["check_observed"]
 
 
-def check_observed(model: Model, data: Observed, index: Tensor) -> None:
+def check_observed(model: Model, data: Observed, index: Tensor, dim: int) -> None:
     """Checks that no mask takes all observations of a datum away.
 
     Args:
         model: The Pyro program.
         data: Its arguments.
         index: Indices of the data in the training set, `(B,)`.
+        dim: Axis of the plate over the data among the batch dimensions, negative.
 
     Raises:
         DataError: Naming the first datum that has none.
@@ -35,7 +36,7 @@ def check_observed(model: Model, data: Observed, index: Tensor) -> None:
     observed = {n: s for n, s in nodes.items() if is_random(s) and s["is_observed"]}
     has_any = torch.zeros(num_data(data), dtype=torch.bool, device=index.device)
     for site in observed.values():
-        has_any = has_any | _observes(site, num_data(data)).to(index.device)
+        has_any = has_any | _observes(site, dim).to(index.device)
     if bool(has_any.all()):
         return
     raise DataError(
@@ -44,13 +45,12 @@ def check_observed(model: Model, data: Observed, index: Tensor) -> None:
     )
 
 
-def _observes(site: Any, count: int) -> Tensor:
+def _observes(site: Any, dim: int) -> Tensor:
     """Data of which a site observes something, boolean `(B,)` or of one element for all."""
     shape = site["fn"].batch_shape
     mask = element_mask(site, shape)
     if site["mask"] is False:
         mask = torch.zeros_like(mask)
-    dims = [f.dim for f in site["cond_indep_stack"] if f.size == count and -f.dim <= len(shape)]
-    if not dims:
+    if -dim > len(shape):
         return mask.any().reshape(1)
-    return mask.movedim(dims[0], 0).reshape(count, -1).any(1)
+    return mask.movedim(dim, 0).flatten(1).any(1) if mask.dim() > 1 else mask

@@ -189,6 +189,6 @@ def test_a_datum_without_any_observation_is_named():
     has_x = torch.tensor([True, False, False])
     data = {"x": torch.zeros(3), "has_x": has_x, "y": torch.zeros(3)}
     index = torch.tensor([7, 8, 9])
-    check_observed(model, data | {"has_y": ~has_x}, index)
+    check_observed(model, data | {"has_y": ~has_x}, index, -1)
     with pytest.raises(DataError, match=r"datum 9 .*no observation.*\['x_observed', 'y'\]"):
-        check_observed(model, data | {"has_y": torch.tensor([True, True, False])}, index)
+        check_observed(model, data | {"has_y": torch.tensor([True, True, False])}, index, -1)

@@ -241,8 +241,8 @@ class ParticleModule(GenerativeModule):
         """Sweeps the particles of a batch; the losses after the last sweep."""
         problem = call(self.inference.bind, x)
         here = self._visit_of(problem, index)
-        if here.is_first:
-            check_observed(self.model, x, index)
+        if here.is_first and problem.division.population:
+            check_observed(self.model, x, index, problem.division.population[0].dim)
         weight = share(x)
         num_sweeps = self.sweeps_per_step + (self.start.first_sweeps if here.is_first else 0)
         draw = partial(self._draw, problem)
