@@ -39,7 +39,7 @@ MAX_CURVATURE = 1e6
 """Largest entry of the curvature in these units that is believed."""
 
 NUM_NEARBY = 16
-MAX_ROUNDING, MAX_RESOLUTIONS = 1.0, 64.0
+MAX_DIFFERENCE, MAX_RESOLUTIONS = 1.0, 64.0
 """Values that differ in their last digits, and the largest difference of their log-densities where
 these are believed: in nats, and in units of what a number of that size resolves."""
 
@@ -189,7 +189,7 @@ class Paths:
         density = self.log_density(nearby.flatten(0, 1)).unflatten(0, nearby.shape[:2])
         resolution = MAX_RESOLUTIONS * torch.finfo(value.dtype).eps * density.abs().amax(0)
         # NaN, the difference of infinities, is not smaller.
-        return density.amax(0) - density.amin(0) < MAX_ROUNDING + resolution
+        return density.amax(0) - density.amin(0) < MAX_DIFFERENCE + resolution
 
     def _search(self, value: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
         """The best of many lengths of a step, and the log-density there."""
