@@ -48,6 +48,7 @@ STACKS = [
     *(["mnist", "algorithms/pgd", f"algorithms/{start}"] for start in ("warm", "warm-restart")),
     ["mnist", "algorithms/headline"],
     ["cifar10", "algorithms/pgd-paper"],
+    *([path.stem] for path in sorted(CONFIGS.glob("*.json")) if [path.stem] not in BASES),
     *([f"networks/{path.stem}"] for path in sorted(CONFIGS.glob("networks/*.json"))),
 ]
 """All layers that are shipped, in stacks that train."""
@@ -58,6 +59,7 @@ MAY_BE_NULL = {
     "check_val_every_n_epoch",
     "default_root_dir",
     "guide",
+    "label_site",
     "learning_rate_schedule",
     "limit_val_batches",
     "log_every_n_steps",
@@ -71,7 +73,18 @@ MAY_BE_NULL = {
     "size",
     "step_size",
 }
-REQUIRED = {"class_path", "image_shape", "latent_sizes", "network", "path", "rule", "sizes"}
+REQUIRED = {
+    "class_path",
+    "image_shape",
+    "images",
+    "latent_size",
+    "latent_sizes",
+    "network",
+    "num_labelled",
+    "path",
+    "rule",
+    "sizes",
+}
 TRANSPARENT = ("init_args", "class_path")
 """Keys that a path of the command line, and of an error, leaves out."""
 
