@@ -91,6 +91,11 @@ class Division:
         return [] if self.program.summed_out is None else self.program.summed_out.members
 
     @property
+    def barren(self) -> list[str]:
+        """Names of the latents that nothing depends on; they are summed out, to one."""
+        return [] if self.program.summed_out is None else self.program.summed_out.barren
+
+    @property
     def model_sites(self) -> Sites:
         """All random sites of the model, with the latents that are summed out."""
         return self.sites if self.completion is None else self.completion.sites

@@ -116,6 +116,11 @@ class SummedOut:
         """Names of the latents that are summed out."""
         return [name for part in self.sums for name in part.members]
 
+    @property
+    def barren(self) -> list[str]:
+        """Names of those whose sum is one."""
+        return [name for part in self.sums if not part.likelihood for name in part.members]
+
     def factors_and_masks(
         self, run: Run, like: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

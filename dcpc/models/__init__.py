@@ -3,14 +3,17 @@
 from dcpc.models.classifiers import Perceptron
 from dcpc.models.convolutional_generator import ConvolutionalGenerator, PGDGenerator
 from dcpc.models.deep_latent_gaussian import DeepLatentGaussian
-from dcpc.models.encoders import ConvolutionalEncoder, MLPEncoder
+from dcpc.models.encoders import ConvolutionalEncoder, EmbeddingEncoder, MLPEncoder
 from dcpc.models.labelled_embedding import LabelledEmbedding
+from dcpc.models.labelled_style import LabelledStyle
 
 __all__ = [
     "ConvolutionalEncoder",
     "ConvolutionalGenerator",
     "DeepLatentGaussian",
+    "EmbeddingEncoder",
     "LabelledEmbedding",
+    "LabelledStyle",
     "MLPEncoder",
     "PGDGenerator",
     "Perceptron",

@@ -8,19 +8,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from dcpc.distributions import Bernoulli, ContinuousBernoulli, SharedScaleNormal
+from dcpc.distributions import SharedScaleNormal
 from dcpc.models.encoders import MLPEncoder
+from dcpc.models.pixels import Likelihood, check_likelihood, pixels
 
 __all__ = ["DeepLatentGaussian", "ScaleTril"]
-
-Likelihood = Literal["continuous_bernoulli", "bernoulli"]
 
 
 class ScaleTril(nn.Module):
@@ -69,10 +67,7 @@ class DeepLatentGaussian(nn.Module):
             )
         if not image_shape or min(image_shape) < 1:
             raise ValueError(f"image_shape must hold positive sizes, got {list(image_shape)}")
-        if likelihood not in ("continuous_bernoulli", "bernoulli"):
-            raise ValueError(
-                f"likelihood must be 'continuous_bernoulli' or 'bernoulli', got {likelihood!r}"
-            )
+        check_likelihood(likelihood)
         if not 0.0 <= min_scale < 1.0:
             raise ValueError(f"min_scale must be at least 0 and below 1, got {min_scale}")
         self.latent_sizes = tuple(latent_sizes)
@@ -102,15 +97,9 @@ class DeepLatentGaussian(nn.Module):
             for index, scale in enumerate(self.scales):
                 loc = self.layers[index](torch.relu(z))
                 z = pyro.sample(f"z{index + 2}", SharedScaleNormal(loc, scale()))
-            pixels = self._pixels(self.layers[-1](torch.relu(z)))
-            return pyro.sample("x", pixels, obs=None if x is None else x.flatten(1))
+            likelihood = pixels(self.layers[-1](torch.relu(z)), self.likelihood)
+            return pyro.sample("x", likelihood, obs=None if x is None else x.flatten(1))
 
     def encoder(self) -> MLPEncoder:
         """A guide for this model, with its shapes."""
         return MLPEncoder(self.latent_sizes, self.image_shape)
-
-    def _pixels(self, logits: Tensor) -> dist.TorchDistribution:
-        if self.likelihood == "bernoulli":
-            # Grey intensities are no outcomes of a Bernoulli variable, so nothing is validated.
-            return Bernoulli(logits=logits, validate_args=False).to_event(1)
-        return ContinuousBernoulli(logits).to_event(1)

@@ -16,7 +16,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ConvolutionalEncoder", "GaussianHead", "MLPEncoder"]
+__all__ = ["ConvolutionalEncoder", "EmbeddingEncoder", "GaussianHead", "MLPEncoder"]
 
 MIN_SCALE = 1e-4
 """Floor of every scale: a latent that collapses onto a point has no usable density."""
@@ -132,6 +132,45 @@ class ConvolutionalEncoder(nn.Module):
         pyro.module("encoder", self)
         with pyro.plate("images", len(x)):
             z = pyro.sample("z", self.head(self.network(x.reshape(-1, *self.image_shape))))
+        return {"z": z}
+
+
+class EmbeddingEncoder(nn.Module):
+    """Draws the latent `z` of a `LabelledEmbedding` from an image, whatever is known of its label.
+
+        h = relu(V x + c)
+        z ~ N(m(h), diag s(h)^2)
+
+    Args:
+        latent_size: Size of `z`.
+        image_shape: Shape of one image, for example `[1, 28, 28]`.
+        hidden_size: Width of the hidden layer.
+    """
+
+    def __init__(self, latent_size: int, image_shape: Sequence[int], hidden_size: int) -> None:
+        super().__init__()
+        _require_sizes("latent_size", [latent_size])
+        _require_sizes("image_shape", image_shape)
+        _require_sizes("hidden_size", [hidden_size])
+        self.layer = nn.Linear(math.prod(image_shape), hidden_size)
+        self.head = GaussianHead(hidden_size, latent_size)
+
+    def forward(
+        self, x: Tensor, label: Tensor | None = None, seen: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The Pyro program.
+
+        Args:
+            x: Images `(B, *image_shape)`.
+            label: As the model takes it; not used.
+            seen: Likewise.
+
+        Returns:
+            `z`, `(B, latent_size)`, by its name.
+        """
+        pyro.module("encoder", self)
+        with pyro.plate("images", len(x)):
+            z = pyro.sample("z", self.head(torch.relu(self.layer(x.flatten(1)))))
         return {"z": z}
 
 

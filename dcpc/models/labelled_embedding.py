@@ -9,9 +9,9 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from dcpc.distributions import Bernoulli, ContinuousBernoulli
 from dcpc.errors import OptionError, require_at_least
-from dcpc.models.deep_latent_gaussian import Likelihood
+from dcpc.models.encoders import EmbeddingEncoder
+from dcpc.models.pixels import Likelihood, check_likelihood, pixels
 
 __all__ = ["LabelledEmbedding"]
 
@@ -56,12 +56,10 @@ class LabelledEmbedding(nn.Module):
         require_at_least("class_hidden_size", class_hidden_size, 0)
         if not image_shape or min(image_shape) < 1:
             raise OptionError(f"image_shape must hold positive sizes, got {list(image_shape)}")
-        if likelihood not in ("continuous_bernoulli", "bernoulli"):
-            raise OptionError(
-                f"likelihood must be 'continuous_bernoulli' or 'bernoulli', got {likelihood!r}"
-            )
+        check_likelihood(likelihood)
         self.latent_size = latent_size
         self.image_shape = tuple(image_shape)
+        self.hidden_size = hidden_size
         self.likelihood = likelihood
         self.pixels = _network(latent_size, hidden_size, math.prod(image_shape))
         self.classes = _network(latent_size, class_hidden_size, num_classes)
@@ -91,14 +89,13 @@ class LabelledEmbedding(nn.Module):
             z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
             classes = dist.Categorical(logits=self.classes(z))
             pyro.sample("label", classes, obs=label, obs_mask=seen)  # type: ignore[arg-type]
-            pixels = None if x is None else x.flatten(1)
-            return pyro.sample("x", self._pixels(self.pixels(z)), obs=pixels)
+            observed = None if x is None else x.flatten(1)
+            return pyro.sample("x", pixels(self.pixels(z), self.likelihood), obs=observed)
 
-    def _pixels(self, logits: Tensor) -> dist.TorchDistribution:
-        if self.likelihood == "bernoulli":
-            # Grey intensities are no outcomes of a Bernoulli variable, so nothing is validated.
-            return Bernoulli(logits=logits, validate_args=False).to_event(1)
-        return ContinuousBernoulli(logits).to_event(1)
+    def encoder(self) -> EmbeddingEncoder:
+        """A guide for this model, with its shapes; one hidden layer, as wide as that of `f`."""
+        width = self.hidden_size or self.latent_size
+        return EmbeddingEncoder(self.latent_size, self.image_shape, width)
 
 
 def _network(num_inputs: int, hidden_size: int, num_outputs: int) -> nn.Module:

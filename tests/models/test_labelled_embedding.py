@@ -42,6 +42,22 @@ def test_it_draws_images_and_labels():
     assert model.image_shape == (1, 2, 2)
 
 
+def test_its_encoder_draws_the_embedding_whatever_is_known_of_the_label():
+    torch.manual_seed(0)
+    encoder = LabelledEmbedding(3, [1, 2, 2], 4).double().encoder().double()
+    x = torch.rand(5, 1, 2, 2)
+    traces = []
+    for known in ((), (torch.zeros(5).long(), torch.zeros(5).bool())):
+        pyro.set_rng_seed(0)
+        traces.append(pyro.poutine.trace(encoder).get_trace(x, *known))
+    z, with_label = (trace.nodes["z"]["value"] for trace in traces)
+    assert z.shape == (5, 3)
+    assert torch.equal(z, with_label)
+    h = torch.relu(x.flatten(1) @ encoder.layer.weight.T + encoder.layer.bias)
+    loc = h @ encoder.head.loc.weight.T + encoder.head.loc.bias
+    torch.testing.assert_close(traces[0].nodes["z"]["fn"].base_dist.loc, loc)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -23,24 +23,33 @@ class HalfLabelledData(LabelledData):
     label of held-out data is seen, and where one is not seen, `label` is 0. Training labels to be
     seen are drawn by the seed alone, as many of every class as of the others, or one more.
 
+    Where few labels are seen, few of a batch's data have one, and what predicts labels learns
+    slowly. Copies of the labelled images, each a datum with particles of its own, make up for
+    that: the loss then weighs an image with a label `labelled_copies` times.
+
     Args:
         images: All images.
         num_labelled: Number of training images whose label is seen.
         seed: Seed of the choice of these.
+        labelled_copies: How often a training image whose label is seen occurs in an epoch.
 
     Raises:
         OptionError: More labels than training images, or fewer than classes.
     """
 
-    def __init__(self, images: ImageData, num_labelled: int, seed: int = 0) -> None:
+    def __init__(
+        self, images: ImageData, num_labelled: int, seed: int = 0, labelled_copies: int = 1
+    ) -> None:
         super().__init__(
             images.batch_size, images.evaluation_batch_size, images.seed, images.num_workers
         )
         require_at_least("data.num_labelled", num_labelled, 1)
         require_seed("data.seed", seed)
+        require_at_least("data.labelled_copies", labelled_copies, 1)
         self.images = images
         self.num_labelled = num_labelled
         self.label_seed = seed
+        self.labelled_copies = labelled_copies
         self.intensity_range = images.intensity_range
 
     def setup(self, stage: str) -> None:
@@ -51,7 +60,7 @@ class HalfLabelledData(LabelledData):
         assert training is not None
         assert held_out is not None
         seen = choose_labelled(training.all_labels(), self.num_labelled, self.label_seed)
-        self.training_set = _HalfLabelledSet(training, seen)
+        self.training_set = _HalfLabelledSet(training, seen, self.labelled_copies)
         self.held_out_set = _HalfLabelledSet(held_out, torch.zeros(len(held_out), dtype=torch.bool))
 
 
@@ -84,20 +93,30 @@ def choose_labelled(labels: Tensor, num_labelled: int, seed: int) -> Tensor:
 
 
 class _HalfLabelledSet(LabelledSet):
-    """A set whose data are images, labels, and which of these are seen."""
+    """A set whose data are images, labels, and which of these are seen.
 
-    def __init__(self, images: LabelledSet, seen: Tensor) -> None:
+    Args:
+        images: The images, first once each; the further copies of labelled ones follow.
+        seen: Which labels are seen, boolean `(N,)`.
+        copies: How often an image whose label is seen occurs.
+    """
+
+    def __init__(self, images: LabelledSet, seen: Tensor, copies: int = 1) -> None:
         self.images, self.seen = images, seen
+        once = torch.arange(len(seen))
+        self.rows = torch.cat([once, once[seen].repeat(copies - 1)])
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.rows)
 
     def all_labels(self) -> Tensor:
-        return self.images.all_labels()
+        return self.images.all_labels()[self.rows]
 
     def __getitems__(self, index: Sequence[int]) -> Batch:
-        x, labels, indices = self.images.__getitems__(index)
-        seen = self.seen[indices]
+        indices = torch.as_tensor(index)
+        rows = self.rows[indices]
+        x, labels, _ = self.images.__getitems__(rows.tolist())
+        seen = self.seen[rows]
         data = {"x": main_tensor(x), "label": torch.where(seen, labels, 0), "seen": seen}
         return data, labels, indices
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import pyro
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
@@ -130,6 +131,7 @@ class GenerativeModule(MeasuredModule):
         self.evaluations: list[Evaluation] = []
         self._labels: list[Tensor] = []
         self._estimates: dict[str, list[Tensor]] = {}
+        self._barren: list[str] | None = None
         self._prior_sampler = ImportanceSampler(model)
         self._guide_sampler = None if guide is None else ImportanceSampler(model, self.guide)
 
@@ -138,14 +140,19 @@ class GenerativeModule(MeasuredModule):
     ) -> Tensor:
         """Minus the evidence lower bound of a batch per datum, in nats, by Pyro's `Trace_ELBO`.
 
+        Latents that nothing depends on (labels that are not seen) are no part of it: a guide need
+        not draw them, and their factors would only add noise.
+
         Args:
             x: The model's arguments, `(B, *shape)`.
             model: Takes the place of the module's.
             num_samples: Samples of the guide per datum.
         """
+        if self._barren is None:
+            self._barren = call(self.held_out_inference.division, x).barren
         bound = Trace_ELBO(num_particles=num_samples)
-        loss = call(bound.differentiable_loss, x, model or self.model, self.guide)
-        return loss / num_data(x)
+        program = pyro.poutine.block(model or self.model, hide=self._barren)
+        return call(bound.differentiable_loss, x, program, self.guide) / num_data(x)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

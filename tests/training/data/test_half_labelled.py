@@ -61,6 +61,22 @@ def test_classes_that_run_out_leave_their_labels_to_the_others():
     assert torch.bincount(labels[seen]).tolist() == [2, 6]
 
 
+def test_images_with_labels_are_copied_behind_the_others():
+    data = half_labelled(20)
+    copied = HalfLabelledData(DigitsData(), 20, labelled_copies=3)
+    copied.setup("fit")
+    assert len(copied.training_set) == 1500 + 2 * 20
+    every = copied.training_set.__getitems__(range(1540))
+    once = data.training_set.first(1500)
+    rows = once[0]["seen"].nonzero()[:, 0].repeat(2)
+    for name in ("x", "label", "seen"):
+        torch.testing.assert_close(every[0][name], torch.cat([once[0][name], once[0][name][rows]]))
+    assert torch.equal(every[1], torch.cat([once[1], once[1][rows]]))
+    assert torch.equal(copied.training_set.all_labels(), every[1])
+    assert every[2].tolist() == list(range(1540))  # each with particles of its own
+    assert len(copied.held_out_set) == 297
+
+
 @pytest.mark.parametrize("number", [9, 1501])
 def test_impossible_numbers_of_labels_are_refused(number):
     with pytest.raises(OptionError, match=rf"num_labelled.*classes, 10.*1500, got {number}"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -42,6 +43,35 @@ def test_at_the_posterior_the_loss_is_minus_the_evidence(
     loss = module(shifted_gaussian(), exact).training_step(data, 0)
     # log p(x, z) - log q(z | x) is then the same number for every z.
     torch.testing.assert_close(loss, -evidence(data[0]).mean(), rtol=1e-5, atol=1e-5)
+
+
+class LabelledGaussian(nn.Module):
+    """A standard normal `z`, seen as `x = z + e`, that classes are read from."""
+
+    def forward(self, x: Tensor, label: Tensor, seen: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            classes = dist.Categorical(logits=torch.stack([z, -z], -1))
+            pyro.sample("label", classes, obs=label, obs_mask=seen)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+class PosteriorOfImage(nn.Module):
+    """`N(x / 2, 1 / 2)`, the posterior where no label is seen."""
+
+    def forward(self, x: Tensor, label: Tensor, seen: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, math.sqrt(0.5)))
+
+
+def test_labels_that_are_not_seen_are_no_part_of_the_loss() -> None:
+    x = torch.linspace(-1, 1, 50)
+    labels, unseen = torch.zeros(50).long(), torch.zeros(50, dtype=torch.bool)
+    data = ({"x": x, "label": labels, "seen": unseen}, labels, torch.arange(50))
+    loss = module(LabelledGaussian(), PosteriorOfImage()).training_step(data, 0)
+    # log p(x, z) - log q(z | x) is the same number for every z; a label's factor is not.
+    expected = -dist.Normal(0.0, math.sqrt(2.0)).log_prob(x).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_loss_exceeds_minus_the_evidence_by_the_divergence(
