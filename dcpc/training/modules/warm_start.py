@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 from torch import Tensor
 from torch.func import functional_call
@@ -86,10 +86,12 @@ def _by_its_bound(
     module: GenerativeModule, problem: Problem, state: SweepState, x: Observed
 ) -> dict[str, Tensor]:
     frozen = {name: value.detach() for name, value in module.model.named_parameters()}
+
+    def model(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(module.model, frozen, args, kwargs)
+
     with quiet():  # Pyro's warning of parameters that do not learn
-        return {
-            "negative_elbo": module.negative_elbo(x, partial(functional_call, module.model, frozen))
-        }
+        return {"negative_elbo": module.negative_elbo(x, model)}
 
 
 def _at_rest(

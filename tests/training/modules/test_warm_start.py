@@ -159,11 +159,13 @@ def test_a_warm_guide_rests_unless_particles_start_from_it_again(
     assert changed == [True, learns]
 
 
-def test_a_warm_guide_that_particles_start_from_ascends_its_bound_alone() -> None:
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_warm_guide_that_particles_start_from_ascends_its_bound_alone(by_name: bool) -> None:
     module, x = deep(start=Start(warm_up_epochs=1, restart=True)), torch.rand(6, 1, 2, 2)
-    state = module.inference.init(x)
+    problem = module.inference.bind(x=x) if by_name else module.inference.bind(x)
+    state = problem.init()
     torch.manual_seed(3)
-    losses = module._losses(module.inference.bind(x), state, x)
+    losses = module._losses(problem, state, {"x": x} if by_name else x)
     assert set(losses) == {"loss", "negative_elbo"}
     torch.manual_seed(3)
     bound = Trace_ELBO().differentiable_loss(module.model, module.guide, x) / len(x)
