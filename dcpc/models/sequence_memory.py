@@ -1,0 +1,90 @@
+"""A memory of sequences: hidden states that predict each other, and a frame each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from dcpc.errors import OptionError, require_at_least
+
+__all__ = ["SequenceMemory"]
+
+
+class SequenceMemory(nn.Module):
+    """A state-space model with one latent and one observed site per frame.
+
+        z_0 ~ N(0, I)
+        z_t ~ N(W f(z_{t-1}) + b, state_scale^2 I)
+        x_t ~ N(U f(z_t) + c, frame_scale^2 I)
+
+    The generative model of temporal predictive coding with two layers: Tang, Barron & Bogacz,
+    "Sequential memory with temporal predictive coding", NeurIPS 2023, section 3.2, with biases.
+    A sequence is recalled from its first frame: what follows from the posterior of `z_0` given
+    `x_0` alone.
+
+    Args:
+        state_size: Size of each `z_t`.
+        frames_shape: Shape of a sequence, `[frames, channels, height, width]`.
+        nonlinearity: `f`: `tanh`, or `identity` for a linear-Gaussian model.
+        state_scale: Standard deviation of the states around their predictions.
+        frame_scale: Standard deviation of the pixels around theirs.
+
+    Raises:
+        OptionError: A size or scale out of range, or an unknown nonlinearity.
+    """
+
+    def __init__(
+        self,
+        state_size: int,
+        frames_shape: Sequence[int],
+        nonlinearity: str = "tanh",
+        state_scale: float = 0.1,
+        frame_scale: float = 0.1,
+    ) -> None:
+        super().__init__()
+        require_at_least("state_size", state_size, 1)
+        if len(frames_shape) < 2 or min(frames_shape) < 1:
+            raise OptionError(
+                f"frames_shape must be [frames, channels, height, width], got {list(frames_shape)}"
+            )
+        if nonlinearity not in ("tanh", "identity"):
+            raise OptionError(f"nonlinearity must be 'tanh' or 'identity', got {nonlinearity!r}")
+        for name, value in (("state_scale", state_scale), ("frame_scale", frame_scale)):
+            if not 0.0 < value < math.inf:
+                raise OptionError(f"{name} must be a positive number, got {value}")
+        self.state_size = state_size
+        self.frames_shape = tuple(frames_shape)
+        self.nonlinearity = torch.tanh if nonlinearity == "tanh" else nn.Identity()
+        self.state_scale = state_scale
+        self.frame_scale = frame_scale
+        self.transition = nn.Linear(state_size, state_size)
+        self.emission = nn.Linear(state_size, math.prod(frames_shape[1:]))
+
+    def forward(self, frames: Tensor | None = None, num_sequences: int = 1) -> Tensor:
+        """The Pyro program.
+
+        Args:
+            frames: Observed sequences `(num_sequences, *frames_shape)`; None to draw them.
+            num_sequences: Number of sequences to draw.
+
+        Returns:
+            The frames as rows of pixels, `(num_sequences, frames, pixels)`.
+        """
+        pyro.module("sequence_memory", self)
+        count = num_sequences if frames is None else len(frames)
+        loc, scale = self.emission.weight.new_zeros(count, self.state_size), 1.0
+        shown = []
+        with pyro.plate("sequences", count):
+            for t in range(self.frames_shape[0]):
+                z = pyro.sample(f"z_{t}", dist.Normal(loc, scale).to_event(1))
+                active = self.nonlinearity(z)
+                pixels = dist.Normal(self.emission(active), self.frame_scale).to_event(1)
+                obs = None if frames is None else frames[:, t].flatten(1)
+                shown.append(pyro.sample(f"x_{t}", pixels, obs=obs))
+                loc, scale = self.transition(active), self.state_scale
+        return torch.stack(shown, 1)
