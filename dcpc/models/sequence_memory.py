@@ -18,9 +18,9 @@ __all__ = ["SequenceMemory"]
 class SequenceMemory(nn.Module):
     """A state-space model with one latent and one observed site per frame.
 
-        z_0 ~ N(0, I)
-        z_t ~ N(W f(z_{t-1}) + b, state_scale^2 I)
-        x_t ~ N(U f(z_t) + c, frame_scale^2 I)
+        z_0 ~ N(0, I),  h_0 = A z_0
+        z_t ~ N(W f(h_{t-1}) + b, state_scale^2 I),  h_t = z_t
+        x_t ~ N(U f(h_t) + c, frame_scale^2 I)
 
     The generative model of temporal predictive coding with two layers: Tang, Barron & Bogacz,
     "Sequential memory with temporal predictive coding", NeurIPS 2023, section 3.2, with biases.
@@ -45,6 +45,7 @@ class SequenceMemory(nn.Module):
         nonlinearity: str = "tanh",
         state_scale: float = 0.1,
         frame_scale: float = 0.1,
+        cue_size: int = 24,
     ) -> None:
         super().__init__()
         require_at_least("state_size", state_size, 1)
@@ -62,6 +63,9 @@ class SequenceMemory(nn.Module):
         self.nonlinearity = torch.tanh if nonlinearity == "tanh" else nn.Identity()
         self.state_scale = state_scale
         self.frame_scale = frame_scale
+        self.cue_size = cue_size
+        self.initial = nn.Linear(cue_size, state_size, bias=False)
+        nn.init.normal_(self.initial.weight, std=cue_size**-0.5)
         self.transition = nn.Linear(state_size, state_size)
         self.emission = nn.Linear(state_size, math.prod(frames_shape[1:]))
 
@@ -77,12 +81,12 @@ class SequenceMemory(nn.Module):
         """
         pyro.module("sequence_memory", self)
         count = num_sequences if frames is None else len(frames)
-        loc, scale = self.emission.weight.new_zeros(count, self.state_size), 1.0
+        loc, scale = self.emission.weight.new_zeros(count, self.cue_size), 1.0
         shown = []
         with pyro.plate("sequences", count):
             for t in range(self.frames_shape[0]):
                 z = pyro.sample(f"z_{t}", dist.Normal(loc, scale).to_event(1))
-                active = self.nonlinearity(z)
+                active = self.nonlinearity(z if t else self.initial(z))
                 pixels = dist.Normal(self.emission(active), self.frame_scale).to_event(1)
                 obs = None if frames is None else frames[:, t].flatten(1)
                 shown.append(pyro.sample(f"x_{t}", pixels, obs=obs))

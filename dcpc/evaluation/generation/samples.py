@@ -202,4 +202,4 @@ def _check(model: Model, latents: Mapping[str, Tensor], x: Observed) -> None:
 
 
 def _was_observed(site: Mapping[str, Any]) -> bool:
-    return site["type"] == "sample" and bool((site["infer"] or {}).get("was_observed"))
+    return is_random(site) and bool((site["infer"] or {}).get("was_observed"))

@@ -164,11 +164,7 @@ def complete(
 
 
 class _MaskObserved(Messenger):
-    """Masks the log-likelihood of the observed sites that hold the data, pixel by pixel.
-
-    One site holds all of them, or one site each of their frames, in the order of the program, as
-    `matching_site` takes them.
-    """
+    """Masks the log-likelihood of the observed sites that hold the data, pixel by pixel."""
 
     def __init__(self, visible: Tensor) -> None:
         super().__init__()
@@ -177,10 +173,7 @@ class _MaskObserved(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         value = msg["value"]
-        if not msg["is_observed"] or not is_random(msg):
-            return
-        visible = self._visible_at(value)
-        if visible is None:
+        if not msg["is_observed"] or not is_random(msg) or value.numel() != self.visible.numel():
             return
         fn, event_dim = msg["fn"], msg["fn"].event_dim
         while isinstance(fn, torch.distributions.Independent):
@@ -193,17 +186,9 @@ class _MaskObserved(Messenger):
                 f"shape {tuple(value.shape)}. Write it as a distribution of one pixel, with "
                 ".to_event(n) over the pixels"
             )
-        masked: dist.TorchDistribution = fn.mask(visible.reshape(value.shape))
+        masked: dist.TorchDistribution = fn.mask(self.visible.reshape(value.shape))
         msg["fn"] = masked.to_event(event_dim)
         self.sites.append(msg["name"])
-
-    def _visible_at(self, value: Tensor) -> Tensor | None:
-        """The mask of a site's pixels: of all, or of the next frame; None where it holds none."""
-        if value.numel() == self.visible.numel():
-            return self.visible
-        number, num_frames = len(self.sites), self.visible.shape[1]
-        is_frame = value.numel() * num_frames == self.visible.numel() and number < num_frames
-        return self.visible[:, number] if is_frame else None
 
 
 def _checked_mask(visible: Tensor, x: Tensor) -> Tensor:

@@ -78,8 +78,8 @@ class PredictionWriter(BasePredictionWriter):
     def _draw_film_strips(
         self, path: Path, merged: Mapping[str, Tensor], module: GenerativeModule
     ) -> None:
-        rows = ("originals", "reconstructions", "forecasts", "prior_sample_means")
-        rows = tuple(name for name in rows if name in merged)
+        kinds = ("originals", "reconstructions", "forecasts", "prior_sample_means")
+        rows = [name for name in kinds if name in merged]
         count = min(self.num_images, NUM_SEQUENCES)
         strips = [merged[name][:count] for name in rows]
         save_png(path, film_strips(strips, module.intensity_range))

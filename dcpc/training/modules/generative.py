@@ -164,13 +164,13 @@ class GenerativeModule(MeasuredModule):
             first = data.held_out_set.first(1)[0]
             check_signature(self.model, first)
             if self.held_out.completion:
-                images_alone("completion", first)
+                images_alone("completion=True", first)
             shape = tuple(main_tensor(first).shape[1:])
-            if self.held_out.forecast:
-                images_alone("forecast", first)
-                check_forecast(self.held_out.forecast, shape)
             for name in ("image_shape", "frames_shape"):
                 check_image_shape(shape, getattr(self.model, name, shape), name)
+            if self.held_out.forecast:
+                images_alone(f"forecast={self.held_out.forecast}", first)
+                check_forecast(self.held_out.forecast, shape)
 
     # -- held-out data -----------------------------------------------------------------------
 
@@ -265,7 +265,7 @@ class GenerativeModule(MeasuredModule):
         if is_test and self.held_out.completion:
             completed = complete(
                 self.model,
-                images_alone("completion", x),
+                images_alone("completion=True", x),
                 bottom_half(main_tensor(x).shape[1:]),
                 num_particles=self.held_out.num_particles,
                 num_temperatures=self.held_out.test_temperatures,
@@ -285,7 +285,7 @@ class GenerativeModule(MeasuredModule):
     def _forecast(self, x: Observed, batch_idx: int, is_test: bool) -> Forecast:
         return forecast(
             self.model,
-            images_alone("forecast", x),
+            images_alone(f"forecast={self.held_out.forecast}", x),
             self.held_out.forecast,
             num_particles=self.held_out.num_particles,
             num_temperatures=self._ladder(is_test),
@@ -329,7 +329,7 @@ def images_alone(option: str, x: Observed) -> Tensor:
     """The data, if they are one tensor.
 
     Args:
-        option: The key below `model.held_out` that needs it.
+        option: What needs it, below `model.held_out`.
         x: The data.
 
     Raises:
