@@ -89,6 +89,24 @@ class BouncingDigit(nn.Module):
         """Standard deviation of the pixels, `()`."""
         return self.min_scale + self.raw_scale.exp()
 
+    @property
+    def way(self) -> Tensor:
+        """Pixels between the walls, for rows and for columns, `(2,)`."""
+        sizes = zip(self.frames_shape[2:], self.patch_shape[1:], strict=True)
+        return torch.tensor([whole - part for whole, part in sizes]).to(self.raw_scale)
+
+    def positions(self, start: Tensor, velocity: Tensor, jitter: Tensor) -> Tensor:
+        """Positions of the patch's upper left corner in all frames, `(..., frames, 2)`.
+
+        Args:
+            start: `(..., 2)`.
+            velocity: `(..., 2)`.
+            jitter: `(..., frames - 1, 2)`.
+        """
+        steps = (velocity.unsqueeze(-2) + jitter).cumsum(-2)
+        first = start.unsqueeze(-2)
+        return reflect(torch.cat([first, first + steps], -2), self.way)
+
     def forward(self, frames: Tensor | None = None, num_sequences: int = 1) -> Tensor:
         """The Pyro program.
 
@@ -105,9 +123,7 @@ class BouncingDigit(nn.Module):
         with pyro.plate("sequences", count):
             zeros = self.raw_scale.new_zeros
             z = pyro.sample("z", dist.Normal(zeros(count, self.latent_size), 1.0).to_event(1))
-            way = torch.tensor(
-                [whole - part for whole, part in zip(size, self.patch_shape[1:], strict=True)]
-            ).to(z)
+            way = self.way
             loc, scale = (way / 2).expand(count, 2), START_SCALE * way
             start = pyro.sample("start", dist.Normal(loc, scale).to_event(1))
             velocity = pyro.sample("velocity", dist.Normal(zeros(count, 2), self.speed).to_event(1))
@@ -115,9 +131,8 @@ class BouncingDigit(nn.Module):
                 "jitter",
                 dist.Normal(zeros(count, num_frames - 1, 2), self.jitter_scale).to_event(2),
             )
-            steps = (velocity.unsqueeze(-2) + jitter).cumsum(-2)
-            path = torch.cat([start.unsqueeze(-2), start.unsqueeze(-2) + steps], -2)
-            position = pyro.deterministic("position", reflect(path, way), event_dim=2)
+            where = self.positions(start, velocity, jitter)
+            position = pyro.deterministic("position", where, event_dim=2)
             mean = place(self.patch(z).unsqueeze(-4), position, size)
             return pyro.sample("frames", dist.Normal(mean, self.scale).to_event(4), obs=frames)
 

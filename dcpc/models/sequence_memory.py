@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +15,8 @@ from dcpc.errors import OptionError, require_at_least
 
 __all__ = ["SequenceMemory"]
 
+Nonlinearity = Literal["tanh", "identity"]
+
 
 class SequenceMemory(nn.Module):
     """A state-space model with one latent and one observed site per frame.
@@ -22,14 +25,16 @@ class SequenceMemory(nn.Module):
         z_t ~ N(W f(h_{t-1}) + b, state_scale^2 I),  h_t = z_t
         x_t ~ N(U f(h_t) + c, frame_scale^2 I)
 
-    The generative model of temporal predictive coding with two layers: Tang, Barron & Bogacz,
-    "Sequential memory with temporal predictive coding", NeurIPS 2023, section 3.2, with biases.
-    A sequence is recalled from its first frame: what follows from the posterior of `z_0` given
-    `x_0` alone.
+    Beside its first state, the generative model of temporal predictive coding with two layers:
+    Tang, Barron & Bogacz, "Sequential memory with temporal predictive coding", NeurIPS 2023. A
+    sequence is recalled from its first frame: what follows from the posterior of `z_0` given `x_0`
+    alone. `z_0` is smaller than a frame, so that this posterior is narrow: of a first state that is
+    larger than a frame, some directions would be known from the later frames only.
 
     Args:
-        state_size: Size of each `z_t`.
+        state_size: Size of the states `h_t`.
         frames_shape: Shape of a sequence, `[frames, channels, height, width]`.
+        cue_size: Size of `z_0`.
         nonlinearity: `f`: `tanh`, or `identity` for a linear-Gaussian model.
         state_scale: Standard deviation of the states around their predictions.
         frame_scale: Standard deviation of the pixels around theirs.
@@ -42,14 +47,15 @@ class SequenceMemory(nn.Module):
         self,
         state_size: int,
         frames_shape: Sequence[int],
-        nonlinearity: str = "tanh",
+        cue_size: int = 24,
+        nonlinearity: Nonlinearity = "tanh",
         state_scale: float = 0.1,
         frame_scale: float = 0.1,
-        cue_size: int = 24,
     ) -> None:
         super().__init__()
         require_at_least("state_size", state_size, 1)
-        if len(frames_shape) < 2 or min(frames_shape) < 1:
+        require_at_least("cue_size", cue_size, 1)
+        if len(frames_shape) != 4 or min(frames_shape) < 1:
             raise OptionError(
                 f"frames_shape must be [frames, channels, height, width], got {list(frames_shape)}"
             )

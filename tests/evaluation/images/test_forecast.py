@@ -50,7 +50,7 @@ def conditional(frames: Tensor, num_seen: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("in_one_site", [True, False])
 def test_forecasts_are_the_gaussian_conditional_given_the_first_frames(in_one_site):
     frames = torch.randn(60, NUM_FRAMES, 1, 1, 2)
-    told = forecast(Walk(in_one_site), frames, 1, num_particles=64, num_temperatures=20)
+    told = forecast(Walk(in_one_site), frames, 1, num_particles=64, num_temperatures=6)
     mean, variance = conditional(frames, NUM_FRAMES - 1)
     assert torch.equal(told.frames[:, :-1], frames[:, :-1])
     error = told.frames[:, -1].flatten(1) - mean[:, -1:]
@@ -97,7 +97,7 @@ def test_frames_of_several_sites_are_reconstructed_as_those_of_one():
     nll = []
     for in_one_site in (True, False):
         engine = held_out_inference(Walk(in_one_site), 64)
-        told = evaluate(engine, frames, num_temperatures=20, seed=0)
+        told = evaluate(engine, frames, num_temperatures=8, seed=0)
         assert told.reconstructions.shape == frames.shape
         error = told.reconstructions.flatten(2) - mean.unsqueeze(-1)
         assert bool((error.square().mean((0, 2)) < 3 * variance / 64).all())
