@@ -14,6 +14,8 @@ CONFIGS = {
     "digits.pt": "digits.json",
     "mnist.pt": "mnist.json",
     "cifar10.pt": "cifar10.json",
+    "bouncing-digits.pt": "bouncing-digits.json",
+    "memory.pt": "memory.json",
 }
 FILES = sorted((ROOT / "checkpoints").glob("*.pt"))
 
