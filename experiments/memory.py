@@ -229,7 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> Errors:
                     value = contenders[name]()
                 errors.setdefault(name, {}).setdefault(count, []).append(value)
                 spent = time.process_time() - start
-                print(f"{name} {count} sequences, seed {seed}: {value:.4f} ({spent:.0f} CPU s)")
+                print(
+                    f"{name} {count} sequences, seed {seed}: {value:.4f} ({spent:.0f} CPU s)",
+                    flush=True,
+                )
     report(errors, options.output)
     return errors
 
