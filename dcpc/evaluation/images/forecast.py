@@ -82,8 +82,8 @@ def forecast(
     else:
         visible = torch.ones(x.shape[1:], dtype=torch.bool)
         visible[num_seen:] = False
-        frames = complete(model, seen, visible, intensity_range=intensity_range, **options)
-        frames = frames.completions
+        completed = complete(model, seen, visible, intensity_range=intensity_range, **options)
+        frames = completed.completions
     last, hidden, predicted = (
         to_unit(part, intensity_range)
         for part in (x[:, num_seen - 1 : num_seen], x[:, num_seen:], frames[:, num_seen:])
