@@ -127,7 +127,7 @@ class SingleLayer:
     """
 
     def __init__(
-        self, num_pixels: int, num_passes: int = 2000, learning_rate: float = 5e-3
+        self, num_pixels: int, num_passes: int = 20_000, learning_rate: float = 5e-3
     ) -> None:
         self.weight = nn.Linear(num_pixels, num_pixels)
         self.num_passes = num_passes
