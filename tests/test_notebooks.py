@@ -30,12 +30,20 @@ from scipy.stats import halfcauchy, multivariate_normal, norm
 from torch import nn
 
 from dcpc.evaluation import FrozenParticles
-from dcpc.models import ConvolutionalGenerator, DeepLatentGaussian
+from dcpc.models import (
+    BouncingDigit,
+    ConvolutionalGenerator,
+    DeepLatentGaussian,
+    SequenceMemory,
+)
 from dcpc.training import DigitsData
+from dcpc.training.data import BouncingDigits
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = {"algorithms", "colour", "digits", "mnist", "networks", "quick_start"}
+NAMES = {"algorithms", "colour", "digits", "mnist", "networks", "quick_start", "sequences"}
+WITH_FIGURES = {"sequences"}
+"""Notebooks whose figures are stored, small."""
 
 PARTICLE_WEIGHTS = [0.5, 0.25, 0.25]
 ESS_PERCENT = 100 / 3 / (0.5**2 + 2 * 0.25**2)
@@ -151,7 +159,7 @@ def test_there_are_the_notebooks_that_are_tested_here() -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_committed_notebook_is_valid_thin_and_stripped(path: Path) -> None:
+def test_a_committed_notebook_is_valid_thin_and_stripped_or_has_its_figures(path: Path) -> None:
     notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
@@ -159,9 +167,20 @@ def test_a_committed_notebook_is_valid_thin_and_stripped(path: Path) -> None:
     assert first.metadata.tags == ["parameters"]
     assert assigned(first.source)
     for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
-        assert (cell.outputs, cell.execution_count) == ([], None)
+        if path.stem not in WITH_FIGURES:
+            assert (cell.outputs, cell.execution_count) == ([], None)
         for node in ast.walk(ast.parse(cell.source)):
             assert not isinstance(node, ast.FunctionDef) or len(node.body) <= 6
+
+
+@pytest.mark.parametrize("name", sorted(WITH_FIGURES))
+def test_stored_figures_are_small_and_of_a_run_without_errors(name: str) -> None:
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    assert len(Executed(notebook).figures) >= 3
+    assert path.stat().st_size < 500_000
 
 
 # -- quick start -----------------------------------------------------------------------------
@@ -529,6 +548,63 @@ def test_colour_shows_the_generators_colour_and_its_metrics(
     assert "distances of 10 originals" in shown.text
     assert len(shown.figures) == 6
     assert shown.figures_showing([(c + 1) / 2 for c in colour]) == 6
+
+
+def test_sequences_show_positions_beside_the_truth_and_recall(
+    execute: Callable[..., Executed], tmp_path: Path
+) -> None:
+    shape, count = {"patch_shape": [1, 8, 8], "frames_shape": [3, 1, 16, 16]}, 6
+    flat = BouncingDigit(latent_size=2, **shape)
+    nn.init.zeros_(flat.patch[2].weight)
+    nn.init.zeros_(flat.patch[2].bias)  # every pixel of the patch is one half
+    data = BouncingDigits(DigitsData(num_held_out=100), 3, 16)
+    data.setup("test")
+    x, _, index = data.held_out_set.first(count)
+    place = torch.tensor([2.0, 5.0])  # whole pixels, where all particles stay
+    FrozenParticles(
+        model=flat,
+        latents={
+            "z": torch.randn(2, count, 2),
+            "start": place.expand(2, count, 2),
+            "velocity": torch.zeros(2, count, 2),
+            "jitter": torch.zeros(2, count, 2, 2),
+        },
+        log_weight=torch.zeros(2, count),
+        index=index,
+        originals=x,
+    ).save(tmp_path / "bouncing.pt")
+    blank = SequenceMemory(state_size=2, frames_shape=[3, 1, 8, 8], cue_size=2)
+    nn.init.zeros_(blank.emission.weight)
+    nn.init.constant_(blank.emission.bias, 0.25)
+    stored = torch.rand(4, 3, 1, 8, 8)
+    sizes = {f"z_{t}": 2 for t in range(3)}
+    freeze(blank, sizes, tmp_path / "memory.pt", stored)
+    shown = execute(
+        "sequences",
+        BOUNCING=str(tmp_path / "bouncing.pt"),
+        MEMORY=str(tmp_path / "memory.pt"),
+        CURVES="nowhere.json",
+        BOUNCING_MODEL={"latent_size": 2, **shape},
+        MEMORY_MODEL={"state_size": 2, "frames_shape": [3, 1, 8, 8], "cue_size": 2},
+        NUM_SHOWN=2,
+        NUM_PARTICLES=2,
+        NUM_TEMPERATURES=2,
+    )
+    assert "bouncing.pt: 2 particles of each of 6 sequences" in shown.text
+    distance = (data.held_out_set.position[:count] - place).square().sum(-1)
+    assert shown.number("position RMSE:") == pytest.approx(float(distance.mean().sqrt()), abs=6e-4)
+    near = float((distance.mean(1).sqrt() < 0.5).double().mean())
+    assert shown.number("within half a pixel:") == pytest.approx(near, abs=6e-3)
+    mean = torch.zeros(16, 16)
+    mean[2:10, 5:13] = 0.5
+    expected = float((x - mean).square().mean())
+    assert shown.number("reconstruction MSE:") == pytest.approx(expected, abs=6e-5)
+    repeated = float((x[:2, 2] - x[:2, 1]).square().mean())
+    assert shown.number("repeated frame MSE:") == pytest.approx(repeated, abs=6e-5)
+    recall = float((stored[:, 1:] - 0.25).square().mean())
+    assert shown.number("recall MSE:") == pytest.approx(recall, abs=6e-5)
+    assert "no curves in nowhere.json yet" in shown.text
+    assert len(shown.figures) == 4
 
 
 @pytest.mark.slow

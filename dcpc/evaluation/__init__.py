@@ -1,7 +1,7 @@
 """Measurements on data that were never trained on, each quantity under its own name.
 
 evidence    how probable held-out data are: annealing, its temperatures, bounds
-images      how good images are: completion of halves, Frechet distances
+images      how good images are: completion of halves, forecasts of frames, Frechet distances
 generation  data that a model generates, from its prior or from a pseudo-posterior; neighbours
 particles   particles of a trained model, in files and without inference
 
@@ -39,11 +39,13 @@ from dcpc.evaluation.generation import (
 from dcpc.evaluation.images import (
     Completion,
     FeatureClassifier,
+    Forecast,
     InceptionError,
     InceptionFeatures,
     MaskedModel,
     bottom_half,
     complete,
+    forecast,
     frechet_classifier_distance,
     frechet_distance,
     frechet_feature_distance,
@@ -59,6 +61,7 @@ __all__ = [
     "Decoded",
     "Evaluation",
     "FeatureClassifier",
+    "Forecast",
     "FrozenParticles",
     "FrozenParticlesError",
     "ImportanceSampler",
@@ -75,6 +78,7 @@ __all__ = [
     "complete",
     "decode",
     "evaluate",
+    "forecast",
     "format_table",
     "frechet_classifier_distance",
     "frechet_distance",

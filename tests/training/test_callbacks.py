@@ -20,7 +20,7 @@ from dcpc.training.callbacks import (
     RunReport,
     SweepMonitor,
 )
-from dcpc.training.callbacks.grids import MAGNIFICATION, image_grid
+from dcpc.training.callbacks.grids import MAGNIFICATION, film_strips, image_grid
 from dcpc.training.data import LabelledSet
 from dcpc.training.modules import GenerativeModule
 
@@ -76,6 +76,27 @@ def test_a_grid_maps_the_range_to_the_unit_interval_and_clamps_what_is_beyond() 
     grid = image_grid(images, 1, (-1.0, 1.0))
     assert grid[0, 1, 1:-1].tolist() == [0.0, 0.0, 0.25, 0.5, 1.0, 1.0]
     assert image_grid(images, 1)[0, 1, 1:-1].tolist() == [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+
+
+def test_film_strips_have_a_row_of_frames_of_each_kind_for_every_sequence() -> None:
+    # Two sequences of three frames of 2 x 4 pixels, in two kinds; every frame has its own grey.
+    greys = torch.arange(12.0).reshape(2, 2, 3, 1, 1, 1) / 11
+    strips = greys.expand(2, 2, 3, 3, 2, 4)  # (kind, sequence, frame, channels, height, width)
+    picture = film_strips(list(strips))
+    height = 2 * (2 + 1) + 1
+    assert picture.shape == (3, 2 * height + 3, 3 * (4 + 1) + 1)
+    expected = torch.full_like(picture, 0.5)
+    for kind in range(2):
+        for sequence in range(2):
+            for frame in range(3):
+                top, left = sequence * (height + 3) + 1 + 3 * kind, 1 + 5 * frame
+                expected[:, top : top + 2, left : left + 4] = greys[kind, sequence, frame]
+    assert torch.equal(picture, expected)
+
+
+def test_film_strips_map_the_range_to_the_unit_interval() -> None:
+    picture = film_strips([torch.tensor([-1.0, 0.0, 3.0]).reshape(1, 3, 1, 1, 1)], (-1.0, 1.0))
+    assert picture[0, 1, [1, 3, 5]].tolist() == [0.0, 0.5, 1.0]
 
 
 def test_grids_of_colour_images_in_minus_one_to_one_have_their_colours(

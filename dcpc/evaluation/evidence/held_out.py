@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from dcpc.evaluation.generation.samples import matching_site
 from dcpc.evaluation.intensities import IntensityRange, cross_entropy, to_unit
 from dcpc.inference import DCPC
 from dcpc.observed import Observed, call, main_tensor, mapped
+from dcpc.problem import Problem
+from dcpc.sweep import SweepState
 from dcpc.tables import table
 
 __all__ = ["Evaluation", "evaluate", "format_table", "held_out_inference", "summarise"]
@@ -47,6 +49,8 @@ OPTIONAL = {
         "nats per datum, of the upper half of an image given its lower half",
     ),
     "completion_mse": ("completion MSE", "per pixel, of the same"),
+    "forecast_mse": ("forecast MSE", "per pixel, of the last frames given those before"),
+    "repeated_frame_mse": ("repeated frame MSE", "of the last frame seen, in their place"),
     "error_percent": ("labels that are wrong", "percent, of the most probable classes"),
     "expected_calibration_error": (
         "expected calibration error",
@@ -56,7 +60,16 @@ OPTIONAL = {
 }
 """What a table has besides, where it was measured: labels and explanations."""
 
-FOUR_PLACES = ("completion_mse", "expected_calibration_error", "label_log_loss")
+RMSE = "_rmse"
+"""Ends the name of the root mean square error of a site whose true values are known."""
+
+FOUR_PLACES = (
+    "completion_mse",
+    "forecast_mse",
+    "repeated_frame_mse",
+    "expected_calibration_error",
+    "label_log_loss",
+)
 """Measurements that are shown with four decimal places, not with two."""
 
 
@@ -76,6 +89,7 @@ class Evaluation:
         reconstructions: `m`, the decoder's mean averaged over the particles after inference on
             that datum, `(B, *shape)`, in the data's own intensities.
         class_probabilities: Posterior of the label, `(B, C)`, if it is a latent that was asked for.
+        site_means: By name, posterior means of the sites that were asked for, `(B, *event)`.
     """
 
     evidence_nll: Tensor
@@ -86,6 +100,7 @@ class Evaluation:
     originals: Tensor
     reconstructions: Tensor
     class_probabilities: Tensor | None = None
+    site_means: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def held_out_inference(model: Model, num_particles: int, **options: Any) -> DCPC:
@@ -110,6 +125,7 @@ def evaluate(
     seed: int,
     intensity_range: IntensityRange = (0.0, 1.0),
     label_site: str | None = None,
+    sites: Sequence[str] = (),
 ) -> Evaluation:
     """Infers data from scratch by annealing, and measures.
 
@@ -125,6 +141,8 @@ def evaluate(
         intensity_range: The data's intensities of black and of white. Reconstructions are compared
             with the data in intensities from 0 to 1, so that figures of different models compare.
         label_site: Discrete latent that is a datum's label, to be predicted.
+        sites: Latents and deterministic sites whose posterior means are wanted; those that the
+            model does not have are left out.
 
     Raises:
         EvidenceError: The algorithm is not exact, or a prior is improper.
@@ -139,6 +157,7 @@ def evaluate(
         classes = None
         if label_site is not None:
             classes = class_probabilities(problem, annealed.state, label_site, seed)
+        found = site_means(problem, annealed.state, sites) if sites else {}
     originals = main_tensor(x)
     mean = matching_site(means, x).detach()
     pixels, predicted = (to_unit(v, intensity_range).reshape(len(v), -1) for v in (originals, mean))
@@ -154,7 +173,29 @@ def evaluate(
         originals=originals,
         reconstructions=mean,
         class_probabilities=classes,
+        site_means=found,
     )
+
+
+def site_means(problem: Problem, state: SweepState, sites: Sequence[str]) -> dict[str, Tensor]:
+    """Posterior means of latents, constrained, and of deterministic sites.
+
+    Args:
+        problem: A model bound to its data.
+        state: Particles of the posterior, with their weights.
+        sites: Their names; those that the model does not have are left out.
+
+    Returns:
+        By name, `(*population, ...)`.
+    """
+    values = problem.constrain(state.latents)
+    weights = state.log_weight.normalized()
+    means = {}
+    for name in (name for name in sites if name in values):
+        value = values[name].detach()
+        shape = (*weights.shape, *[1] * (value.dim() - weights.dim()))
+        means[name] = (weights.reshape(shape).to(value) * value).sum(0)
+    return means
 
 
 def summarise(evaluations: Sequence[Evaluation]) -> dict[str, float]:
@@ -190,7 +231,12 @@ def format_table(summary: Mapping[str, float], num_particles: int, num_temperatu
         for name, (_, what) in OPTIONAL.items()
         if name in summary
     ]
-    labels = LABELS | {name: label for name, (label, _) in OPTIONAL.items()}
+    errors = {name: f"{name.removesuffix(RMSE)} RMSE" for name in summary if name.endswith(RMSE)}
+    rows += [
+        (name, f"{summary[name]:.3f}", "of the posterior mean, against the truth")
+        for name in errors
+    ]
+    labels = LABELS | {name: label for name, (label, _) in OPTIONAL.items()} | errors
     heading = (
         f"{summary['num_data']:.0f} held-out data, {num_particles} particles annealed over "
         f"{num_temperatures} temperatures"

@@ -134,26 +134,50 @@ def latent_shapes(model: Model, x: Observed) -> dict[str, torch.Size]:
 
 
 def matching_site(values: Mapping[str, Tensor], x: Observed) -> Tensor:
-    """The observed site with as many elements as the first tensor of the data, in its shape.
+    """What a model says of the first tensor of the data, in its shape.
 
-    Where several have, the one of that tensor's name.
+    It is the observed site with as many elements; where several have, the one of that tensor's
+    name. Where none has, it is those sites that have as many elements as one frame of data
+    `(B, T, ...)`, stacked in the order of the program, if there are `T` of them.
+
+    Args:
+        values: Values or means of the observed sites, in the order of the program, each
+            `(B, *event)`.
+        x: Data `(B, *shape)`.
 
     Raises:
-        DataError: No site has, or several have.
+        DataError: No site is the data, or several are, or sites of frames are not as many as these.
     """
     name, first = named_tensors(x)[0]
     alike = {n: value for n, value in values.items() if value.numel() == first.numel()}
     if len(alike) > 1:
         named = {n: value for n, value in alike.items() if n in (name, f"{name}_observed")}
         alike = named or alike
-    if len(alike) != 1:
-        shapes = {name: tuple(value.shape) for name, value in values.items()}
-        raise DataError(
-            f"one observed site of the model must have as many elements as the data, "
-            f"{tuple(first.shape)}, to be compared with them, or its name; got {len(alike)} of the "
-            f"sites {shapes}"
-        )
-    return next(iter(alike.values())).reshape(first.shape)
+    if len(alike) == 1:
+        return next(iter(alike.values())).reshape(first.shape)
+    frames = [] if alike else sites_of_frames(values, first)
+    if frames:
+        shape = (len(first), *first.shape[2:])
+        return torch.stack([values[name].reshape(shape) for name in frames], 1)
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    raise DataError(
+        f"one observed site of the model must have as many elements as the data, "
+        f"{tuple(first.shape)}, to be compared with them, or its name; or one site for each of "
+        f"their {first.shape[1] if first.dim() > 1 else 1} frames; got {len(alike)} of the sites "
+        f"{shapes}"
+    )
+
+
+def sites_of_frames(values: Mapping[str, Tensor], x: Tensor) -> list[str]:
+    """Sites that are one frame each of data `(B, T, ...)`, in the order of the program.
+
+    None where those that have as many elements as a frame are not `T`.
+    """
+    if x.dim() < 2 or not x.shape[1]:
+        return []
+    size = x.numel() // x.shape[1]
+    names = [name for name, value in values.items() if value.numel() == size]
+    return names if len(names) == x.shape[1] else []
 
 
 class _AtMeans(Messenger):
@@ -178,4 +202,4 @@ def _check(model: Model, latents: Mapping[str, Tensor], x: Observed) -> None:
 
 
 def _was_observed(site: Mapping[str, Any]) -> bool:
-    return site["type"] == "sample" and bool((site["infer"] or {}).get("was_observed"))
+    return is_random(site) and bool((site["infer"] or {}).get("was_observed"))

@@ -5,13 +5,13 @@ monitors           what TensorBoard shows
 reports            tables, predictions, where the checkpoint is
 calibration        how far predicted labels can be trusted
 decision_boundary  the plane as a classifier sees it
-grids              grids of images
+grids              grids of images, film strips of sequences
 """
 
 from dcpc.training.callbacks.calibration import CalibrationCurve, draw_calibration
 from dcpc.training.callbacks.checkpoints import RunCheckpoint
 from dcpc.training.callbacks.decision_boundary import DecisionBoundary, draw_decision_boundary
-from dcpc.training.callbacks.grids import image_grid, save_png
+from dcpc.training.callbacks.grids import film_strips, image_grid, save_png
 from dcpc.training.callbacks.monitors import ImageGrids, SweepMonitor
 from dcpc.training.callbacks.reports import EvaluationTable, PredictionWriter, RunReport
 
@@ -26,6 +26,7 @@ __all__ = [
     "SweepMonitor",
     "draw_calibration",
     "draw_decision_boundary",
+    "film_strips",
     "image_grid",
     "save_png",
 ]

@@ -1,7 +1,8 @@
-"""Grids of images, for TensorBoard and for files."""
+"""Grids of images and film strips of sequences, for TensorBoard and for files."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,10 +11,14 @@ from torch import Tensor
 
 from dcpc.evaluation.intensities import IntensityRange, to_unit
 
-__all__ = ["image_grid", "save_png"]
+__all__ = ["NUM_SEQUENCES", "film_strips", "image_grid", "save_png"]
 
 GAP = 1
+SEQUENCE_GAP = 3
 MAGNIFICATION = 4
+
+NUM_SEQUENCES = 8
+"""Sequences in a picture of film strips."""
 
 
 def image_grid(
@@ -38,6 +43,27 @@ def image_grid(
         left = GAP + position % columns * cell_width
         grid[:, top : top + height, left : left + width] = picture
     return grid
+
+
+def film_strips(strips: Sequence[Tensor], intensity_range: IntensityRange = (0.0, 1.0)) -> Tensor:
+    """Arranges sequences below each other, each as rows of its frames.
+
+    The rows of a sequence, one for each of `strips`, are a grey line apart, sequences a wider one.
+
+    Args:
+        strips: `(N, T, channels, height, width)` each, all of one shape; as originals and
+            reconstructions.
+        intensity_range: The intensities of black and of white.
+
+    Returns:
+        `(channels, N * (rows * (height + 1) + 1) + 3 (N - 1), T * (width + 1) + 1)`, in [0, 1].
+    """
+    pictures = [
+        image_grid(torch.cat(rows), len(rows[0]), intensity_range)
+        for rows in zip(*strips, strict=True)
+    ]
+    gap = torch.full((pictures[0].shape[0], SEQUENCE_GAP, pictures[0].shape[2]), 0.5)
+    return torch.cat([part for picture in pictures for part in (gap, picture)][1:], 1)
 
 
 def save_png(path: Path, grid: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from dcpc.evaluation import prior_samples
 from dcpc.observed import call, mapped
 from dcpc.sweep import SweepInfo
-from dcpc.training.callbacks.grids import image_grid
+from dcpc.training.callbacks.grids import NUM_SEQUENCES, film_strips, image_grid
 from dcpc.training.modules import GenerativeModule, ParticleModule
 
 __all__ = ["ImageGrids", "SweepMonitor", "num_batches", "tensorboard"]
@@ -63,6 +63,9 @@ class SweepMonitor(Callback):
 class ImageGrids(Callback):
     """Logs grids of held-out originals, their reconstructions, and samples of the prior.
 
+    Of sequences `(T, channels, height, width)` it logs film strips: a row of originals, one of
+    reconstructions and, where there are forecasts, one of these.
+
     Args:
         num_images: Images per grid; a square number fills it.
     """
@@ -80,6 +83,8 @@ class ImageGrids(Callback):
             return
         first = pl_module.evaluations[0]
         originals = first.originals[: self.num_images]
+        if originals.dim() == 5:
+            self._add_film_strips(writer, trainer, pl_module)
         if originals.dim() != 4:
             return
         shown = mapped(lambda values: values[: self.num_images], first.data)
@@ -92,6 +97,21 @@ class ImageGrids(Callback):
         ):
             grid = image_grid(pictures, columns, pl_module.intensity_range)
             writer.add_image(f"images/{name}", grid, num_batches(trainer))
+
+    def _add_film_strips(
+        self, writer: SummaryWriter, trainer: Trainer, module: GenerativeModule
+    ) -> None:
+        first = module.evaluations[0]
+        kinds = [first.originals, first.reconstructions]
+        kinds += [told.frames for told in module.forecasts[:1]]
+        shown = mapped(lambda values: values[:NUM_SEQUENCES], first.data)
+        _, means = prior_samples(module.model, shown, seed=0)
+        for name, strips in (
+            ("film_strips", [frames[:NUM_SEQUENCES] for frames in kinds]),
+            ("prior_samples", [means]),
+        ):
+            picture = film_strips(strips, module.intensity_range)
+            writer.add_image(f"images/{name}", picture, num_batches(trainer))
 
 
 def num_batches(trainer: Trainer) -> int:

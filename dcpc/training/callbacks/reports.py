@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dcpc.io import write_tensors
 from dcpc.training.callbacks.checkpoints import RunCheckpoint
-from dcpc.training.callbacks.grids import image_grid, save_png
+from dcpc.training.callbacks.grids import NUM_SEQUENCES, film_strips, image_grid, save_png
 from dcpc.training.modules import GenerativeModule, MeasuredModule
 
 __all__ = ["EvaluationTable", "PredictionWriter", "RunReport"]
@@ -37,7 +37,7 @@ class PredictionWriter(BasePredictionWriter):
 
     Args:
         folder: Where to; null for the run's folder, `trainer.default_root_dir`.
-        num_images: Images of each kind in the picture.
+        num_images: Images of each kind in the picture; of sequences, at most eight.
     """
 
     def __init__(self, folder: str | None = None, num_images: int = 20) -> None:
@@ -59,17 +59,31 @@ class PredictionWriter(BasePredictionWriter):
         merged = {name: torch.cat([batch[name] for batch in predictions]) for name in names}
         write_tensors(merged, folder / "predictions.pt")
         print(f"predictions of {len(merged['index'])} data: {folder / 'predictions.pt'}")
-        if not isinstance(pl_module, GenerativeModule) or merged["originals"].dim() != 4:
+        if not isinstance(pl_module, GenerativeModule):
             return
+        if merged["originals"].dim() == 5:
+            self._draw_film_strips(folder / "predictions.png", merged, pl_module)
+        elif merged["originals"].dim() == 4:
+            self._draw_images(folder / "predictions.png", merged, pl_module)
+
+    def _draw_images(
+        self, path: Path, merged: Mapping[str, Tensor], module: GenerativeModule
+    ) -> None:
         rows = ("originals", "reconstructions", "prior_sample_means", "prior_samples")
         count = min(self.num_images, len(merged["index"]))
         pictures = torch.cat([merged[name][:count] for name in rows])
-        grid = image_grid(pictures, count, pl_module.intensity_range)
-        save_png(folder / "predictions.png", grid)
-        print(
-            f"picture, from top to bottom {', '.join(rows).replace('_', ' ')}: "
-            f"{folder / 'predictions.png'}"
-        )
+        save_png(path, image_grid(pictures, count, module.intensity_range))
+        print(f"picture, from top to bottom {', '.join(rows).replace('_', ' ')}: {path}")
+
+    def _draw_film_strips(
+        self, path: Path, merged: Mapping[str, Tensor], module: GenerativeModule
+    ) -> None:
+        kinds = ("originals", "reconstructions", "forecasts", "prior_sample_means")
+        rows = [name for name in kinds if name in merged]
+        count = min(self.num_images, NUM_SEQUENCES)
+        strips = [merged[name][:count] for name in rows]
+        save_png(path, film_strips(strips, module.intensity_range))
+        print(f"picture, of every sequence {', '.join(rows).replace('_', ' ')}: {path}")
 
 
 class RunReport(Callback):

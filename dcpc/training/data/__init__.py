@@ -6,12 +6,14 @@ images    images, checked and split by a seed
 digits    scikit-learn's digits
 arrays    NumPy arrays in a folder; named_arrays: one for every argument of a model
 half_labelled  images of which few have labels that a model sees
+bouncing  sequences of frames through which an image moves; stored: sequences to be memorised
 hub       the Hugging Face hub or a local folder; tables: its files as the package `datasets` reads
           them; pixels: decoded once, memory-mapped
 moons     two moons, points of the plane
 """
 
 from dcpc.training.data.arrays import ArrayData
+from dcpc.training.data.bouncing import BouncingDigits
 from dcpc.training.data.digits import DigitsData
 from dcpc.training.data.half_labelled import HalfLabelledData
 from dcpc.training.data.hub import HubImages
@@ -27,10 +29,12 @@ from dcpc.training.data.loading import EpochBatches, ResumableLoader
 from dcpc.training.data.moons import MoonsData
 from dcpc.training.data.named_arrays import NamedArrayData
 from dcpc.training.data.pixels import PixelSet
+from dcpc.training.data.stored import StoredSequences
 
 __all__ = [
     "ArrayData",
     "Batch",
+    "BouncingDigits",
     "DigitsData",
     "EpochBatches",
     "HalfLabelledData",
@@ -42,6 +46,7 @@ __all__ = [
     "NamedArrayData",
     "PixelSet",
     "ResumableLoader",
+    "StoredSequences",
     "TensorSet",
     "check_finite",
     "check_images",

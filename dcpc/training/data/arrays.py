@@ -98,6 +98,12 @@ def read_array(path: Path) -> np.ndarray | None:
         # Mapped, so that a header which promises more than there is does not fill the memory.
         array = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # a damaged header raises whatever its bytes lead to
+        if "Python objects" in str(error):
+            raise DataError(
+                f"data.folder: '{path}' is no NumPy array of numbers: it holds Python objects, as "
+                "rows of unequal shapes do, such as sequences of unequal numbers of frames; cut or "
+                "pad them to one shape, and save numbers"
+            ) from error
         reason = re.split(r"[.\n]", str(error))[0][:100] or type(error).__name__
         raise DataError(
             f"data.folder: '{path}' is no NumPy array, or a damaged one of "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,17 @@ class LabelledSet(Dataset[Batch], ABC):
         """Labels of all data, `(N,)`; by fetching these, where a set knows no shorter way."""
         parts = torch.arange(len(self)).split(AT_ONCE)
         return torch.cat([self.__getitems__(part.tolist())[1] for part in parts])
+
+    def truth(self, index: Tensor) -> Mapping[str, Tensor]:
+        """What data were made from, where that is known: to measure by, and never shown to a model.
+
+        Args:
+            index: Indices of the data, `(B,)`.
+
+        Returns:
+            By the name of a site, its true values, `(B, ...)`.
+        """
+        return {}
 
     def first(self, count: int) -> Batch:
         """The first `count` data as one batch, or all there are."""

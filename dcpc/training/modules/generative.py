@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,11 +17,13 @@ from dcpc.evaluation import (
     PRIOR_SAMPLES,
     Calibration,
     Evaluation,
+    Forecast,
     ImportanceSampler,
     bottom_half,
     calibration,
     complete,
     evaluate,
+    forecast,
     format_table,
     held_out_inference,
     prior_samples,
@@ -56,6 +58,8 @@ class HeldOut:
         bound_samples: Samples of the guide per datum of the importance-weighted bound.
         completion: Whether `test` also completes the upper half of images from the lower one,
             which takes as long again.
+        forecast: Number of last frames of sequences `(T, channels, height, width)` that are also
+            predicted from the frames before, which takes as long again; 0 for none.
 
     Raises:
         OptionError: A number out of range.
@@ -66,12 +70,14 @@ class HeldOut:
     test_temperatures: int = 400
     bound_samples: int = 100
     completion: bool = False
+    forecast: int = 0
 
     def __post_init__(self) -> None:
         require_at_least("model.held_out.num_particles", self.num_particles, 2)
         require_at_least("model.held_out.num_temperatures", self.num_temperatures, 1)
         require_at_least("model.held_out.test_temperatures", self.test_temperatures, 1)
         require_at_least("model.held_out.bound_samples", self.bound_samples, 1)
+        require_at_least("model.held_out.forecast", self.forecast, 0)
 
 
 class GenerativeModule(MeasuredModule):
@@ -99,6 +105,7 @@ class GenerativeModule(MeasuredModule):
 
     Attributes:
         evaluations: Evaluations of the last round over the held-out data.
+        forecasts: Forecasts of the last round, if there are any.
         intensity_range: Intensities of black and of white in the data.
         calibration: Of the last round, how well labels were predicted, if there is a `label_site`.
 
@@ -129,9 +136,11 @@ class GenerativeModule(MeasuredModule):
         self.intensity_range = (0.0, 1.0)
         self.label_site = label_site
         self.evaluations: list[Evaluation] = []
+        self.forecasts: list[Forecast] = []
         self._labels: list[Tensor] = []
         self._estimates: dict[str, list[Tensor]] = {}
         self._barren: list[str] | None = None
+        self._squared_errors: dict[str, list[Tensor]] = {}
         self._prior_sampler = ImportanceSampler(model)
         self._guide_sampler = None if guide is None else ImportanceSampler(model, self.guide)
 
@@ -162,23 +171,33 @@ class GenerativeModule(MeasuredModule):
             first = data.held_out_set.first(1)[0]
             check_signature(self.model, first)
             if self.held_out.completion:
-                images_alone(first)
+                images_alone("completion=True", first)
             shape = tuple(main_tensor(first).shape[1:])
-            check_image_shape(shape, getattr(self.model, "image_shape", shape))
+            for name in ("image_shape", "frames_shape"):
+                check_image_shape(shape, getattr(self.model, name, shape), name)
+            if self.held_out.forecast:
+                images_alone(f"forecast={self.held_out.forecast}", first)
+                check_forecast(self.held_out.forecast, shape)
 
     # -- held-out data -----------------------------------------------------------------------
 
     def start_measurements(self) -> None:
-        self.evaluations, self._labels = [], []
-        self._estimates = {}
+        self.evaluations, self.forecasts, self._labels = [], [], []
+        self._estimates, self._squared_errors = {}, {}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Reconstructions of a batch, and as many samples of the model's prior."""
         x, labels, index = batch
-        measured = self._evaluate(x, batch_idx, self.held_out.test_temperatures)
+        truth = self._truth(index)
+        measured = self._evaluate(x, batch_idx, self.held_out.test_temperatures, truth)
         samples, means = prior_samples(self.model, x, seed=batch_idx)
         told = measured.class_probabilities
-        return ({} if told is None else {"class_probabilities": told}) | {
+        found = {} if told is None else {"class_probabilities": told}
+        if self.held_out.forecast:
+            found["forecasts"] = self._forecast(x, batch_idx, is_test=True).frames
+        for name, mean in measured.site_means.items():
+            found |= {name: mean, f"true_{name}": truth[name]}
+        return found | {
             "index": index,
             "labels": labels,
             "originals": main_tensor(x),
@@ -189,15 +208,24 @@ class GenerativeModule(MeasuredModule):
         }
 
     def measure(self, batch: Batch, batch_idx: int, is_test: bool) -> None:
-        x = batch[0]
-        self.evaluations.append(self._evaluate(x, batch_idx, self._ladder(is_test)))
-        self._labels.append(batch[1])
+        x, labels, index = batch
+        truth = self._truth(index)
+        measured = self._evaluate(x, batch_idx, self._ladder(is_test), truth)
+        self.evaluations.append(measured)
+        self._labels.append(labels)
+        for name, mean in measured.site_means.items():
+            squares = squared_distance(mean, truth[name].to(mean))
+            self._squared_errors.setdefault(name, []).append(squares)
         for name, values in self._estimate(x, batch_idx, is_test).items():
             self._estimates.setdefault(name, []).append(values)
 
     def measurements(self) -> dict[str, float]:
         means = {name: float(torch.cat(parts).mean()) for name, parts in self._estimates.items()}
-        return summarise(self.evaluations) | means | self._label_measurements()
+        errors = {
+            f"{name}_rmse": float(torch.cat(parts).mean().sqrt())
+            for name, parts in self._squared_errors.items()
+        }
+        return summarise(self.evaluations) | means | errors | self._label_measurements()
 
     @property
     def calibration(self) -> Calibration | None:
@@ -244,7 +272,7 @@ class GenerativeModule(MeasuredModule):
         if is_test and self.held_out.completion:
             completed = complete(
                 self.model,
-                images_alone(x),
+                images_alone("completion=True", x),
                 bottom_half(main_tensor(x).shape[1:]),
                 num_particles=self.held_out.num_particles,
                 num_temperatures=self.held_out.test_temperatures,
@@ -254,13 +282,38 @@ class GenerativeModule(MeasuredModule):
             )
             found["completion_cross_entropy"] = completed.hidden_cross_entropy
             found["completion_mse"] = completed.hidden_mse
+        if self.held_out.forecast:
+            foreseen = self._forecast(x, batch_idx, is_test)
+            self.forecasts.append(foreseen)
+            found["forecast_mse"] = foreseen.mse
+            found["repeated_frame_mse"] = foreseen.repeated_frame_mse
         return found
+
+    def _forecast(self, x: Observed, batch_idx: int, is_test: bool) -> Forecast:
+        return forecast(
+            self.model,
+            images_alone(f"forecast={self.held_out.forecast}", x),
+            self.held_out.forecast,
+            num_particles=self.held_out.num_particles,
+            num_temperatures=self._ladder(is_test),
+            particle_batch_size=self.particle_batch_size,
+            seed=batch_idx,
+            intensity_range=self.intensity_range,
+        )
+
+    def _truth(self, index: Tensor) -> Mapping[str, Tensor]:
+        """What the held-out data were made from, by site, where that is known."""
+        data = getattr(self.trainer, "datamodule", None)
+        held_out = data.held_out_set if isinstance(data, LabelledData) else None
+        return {} if held_out is None else held_out.truth(index.cpu())
 
     def _ladder(self, is_test: bool) -> int:
         how = self.held_out
         return how.test_temperatures if is_test else how.num_temperatures
 
-    def _evaluate(self, x: Observed, batch_idx: int, num_temperatures: int) -> Evaluation:
+    def _evaluate(
+        self, x: Observed, batch_idx: int, num_temperatures: int, sites: Iterable[str]
+    ) -> Evaluation:
         # The same seed at every evaluation: differences come from the parameters.
         return evaluate(
             self.held_out_inference,
@@ -269,11 +322,22 @@ class GenerativeModule(MeasuredModule):
             batch_idx,
             self.intensity_range,
             self.label_site,
+            tuple(sites),
         )
 
 
-def images_alone(x: Observed) -> Tensor:
+def squared_distance(mean: Tensor, truth: Tensor) -> Tensor:
+    """Squared Euclidean distances, `(B,)`: over the last axis of `(B, *, d)`, means over others."""
+    squares = (mean - truth).square()
+    return (squares if squares.dim() == 1 else squares.sum(-1)).reshape(len(mean), -1).mean(1)
+
+
+def images_alone(option: str, x: Observed) -> Tensor:
     """The data, if they are one tensor.
+
+    Args:
+        option: What needs it, below `model.held_out`.
+        x: The data.
 
     Raises:
         OptionError: They are several.
@@ -281,18 +345,38 @@ def images_alone(x: Observed) -> Tensor:
     if not isinstance(x, Tensor):
         names = [name for name, _ in named_tensors(x)]
         raise OptionError(
-            f"model.held_out.completion=True needs data that are images alone, got {names}; set it "
-            "to false"
+            f"model.held_out.{option} needs data that are images alone, got {names}; leave it out"
         )
     return x
 
 
-def check_image_shape(shape: Sequence[int], expected: Sequence[int]) -> None:
-    """Compares the shape of the data with that of the model's images.
+def check_forecast(num_predicted: int, shape: Sequence[int]) -> None:
+    """Checks that data are sequences of more frames than are to be predicted.
 
     Args:
-        shape: `(channels, height, width)` of the data.
+        num_predicted: Their number.
+        shape: Of one datum.
+
+    Raises:
+        OptionError: They are not.
+    """
+    if len(shape) != 4 or shape[0] <= num_predicted:
+        raise OptionError(
+            f"model.held_out.forecast={num_predicted} needs sequences of at least "
+            f"{num_predicted + 1} frames, (frames, channels, height, width), got data of shape "
+            f"{list(shape)}; set it to 0, or to fewer frames"
+        )
+
+
+def check_image_shape(
+    shape: Sequence[int], expected: Sequence[int], name: str = "image_shape"
+) -> None:
+    """Compares the shape of the data with that of the model's images or sequences.
+
+    Args:
+        shape: `(channels, height, width)` of the data, with `frames` before them in sequences.
         expected: The model's; `(pixels,)` where it has no channels and no rows.
+        name: The model's argument that sets it.
 
     Raises:
         DataError: They differ.
@@ -300,9 +384,10 @@ def check_image_shape(shape: Sequence[int], expected: Sequence[int]) -> None:
     is_flat = len(expected) == 1 and math.prod(shape) == expected[0]
     if is_flat or tuple(shape) == tuple(expected):
         return
+    kind, axes = ("sequences", "frames, ") if len(shape) == 4 else ("images", "")
     raise DataError(
-        f"the data have images of shape {list(shape)} (channels, height, width), but "
-        f"model.model.image_shape is {list(expected)}; set it to {list(shape)}, or choose other "
+        f"the data have {kind} of shape {list(shape)} ({axes}channels, height, width), but "
+        f"model.model.{name} is {list(expected)}; set it to {list(shape)}, or choose other "
         "data, as by data.size and data.channels of HubImages"
     )
 

@@ -29,7 +29,7 @@ from dcpc.training.data import Batch, EpochBatches, check_finite
 from dcpc.training.divergence import failures_told
 from dcpc.training.modules.base import STATE_KEY, LearningRateSchedule
 from dcpc.training.modules.generative import GenerativeModule, Guide, HeldOut
-from dcpc.training.modules.warm_start import Start, guide_objective
+from dcpc.training.modules.warm_start import Start, annealed, guide_objective
 from dcpc.training.observations import check_observed
 from dcpc.training.paths import local_path
 from dcpc.training.processes import average, share
@@ -149,6 +149,7 @@ class ParticleModule(GenerativeModule):
             blocks=blocks or (),
             compile=compile,
         )
+        start.check_annealing(self.guide is not None, self.inference.parts.correction)
         self.automatic_optimization = not preset.step_parameters_every_sweep
 
         self.store: ParticleStore | None = None
@@ -299,6 +300,8 @@ class ParticleModule(GenerativeModule):
     def _draw(self, problem: Problem) -> SweepState:
         """Fresh particles; from a stream of its own, since resuming may draw once more."""
         with self.stream(self._num_steps, 1):
+            if self.start.temperatures:
+                return annealed(problem, self.start.temperatures)
             return problem.init()
 
     def _check_tied(self, num_data: int) -> None:

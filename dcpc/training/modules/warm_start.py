@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 from torch.func import functional_call
 
+from dcpc.annealing import spaced_ladder
 from dcpc.divide.handlers import quiet
 from dcpc.errors import OptionError, require_at_least
 from dcpc.observed import Observed, num_data
 from dcpc.problem import Problem
+from dcpc.progress import ProgressBar
+from dcpc.recombine import LogWeights
+from dcpc.recombine.correction import Correction
 from dcpc.sweep import SweepState
 from dcpc.training.modules.generative import GenerativeModule
 
-__all__ = ["GuideObjective", "Start", "guide_objective"]
+__all__ = ["GuideObjective", "Start", "annealed", "guide_objective"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,10 @@ class Start:
         restart: Whether particles start from the guide at every visit, instead of where the last
             visit left them; null for what the algorithm does: `lpc` restarts.
         first_sweeps: Further sweeps where a batch holds data that have no particles yet.
+        temperatures: Length of the annealing ladder by which particles of such data come from the
+            prior, instead of by a draw: where posteriors have several modes, as those of positions
+            do, particles that are drawn stay in poor ones. Costs a sweep per temperature; 0 for
+            none.
 
     Raises:
         OptionError: A number below zero.
@@ -37,10 +45,34 @@ class Start:
     warm_up_epochs: int = 0
     restart: bool | None = None
     first_sweeps: int = 0
+    temperatures: int = 0
 
     def __post_init__(self) -> None:
         require_at_least("model.start.warm_up_epochs", self.warm_up_epochs, 0)
         require_at_least("model.start.first_sweeps", self.first_sweeps, 0)
+        require_at_least("model.start.temperatures", self.temperatures, 0)
+
+    def check_annealing(self, has_guide: bool, correction: Correction) -> None:
+        """Checks that particles can be annealed from the prior, if they are to be.
+
+        Args:
+            has_guide: Whether there is a guide to start from instead.
+            correction: Of the proposals.
+
+        Raises:
+            OptionError: They cannot.
+        """
+        given = f"model.start.temperatures={self.temperatures}"
+        if self.temperatures and has_guide:
+            raise OptionError(
+                f"{given} anneals particles from the prior, but model.guide gives them another "
+                "start; leave one of the two out"
+            )
+        if self.temperatures and not correction.is_exact:
+            raise OptionError(
+                f"{given} needs an algorithm that leaves posteriors invariant, dcpc or dcpc-smc; "
+                "choose one as model.algorithm, or set temperatures to 0"
+            )
 
     def check_guide(self) -> None:
         """Checks that nothing here needs a guide.
@@ -59,6 +91,23 @@ class Start:
                 "model.start.restart=True needs a guide to start particles from: "
                 f"{given} leave restart at null"
             )
+
+
+def annealed(problem: Problem, num_temperatures: int) -> SweepState:
+    """Particles that come from the prior along a ladder, with weights of mean one.
+
+    One climb, in which the proposals adapt: the particles are to be swept on, not to tell the
+    evidence.
+
+    Args:
+        problem: A model bound to its data.
+        num_temperatures: Length of the ladder.
+    """
+    ladder = spaced_ladder(num_temperatures)
+    start, silent = problem.starting_density({}), ProgressBar(show=False)
+    state = problem.anneal_once(start, "", 1.0, silent, ladder).state
+    weights = state.log_weight
+    return replace(state, log_weight=LogWeights(weights.log_weight - weights.log_mean()))
 
 
 GuideObjective = Callable[[GenerativeModule, Problem, SweepState, Observed], dict[str, Tensor]]

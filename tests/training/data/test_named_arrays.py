@@ -69,3 +69,13 @@ def test_what_is_missing_is_named(folder, tmp_path_factory):
 def test_something_is_left_to_train_on(folder):
     with pytest.raises(OptionError, match=r"num_held_out.*20, got 20"):
         NamedArrayData(str(folder), num_held_out=20).setup("fit")
+
+
+def test_sequences_of_unequal_numbers_of_frames_are_one_error(tmp_path):
+    ragged = np.empty(3, dtype=object)
+    for row, count in enumerate((4, 4, 5)):
+        ragged[row] = np.zeros((count, 1, 2, 2))
+    np.save(tmp_path / "frames.npy", ragged, allow_pickle=True)
+    expected = r"frames\.npy' is no NumPy array .* unequal numbers of frames; cut or pad them"
+    with pytest.raises(DataError, match=expected):
+        NamedArrayData(str(tmp_path)).setup("fit")

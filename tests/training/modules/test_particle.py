@@ -442,6 +442,8 @@ def test_memory_does_not_grow_over_two_thousand_steps(
     [
         (Start, {"first_sweeps": -1}, r"model\.start\.first_sweeps must be at least 0, got -1"),
         (Start, {"warm_up_epochs": -1}, r"model\.start\.warm_up_epochs must be at least 0"),
+        (Start, {"temperatures": -1}, r"model\.start\.temperatures must be at least 0"),
+        (HeldOut, {"forecast": -1}, r"model\.held_out\.forecast must be at least 0"),
         (HeldOut, {"num_particles": 1}, r"model\.held_out\.num_particles must be at least 2"),
         (HeldOut, {"num_temperatures": 0}, r"model\.held_out\.num_temperatures must be at least 1"),
         (

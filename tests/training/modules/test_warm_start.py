@@ -6,17 +6,21 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
+from dcpc import DCPC
 from dcpc.errors import OptionError
 from dcpc.models import DeepLatentGaussian, MLPEncoder
 from dcpc.problem import Problem
 from dcpc.sweep import SweepState
 from dcpc.training import AmortisedModule, HeldOut, ParticleModule, Start
+from dcpc.training.modules.warm_start import annealed
 
 SIZES, SHAPE = [2, 3], [1, 2, 2]
 
@@ -261,3 +265,56 @@ def test_steps_have_random_numbers_of_their_own_that_depend_on_the_seed() -> Non
 
     assert draws(3) == draws(3)
     assert len({*draws(3), *draws(4)}) == 6
+
+
+# -- annealing from the prior ------------------------------------------------------------------
+
+
+def two_modes(x: Tensor) -> None:
+    """z ~ N(0, 1), x ~ N(z^2, .05^2): at x = 1 two modes, 20 standard deviations apart each."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+        pyro.sample("x", dist.Normal(z.square(), 0.05), obs=x)
+
+
+def test_annealed_particles_are_at_the_posterior_in_both_of_its_modes() -> None:
+    problem = DCPC(two_modes, num_particles=400).bind(torch.ones(10))
+    state = annealed(problem, num_temperatures=30)
+    z, weights = state.latents["z"].detach(), state.log_weight.normalized()
+    # By quadrature over one mode.
+    grid = torch.linspace(0.0, 2.0, 20001, dtype=torch.float64)
+    mass = (-grid.square() / 2 - ((grid.square() - 1) / 0.05).square() / 2).softmax(0)
+    mean = float((mass * grid).sum())
+    spread = float((mass * (grid - mean).square()).sum().sqrt())
+    assert float((weights * z.abs()).sum(0).mean()) == pytest.approx(mean, abs=0.2 * spread)
+    found = (weights * (z.abs() - mean).square()).sum(0).mean().sqrt()
+    assert float(found) == pytest.approx(spread, rel=0.15)
+    assert float((weights * (z > 0)).sum(0).mean()) == pytest.approx(0.5, abs=0.1)
+    torch.testing.assert_close(state.log_weight.log_mean(), torch.zeros(10), atol=1e-5, rtol=0)
+    torch.testing.assert_close(state.log_joint, problem.log_joint(state), atol=1e-3, rtol=1e-4)
+
+
+def test_particles_are_annealed_where_they_are_missing_only(
+    images: type, trainer: Callable, deep_module: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    climbs, anneal_once = [], Problem.anneal_once
+    monkeypatch.setattr(
+        Problem, "anneal_once", lambda *args, **how: climbs.append(1) or anneal_once(*args, **how)
+    )
+    module = deep_module(start=Start(temperatures=3))
+    trainer(max_epochs=3).fit(module, datamodule=images(batch_size=10))
+    assert len(climbs) == 2  # of twenty images in two batches, at their first visits
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guide": "encoder"}, r"start\.temperatures=3 anneals .* but model\.guide"),
+        ({"algorithm": "pgd"}, r"start\.temperatures=3 needs .* dcpc or dcpc-smc"),
+    ],
+)
+def test_annealing_from_the_prior_needs_an_exact_algorithm_and_no_guide(
+    options: dict, message: str, deep_module: Callable
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        deep_module(start=Start(temperatures=3), **options)
