@@ -5,12 +5,15 @@ from dcpc.models.convolutional_generator import ConvolutionalGenerator, PGDGener
 from dcpc.models.deep_latent_gaussian import DeepLatentGaussian
 from dcpc.models.encoders import ConvolutionalEncoder, MLPEncoder
 from dcpc.models.labelled_embedding import LabelledEmbedding
+from dcpc.models.latent_transformer import CausalBlock, LatentTransformer
 
 __all__ = [
+    "CausalBlock",
     "ConvolutionalEncoder",
     "ConvolutionalGenerator",
     "DeepLatentGaussian",
     "LabelledEmbedding",
+    "LatentTransformer",
     "MLPEncoder",
     "PGDGenerator",
     "Perceptron",

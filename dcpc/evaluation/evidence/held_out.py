@@ -42,6 +42,18 @@ OPTIONAL = {
         "prior-sample estimate",
         "nats per datum, of samples of the prior: a lower bound of log p(x), far below it",
     ),
+    "bits_per_symbol": (
+        "bits per symbol",
+        "the evidence NLL of discrete data, by symbol and to the base of 2",
+    ),
+    "prior_sample_bits_per_symbol": (
+        "prior-sample bits per symbol",
+        "the prior-sample estimate likewise: more than that of the evidence, in expectation",
+    ),
+    "forward_pass_bits_per_symbol": (
+        "forward-pass bits per symbol",
+        "of the network without noise, every latent at its mean: another model",
+    ),
     "completion_cross_entropy": (
         "completion cross-entropy",
         "nats per datum, of the upper half of an image given its lower half",
@@ -56,7 +68,14 @@ OPTIONAL = {
 }
 """What a table has besides, where it was measured: labels and explanations."""
 
-FOUR_PLACES = ("completion_mse", "expected_calibration_error", "label_log_loss")
+FOUR_PLACES = (
+    "bits_per_symbol",
+    "prior_sample_bits_per_symbol",
+    "forward_pass_bits_per_symbol",
+    "completion_mse",
+    "expected_calibration_error",
+    "label_log_loss",
+)
 """Measurements that are shown with four decimal places, not with two."""
 
 

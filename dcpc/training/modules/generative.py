@@ -22,6 +22,7 @@ from dcpc.evaluation import (
     complete,
     evaluate,
     format_table,
+    forward_pass,
     held_out_inference,
     prior_samples,
     summarise,
@@ -53,6 +54,7 @@ class HeldOut:
         test_temperatures: Its length for `test` and `predict`. A short ladder overstates the
             evidence NLL, by Jensen's inequality; lengthen it until the figure stands still.
         bound_samples: Samples of the guide per datum of the importance-weighted bound.
+        prior_samples: Samples of the prior per datum of the prior-sample estimate, by `test`.
         completion: Whether `test` also completes the upper half of images from the lower one,
             which takes as long again.
 
@@ -64,6 +66,7 @@ class HeldOut:
     num_temperatures: int = 100
     test_temperatures: int = 400
     bound_samples: int = 100
+    prior_samples: int = PRIOR_SAMPLES
     completion: bool = False
 
     def __post_init__(self) -> None:
@@ -71,6 +74,7 @@ class HeldOut:
         require_at_least("model.held_out.num_temperatures", self.num_temperatures, 1)
         require_at_least("model.held_out.test_temperatures", self.test_temperatures, 1)
         require_at_least("model.held_out.bound_samples", self.bound_samples, 1)
+        require_at_least("model.held_out.prior_samples", self.prior_samples, 1)
 
 
 class GenerativeModule(MeasuredModule):
@@ -183,9 +187,11 @@ class GenerativeModule(MeasuredModule):
 
     def measure(self, batch: Batch, batch_idx: int, is_test: bool) -> None:
         x = batch[0]
-        self.evaluations.append(self._evaluate(x, batch_idx, self._ladder(is_test)))
+        evaluation = self._evaluate(x, batch_idx, self._ladder(is_test))
+        self.evaluations.append(evaluation)
         self._labels.append(batch[1])
-        for name, values in self._estimate(x, batch_idx, is_test).items():
+        estimates = self._estimate(x, batch_idx, is_test)
+        for name, values in (estimates | self._in_bits(x, evaluation, estimates)).items():
             self._estimates.setdefault(name, []).append(values)
 
     def measurements(self) -> dict[str, float]:
@@ -217,6 +223,8 @@ class GenerativeModule(MeasuredModule):
         told = f"evidence NLL {nll:.2f} ± {error:.2f}"
         if "error_percent" in measurements:
             told += f", {measurements['error_percent']:.2f} % of the labels wrong"
+        if "bits_per_symbol" in measurements:
+            told += f", {measurements['bits_per_symbol']:.3f} bits per symbol"
         return told
 
     def table(self, is_test: bool) -> str:
@@ -232,7 +240,7 @@ class GenerativeModule(MeasuredModule):
             bounds = self._guide_sampler.bounds(x, self.held_out.bound_samples, seed=batch_idx)
             found["elbo"], found["importance_weighted_bound"] = bounds
         if is_test:
-            weighed = self._prior_sampler.bounds(x, PRIOR_SAMPLES, seed=batch_idx)
+            weighed = self._prior_sampler.bounds(x, self.held_out.prior_samples, seed=batch_idx)
             found["prior_sample_estimate"] = weighed.importance_weighted
         if is_test and self.held_out.completion:
             completed = complete(
@@ -247,6 +255,23 @@ class GenerativeModule(MeasuredModule):
             )
             found["completion_cross_entropy"] = completed.hidden_cross_entropy
             found["completion_mse"] = completed.hidden_mse
+        return found
+
+    def _in_bits(
+        self, x: Observed, evaluation: Evaluation, estimates: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Measurements of symbols in bits per symbol, `(B,)` by name; none of other data."""
+        if not isinstance(x, Tensor) or x.is_floating_point():
+            return {}
+        in_bits = 1.0 / (x[0].numel() * math.log(2.0))
+        found = {"bits_per_symbol": in_bits * evaluation.evidence_nll}
+        if "prior_sample_estimate" in estimates:
+            nll = -estimates["prior_sample_estimate"]
+            found["prior_sample_bits_per_symbol"] = in_bits * nll
+        if call(self.held_out_inference.division, x).population:
+            found["forward_pass_bits_per_symbol"] = -in_bits * forward_pass(
+                self.held_out_inference, x
+            )
         return found
 
     def _ladder(self, is_test: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 from torch import Tensor
 from torch.func import functional_call
@@ -29,18 +30,40 @@ class Start:
         restart: Whether particles start from the guide at every visit, instead of where the last
             visit left them; null for what the algorithm does: `lpc` restarts.
         first_sweeps: Further sweeps where a batch holds data that have no particles yet.
+        afresh: Where particles start at every visit without a guide: `prior` for draws of the
+            latents, `means` for their conditional means, top down, the forward pass of classical
+            predictive coding (for algorithms that do not weigh particles). Nothing is kept from
+            visit to visit then, nor in checkpoints; null keeps particles.
 
     Raises:
-        OptionError: A number below zero.
+        OptionError: A number below zero, or an unknown `afresh`.
     """
 
     warm_up_epochs: int = 0
     restart: bool | None = None
     first_sweeps: int = 0
+    afresh: Literal["prior", "means"] | None = None
 
     def __post_init__(self) -> None:
         require_at_least("model.start.warm_up_epochs", self.warm_up_epochs, 0)
         require_at_least("model.start.first_sweeps", self.first_sweeps, 0)
+        if self.afresh not in (None, "prior", "means"):
+            raise OptionError(
+                f"model.start.afresh must be null, 'prior' or 'means', got {self.afresh!r}"
+            )
+
+    def check_no_guide(self) -> None:
+        """Checks that nothing here is at odds with a guide.
+
+        Raises:
+            OptionError: Something is.
+        """
+        if self.afresh is not None:
+            raise OptionError(
+                f"model.start.afresh={self.afresh!r} is a start without a guide, and there is one; "
+                "leave it at null, and set model.start.restart to start from the guide at every "
+                "visit"
+            )
 
     def check_guide(self) -> None:
         """Checks that nothing here needs a guide.
