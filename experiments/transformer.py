@@ -192,7 +192,7 @@ def baselines(data: PixelSequences) -> dict[str, float]:
 
 def draw(results: Sequence[Trained]) -> Figure:
     """Learning curves by CPU time and by steps, a line per seed."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
     names = list(dict.fromkeys(result.name for result in results))
     for axes, column, label in zip(
@@ -212,7 +212,7 @@ def draw(results: Sequence[Trained]) -> Figure:
         axes.set(xlabel=label, xscale="log")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("held-out bits per symbol, forward pass")
-    figure.axes[1].legend(fontsize=7)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     return figure
 
 

@@ -30,12 +30,15 @@ from scipy.stats import halfcauchy, multivariate_normal, norm
 from torch import nn
 
 from dcpc.evaluation import FrozenParticles
-from dcpc.models import ConvolutionalGenerator, DeepLatentGaussian
+from dcpc.models import ConvolutionalGenerator, DeepLatentGaussian, LatentTransformer
 from dcpc.training import DigitsData
+from dcpc.training.data import PixelSequences
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = {"algorithms", "colour", "digits", "mnist", "networks", "quick_start"}
+NAMES = {"algorithms", "colour", "digits", "mnist", "networks", "quick_start", "transformer"}
+WITH_FIGURES = {"transformer"}
+"""Notebooks whose outputs are committed; the others are stripped."""
 
 PARTICLE_WEIGHTS = [0.5, 0.25, 0.25]
 ESS_PERCENT = 100 / 3 / (0.5**2 + 2 * 0.25**2)
@@ -151,17 +154,23 @@ def test_there_are_the_notebooks_that_are_tested_here() -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_committed_notebook_is_valid_thin_and_stripped(path: Path) -> None:
+def test_a_committed_notebook_is_valid_thin_and_stripped_or_shows_its_figures(path: Path) -> None:
     notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
     first = notebook.cells[first_code_cell(notebook)]
     assert first.metadata.tags == ["parameters"]
     assert assigned(first.source)
+    figures = 0
     for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
-        assert (cell.outputs, cell.execution_count) == ([], None)
+        if path.stem not in WITH_FIGURES:
+            assert (cell.outputs, cell.execution_count) == ([], None)
+        assert all(output.output_type in ("stream", "display_data") for output in cell.outputs)
+        figures += sum("image/png" in output.get("data", {}) for output in cell.outputs)
         for node in ast.walk(ast.parse(cell.source)):
             assert not isinstance(node, ast.FunctionDef) or len(node.body) <= 6
+    assert (figures > 0) == (path.stem in WITH_FIGURES)
+    assert path.stat().st_size < 200_000
 
 
 # -- quick start -----------------------------------------------------------------------------
@@ -546,3 +555,42 @@ def test_without_the_data_set_only_the_training_images_are_missing(
     assert "no training images" in shown.text
     assert "3 held-out data, 2 particles annealed over 2 temperatures" in shown.text
     assert len(shown.figures) == figures
+
+
+# -- the transformer -------------------------------------------------------------------------
+
+
+def test_a_transformer_that_ignores_its_latents_has_the_bits_of_its_bias(
+    execute: Callable[..., Executed], tmp_path: Path
+) -> None:
+    model = LatentTransformer(num_symbols=8, length=64)
+    share = torch.arange(1.0, 9.0) / 36
+    nn.init.zeros_(model.head.weight)
+    model.head.bias.data.copy_(share.log())
+    path = tmp_path / "transformer.pt"
+    FrozenParticles(
+        model=model,
+        latents={f"z{number}": torch.zeros(1, 2, 64, 32) for number in (1, 2, 3, 4)},
+        log_weight=torch.zeros(1, 2),
+        index=torch.arange(2),
+        originals=torch.zeros(2, 1, 8, 8, dtype=torch.long),
+        labels=torch.zeros(2, dtype=torch.long),
+    ).save(path)
+    shown = execute(
+        "transformer",
+        CHECKPOINT=str(path),
+        NUM_EVALUATED=9,
+        NUM_SAMPLES=2,
+        NUM_GENERATED=2,
+        SCALE_RATIOS=(0.5,),
+    )
+    data = PixelSequences(DigitsData(), num_levels=8)
+    data.setup("test")
+    x = data.held_out_set.first(9)[0]
+    expected = -float(share[x].log2().mean())
+    assert shown.number("forward pass") == pytest.approx(expected, abs=6e-4)
+    assert shown.number("prior samples") == pytest.approx(expected, abs=6e-4)
+    assert shown.number("uniform") == 3.0
+    # Nothing moves a latent that nothing depends on, so that only the head learns, as it should.
+    assert shown.number("ratio 0.50 relative error") == pytest.approx(0.0, abs=1e-4)
+    assert len(shown.figures) == 3

@@ -16,7 +16,7 @@ from dcpc.errors import DataError, OptionError, require_at_least
 __all__ = ["CausalBlock", "LatentTransformer"]
 
 MASKED = -1e9
-"""Added to the attention's logits of later positions; minus infinity has no safe derivative."""
+"""Added to the attention's logits of later positions, whose exponentials are then zero."""
 
 
 class CausalBlock(nn.Module):
@@ -76,7 +76,7 @@ class LatentTransformer(nn.Module):
     composed with the next one. Blocks look at no later positions: `h_{l,t}` depends on
     `h_{l-1,<=t}`, and these on symbols before `x_t`, so that the joint density is
 
-        p(x, z) = prod_t p(x_t | z_{B,t}) prod_l p(z_{l,t} | z_{l-1,<=t}, x_{<t}),
+        p(x, z) = prod_t p(x_t | z_{B,t}) prod_l p(z_{l,t} | h_{l-1,<=t}, x_{<t}),
 
     a generative model of whole sequences, with an evidence `p(x)`. Run on symbols, the program
     draws latents given all of them as inputs, which is no draw from the model; `generate`, and the
@@ -105,6 +105,7 @@ class LatentTransformer(nn.Module):
 
     Attributes:
         scales: `s_l` by the number of the block.
+        image_shape: `(T,)`, with which the shape of data is compared.
 
     Raises:
         OptionError: A number out of range.
@@ -192,7 +193,6 @@ class LatentTransformer(nn.Module):
             stream = block(stream)
         return self.logits(stream)
 
-    @torch.no_grad()
     def generate(self, num_sequences: int) -> tuple[Tensor, Tensor]:
         """Draws sequences from the model, position by position.
 
@@ -204,6 +204,7 @@ class LatentTransformer(nn.Module):
         symbols, means, _ = self._draw(num_sequences)
         return symbols, means
 
+    @torch.no_grad()
     def _draw(self, num_sequences: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Symbols and their means `(N, T)`, and the latents that they were drawn with."""
         like = self.positions
@@ -242,7 +243,7 @@ class LatentTransformer(nn.Module):
         return self.head(self.norm(stream))
 
     def embed(self, symbols: Tensor) -> Tensor:
-        """`z_0` of symbols `(N, T)`: those before each position, and the position; `(N, T, D)`."""
+        """`h_0` of symbols `(N, T)`: those before each position, and the position; `(N, T, D)`."""
         start = torch.full_like(symbols[:, :1], self.num_symbols)
         before = torch.cat([start, symbols[:, :-1]], 1)
         return self.symbols(before) + self.positions[: symbols.shape[1]]
