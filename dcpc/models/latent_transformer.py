@@ -100,8 +100,11 @@ class LatentTransformer(nn.Module):
         latent_after: Blocks after which there is a latent, of 1 to B; null for all of them, the
             empty list for an ordinary transformer.
         scale: `s_B`, standard deviation of the last latent's noise, in units of the residual
-            stream, whose entries are about 1 at first.
+            stream.
         scale_ratio: `s_l / s_{l+1}`, of a latent's standard deviation to the next one's.
+        embedding_scale: Standard deviation, at first, of the embeddings of symbols and of
+            positions. Blocks normalise what they read, so that the larger the stream is, the
+            closer they are to the identity, as the above wants them to be.
 
     Attributes:
         scales: `s_l` by the number of the block.
@@ -119,8 +122,9 @@ class LatentTransformer(nn.Module):
         num_blocks: int = 4,
         num_heads: int = 4,
         latent_after: Sequence[int] | None = None,
-        scale: float = 1.0,
+        scale: float = 3.0,
         scale_ratio: float = 0.2,
+        embedding_scale: float = 4.0,
     ) -> None:
         super().__init__()
         require_at_least("num_symbols", num_symbols, 2)
@@ -128,7 +132,8 @@ class LatentTransformer(nn.Module):
         require_at_least("width", width, 1)
         require_at_least("num_blocks", num_blocks, 1)
         require_at_least("num_heads", num_heads, 1)
-        for name, value in (("scale", scale), ("scale_ratio", scale_ratio)):
+        scales = {"scale": scale, "scale_ratio": scale_ratio, "embedding_scale": embedding_scale}
+        for name, value in scales.items():
             if not 0.0 < value < math.inf:
                 raise OptionError(f"{name} must be a positive number, got {value}")
         if width % num_heads:
@@ -151,7 +156,8 @@ class LatentTransformer(nn.Module):
             for number, power in zip(self.latent_after, above, strict=True)
         }
         self.symbols = nn.Embedding(num_symbols + 1, width)  # the last one is the start symbol
-        self.positions = nn.Parameter(torch.randn(length, width))
+        nn.init.normal_(self.symbols.weight, std=embedding_scale)
+        self.positions = nn.Parameter(embedding_scale * torch.randn(length, width))
         self.blocks = nn.ModuleList(
             CausalBlock(width, num_heads, length) for _ in range(num_blocks)
         )

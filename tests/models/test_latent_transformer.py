@@ -37,7 +37,8 @@ class Tiny(LatentTransformer):
     """Three symbols of two kinds, a number per position, one latent: its evidence is known."""
 
     def __init__(self) -> None:
-        super().__init__(2, 3, width=1, num_blocks=2, num_heads=1, latent_after=[2], scale=1.5)
+        sizes = {"width": 1, "num_blocks": 2, "num_heads": 1, "embedding_scale": 1.0}
+        super().__init__(2, 3, latent_after=[2], scale=1.5, **sizes)
         self.norm = nn.Identity()  # that of a single number is zero
         for block in self.blocks:
             block.first_norm = block.second_norm = nn.Identity()
@@ -179,7 +180,8 @@ def test_every_block_learns_from_its_own_factor_alone():
 def relative_error(scale_ratio: float) -> float:
     """Of the blocks' local gradient after one sweep from a forward pass, to backpropagation's."""
     x = symbols()
-    plain, model = transformer(), transformer(scale=1e-3, scale_ratio=scale_ratio)
+    plain = transformer(embedding_scale=1.0)
+    model = transformer(embedding_scale=1.0, scale=1e-3, scale_ratio=scale_ratio)
     F.cross_entropy(plain.network(x).flatten(0, 1), x.flatten(), reduction="sum").backward()
     dcpc = DCPC(model, num_particles=1, algorithm="pc", schedule="sequential", step_size=1.0)
     problem = dcpc.bind(x)
@@ -222,6 +224,7 @@ def test_samples_of_the_prior_are_generated_and_have_the_shape_of_the_data():
         ("latent_after", [1, 1]),
         ("scale", 0.0),
         ("scale_ratio", math.inf),
+        ("embedding_scale", -1.0),
     ],
 )
 def test_impossible_settings_are_refused(name, value):
