@@ -122,9 +122,9 @@ class LatentTransformer(nn.Module):
         num_blocks: int = 4,
         num_heads: int = 4,
         latent_after: Sequence[int] | None = None,
-        scale: float = 3.0,
+        scale: float = 1.0,
         scale_ratio: float = 0.2,
-        embedding_scale: float = 4.0,
+        embedding_scale: float = 1.0,
     ) -> None:
         super().__init__()
         require_at_least("num_symbols", num_symbols, 2)
