@@ -156,7 +156,7 @@ class LatentTransformer(nn.Module):
             for number, power in zip(self.latent_after, above, strict=True)
         }
         self.symbols = nn.Embedding(num_symbols + 1, width)  # the last one is the start symbol
-        nn.init.normal_(self.symbols.weight, std=embedding_scale)
+        self.symbols.weight.data.mul_(embedding_scale)
         self.positions = nn.Parameter(embedding_scale * torch.randn(length, width))
         self.blocks = nn.ModuleList(
             CausalBlock(width, num_heads, length) for _ in range(num_blocks)
