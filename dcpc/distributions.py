@@ -1,10 +1,10 @@
 """Distributions that Pyro lacks, or computes at many times the cost they need.
 
 `ContinuousBernoulli` is the likelihood of grey-scale pixels, by its logit; `Bernoulli` is Pyro's as
-one operator. `DiscretizedNormal` is that of pixels with 256 levels. `SharedScaleNormal` is a
-multivariate normal whose scale is one matrix for the whole batch. All stay accurate where simpler
-formulas do not, and survive a capture by `make_fx(torch.vmap(...))` as a few nodes that still
-differentiate when the graph runs again.
+one operator. `DiscretizedNormal` is that of pixels with 256 levels, `OrderedCategorical` that of
+pixels with few. `SharedScaleNormal` is a multivariate normal whose scale is one matrix for the
+whole batch. All stay accurate where simpler formulas do not, and survive a capture by
+`make_fx(torch.vmap(...))` as a few nodes that still differentiate when the graph runs again.
 """
 
 import math
@@ -21,7 +21,13 @@ from torch.nn.functional import softplus
 from dcpc import kernels
 from dcpc.kernels import NUM_BINS, SPACING
 
-__all__ = ["Bernoulli", "ContinuousBernoulli", "DiscretizedNormal", "SharedScaleNormal"]
+__all__ = [
+    "Bernoulli",
+    "ContinuousBernoulli",
+    "DiscretizedNormal",
+    "OrderedCategorical",
+    "SharedScaleNormal",
+]
 
 
 class Bernoulli(dist.Bernoulli):
@@ -274,6 +280,26 @@ class DiscretizedNormal(TorchDistribution):
 
 
 _EDGES = tuple((level + 0.5) * SPACING - 1 for level in range(NUM_BINS - 1))
+
+
+class OrderedCategorical(dist.Categorical):
+    """Pyro's Categorical over levels 0, ..., S - 1 that are numbers: it has moments.
+
+    `mean` is `sum_s s p(s)`, what a picture of grey levels shows of it, and `variance` that of the
+    level.
+    """
+
+    @property
+    def mean(self) -> Tensor:
+        return (self.probs * self._levels()).sum(-1)
+
+    @property
+    def variance(self) -> Tensor:
+        away = self._levels() - self.mean.unsqueeze(-1)
+        return (self.probs * away.square()).sum(-1)
+
+    def _levels(self) -> Tensor:
+        return torch.arange(self.probs.shape[-1]).to(self.probs)
 
 
 class SharedScaleNormal(TorchDistribution):

@@ -35,6 +35,7 @@ from dcpc.start import (
     draw_from_prior,
     guide_loss,
     guide_refusal,
+    place_at_means,
     starting_references,
 )
 from dcpc.sweep import PLAIN, Runner, SweepInfo, SweepState, sweep
@@ -127,6 +128,26 @@ class Problem:
         return self._at_rest(
             draw_from_guide(self.guide, self.division, self.arguments, self.num_particles)
         )
+
+    @exclusive("Problem.init_at_means")
+    def init_at_means(self) -> SweepState:
+        """Particles at the latents' conditional means, top down: a forward pass of the model.
+
+        The start of classical predictive coding. Such particles have no density, so that no
+        algorithm that weighs can start from them.
+
+        Raises:
+            OptionError: The algorithm weighs particles.
+            ModelError: A latent cannot take the mean of its conditional distribution.
+        """
+        self.check()
+        if self.parts.correction.is_exact:
+            raise OptionError(
+                f"algorithm {self.algorithm.name!r} weighs particles by the density that they were "
+                "drawn from, which a start at means does not have; start from the prior, or use "
+                "pgd, lpc, mcpc, pc or ipc"
+            )
+        return self._at_rest(place_at_means(self.division, self.arguments, self.num_particles))
 
     def arranged(self, blocks: Sequence[Sequence[str]], parts: Parts | None = None) -> Problem:
         """The same problem with other blocks of latents.

@@ -18,7 +18,7 @@ from torch import Tensor
 from dcpc.divide import Arguments, Density, Division, Reference, prior_particles
 from dcpc.divide.handlers import Until, layers, running, transform_of
 from dcpc.divide.masking import masked
-from dcpc.divide.model import Model, constrained_shapes, unconstrain
+from dcpc.divide.model import Model, constrained_shapes, sample_prior, unconstrain
 from dcpc.divide.program import map_particles
 from dcpc.divide.unit import sum_to_plates
 from dcpc.errors import ModelError, OptionError
@@ -148,6 +148,28 @@ def draw_from_prior(density: Density, arguments: Arguments, num_particles: int) 
         latents = group.unpack(drawn.unsqueeze(-2))
     log_joint = density.at(0.0).log_joint(latents)
     return SweepState(latents, LogWeights(torch.zeros_like(log_joint)), log_joint)
+
+
+def place_at_means(division: Division, arguments: Arguments, num_particles: int) -> SweepState:
+    """Particles at the latents' conditional means, top down: a forward pass through the model.
+
+    All are alike, and have no density: for algorithms that do not weigh particles.
+
+    Raises:
+        ModelError: The conditional distribution of a latent has no mean that it could take.
+    """
+    program = division.program
+    args, kwargs = arguments.rebuild(arguments.tensors)
+    latents = sample_prior(program.model, args, kwargs, program.sites.latents, at_means=True)
+    for name, u in latents.items():
+        if program.sites[name].discrete or not bool(u.isfinite().all()):
+            raise ModelError(
+                f"site '{name}' has no value at the mean of its prior for particles to start from: "
+                "it is discrete, or the mean is none of its values; start them from the prior"
+            )
+    latents = {name: u.expand(num_particles, *u.shape).clone() for name, u in latents.items()}
+    zeros = next(iter(latents.values())).new_zeros((num_particles, *division.population_shape))
+    return SweepState(latents, LogWeights(zeros), zeros)
 
 
 def draw_from_guide(

@@ -54,6 +54,7 @@ STACKS = [
 """All layers that are shipped, in stacks that train."""
 
 MAY_BE_NULL = {
+    "afresh",
     "blocks",
     "callbacks",
     "check_val_every_n_epoch",
@@ -70,6 +71,7 @@ MAY_BE_NULL = {
     "num_threads",
     "optimizer",
     "restart",
+    "schedule",
     "size",
     "step_size",
 }

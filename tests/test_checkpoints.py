@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from dcpc.evaluation import FrozenParticles
 from dcpc.training.command import ConfiguredCLI
@@ -16,6 +17,7 @@ CONFIGS = {
     "cifar10.pt": "cifar10.json",
     "bouncing-digits.pt": "bouncing-digits.json",
     "memory.pt": "memory.json",
+    "transformer.pt": "transformer.json",
 }
 FILES = sorted((ROOT / "checkpoints").glob("*.pt"))
 
@@ -38,7 +40,10 @@ def test_a_checkpoint_reconstructs_its_images_without_inference(path: Path, tmp_
         ["fit", f"--config={config}", f"--trainer.default_root_dir={tmp_path}", "--num_threads=1"]
     )
     frozen = FrozenParticles.from_checkpoint(path, built.model.model)
-    x = frozen.originals[:100]
-    error = (frozen.select(range(len(x))).reconstruct(x) - x).square().mean()
-    # A model that had learned nothing but the mean image would do no better than the variance.
-    assert error < 0.5 * (x - x.mean(0)).square().mean()
+    originals = frozen.originals[:100]
+    x = originals.to(torch.get_default_dtype())
+    error = (frozen.select(range(len(x))).reconstruct(originals) - x).square().mean()
+    # A model that had learned nothing but the mean image would do no better than the variance;
+    # that of sequences predicts every symbol from those before it.
+    share = 0.9 if path.name == "transformer.pt" else 0.5
+    assert error < share * (x - x.mean(0)).square().mean()

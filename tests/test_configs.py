@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dcpc.models import LabelledEmbedding
+from dcpc.models import LabelledEmbedding, LatentTransformer
 from dcpc.training import AmortisedModule, ClassifierModule
 from dcpc.training.checkpoint import read_checkpoint
 from dcpc.training.command import ConfiguredCLI, main
-from dcpc.training.data import HalfLabelledData
+from dcpc.training.data import HalfLabelledData, PixelSequences
 from experiments import head_to_head_report
 from experiments.layers import layers
 
@@ -235,3 +235,16 @@ def test_configs_of_half_labelled_images_build(
     assert built.datamodule.num_labelled == count
     assert built.model.label_site == "label"
     assert isinstance(built.model.model, LabelledEmbedding)
+
+
+def test_the_config_of_the_transformer_builds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    built = ConfiguredCLI(["fit", *arguments("transformer")])
+    model, data = built.model.model, built.datamodule
+    assert isinstance(model, LatentTransformer)
+    assert isinstance(data, PixelSequences)
+    assert model.num_symbols == data.num_levels
+    assert model.latent_after == (1, 2, 3, 4)
+    assert built.model.start.afresh == "means"

@@ -19,6 +19,7 @@ from dcpc.distributions import (
     Bernoulli,
     ContinuousBernoulli,
     DiscretizedNormal,
+    OrderedCategorical,
     SharedScaleNormal,
 )
 
@@ -954,3 +955,12 @@ def test_discretized_normal_validates_like_torch() -> None:
         with pytest.raises(ValueError, match="support"):
             distribution.log_prob(torch.tensor(wrong))
     assert distribution.log_prob(LEVELS[:, None].float()).shape == (256, 2)
+
+
+def test_an_ordered_categorical_has_the_moments_of_its_levels() -> None:
+    probabilities = torch.tensor([[0.1, 0.2, 0.7], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    levels = OrderedCategorical(probabilities)
+    # 0.2 + 2 * 0.7, and 0.2 + 4 * 0.7 - 1.6^2
+    torch.testing.assert_close(levels.mean, torch.tensor([1.6, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(levels.variance, torch.tensor([0.44, 0.0], dtype=torch.float64))
+    assert levels.expand([3, 2]).to_event(1).mean.shape == (3, 2)

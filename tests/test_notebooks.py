@@ -34,16 +34,17 @@ from dcpc.models import (
     BouncingDigit,
     ConvolutionalGenerator,
     DeepLatentGaussian,
+    LatentTransformer,
     SequenceMemory,
 )
 from dcpc.training import DigitsData
-from dcpc.training.data import BouncingDigits
+from dcpc.training.data import BouncingDigits, PixelSequences
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = {"algorithms", "colour", "digits", "mnist", "networks", "quick_start", "sequences"}
-WITH_FIGURES = {"sequences"}
-"""Notebooks whose figures are stored, small."""
+WITH_FIGURES = {"labels", "sequences", "transformer"}
+"""Notebooks whose figures are stored, small; the others are stripped."""
+NAMES = {"algorithms", "colour", "digits", "mnist", "networks", "quick_start"} | WITH_FIGURES
 
 PARTICLE_WEIGHTS = [0.5, 0.25, 0.25]
 ESS_PERCENT = 100 / 3 / (0.5**2 + 2 * 0.25**2)
@@ -622,3 +623,42 @@ def test_without_the_data_set_only_the_training_images_are_missing(
     assert "no training images" in shown.text
     assert "3 held-out data, 2 particles annealed over 2 temperatures" in shown.text
     assert len(shown.figures) == figures
+
+
+# -- the transformer -------------------------------------------------------------------------
+
+
+def test_a_transformer_that_ignores_its_latents_has_the_bits_of_its_bias(
+    execute: Callable[..., Executed], tmp_path: Path
+) -> None:
+    model = LatentTransformer(num_symbols=8, length=64)
+    share = torch.arange(1.0, 9.0) / 36
+    nn.init.zeros_(model.head.weight)
+    model.head.bias.data.copy_(share.log())
+    path = tmp_path / "transformer.pt"
+    FrozenParticles(
+        model=model,
+        latents={f"z{number}": torch.zeros(1, 2, 64, 32) for number in (1, 2, 3, 4)},
+        log_weight=torch.zeros(1, 2),
+        index=torch.arange(2),
+        originals=torch.zeros(2, 1, 8, 8, dtype=torch.long),
+        labels=torch.zeros(2, dtype=torch.long),
+    ).save(path)
+    shown = execute(
+        "transformer",
+        CHECKPOINT=str(path),
+        NUM_EVALUATED=9,
+        NUM_SAMPLES=2,
+        NUM_GENERATED=2,
+        SCALE_RATIOS=(0.5,),
+    )
+    data = PixelSequences(DigitsData(), num_levels=8)
+    data.setup("test")
+    x = data.held_out_set.first(9)[0]
+    expected = -float(share[x].log2().mean())
+    assert shown.number("forward pass") == pytest.approx(expected, abs=6e-4)
+    assert shown.number("prior samples") == pytest.approx(expected, abs=6e-4)
+    assert shown.number("uniform") == 3.0
+    # Nothing moves a latent that nothing depends on, so that only the head learns, as it should.
+    assert shown.number("ratio 0.50 relative error") == pytest.approx(0.0, abs=1e-4)
+    assert len(shown.figures) == 3

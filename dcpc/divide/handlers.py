@@ -223,6 +223,15 @@ class Draw(Messenger):
             self.unconstrained[msg["name"]] = transform_of(msg["fn"]).inv(msg["value"])
 
 
+class AtMeans(Messenger):
+    """Gives every latent that has no value yet the mean of its conditional distribution."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        was_observed = bool((msg["infer"] or {}).get("was_observed"))
+        if not msg["done"] and is_random(msg) and not msg["is_observed"] and not was_observed:
+            msg["value"], msg["done"] = mean_of(msg["fn"]), True
+
+
 class _ReachedError(Exception):
     """All sites that a run was made for have been sampled."""
 

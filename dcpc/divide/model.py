@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dcpc.divide.handlers import (
+    AtMeans,
     Draw,
     InitialiseFlat,
     Substitute,
@@ -80,6 +81,8 @@ def sample_prior(
     kwargs: dict,
     names: Collection[str],
     given: Latents | None = None,
+    *,
+    at_means: bool = False,
 ) -> dict[str, Tensor]:
     """One ancestral sample of the latents, unconstrained; the model runs as far as that takes.
 
@@ -88,11 +91,13 @@ def sample_prior(
     Args:
         names: The latents.
         given: Values that some of them have.
+        at_means: Whether the others take their conditional means, top down, instead of draws.
     """
     with torch.no_grad(), running(model, args, kwargs), drawing():
         draws = Draw()
         start = Substitute(given or {}, None)
-        draws(InitialiseFlat()(start(Until(names)(model))))(*args, **kwargs)
+        program = InitialiseFlat()(start(Until(names)(model)))
+        draws(AtMeans()(program) if at_means else program)(*args, **kwargs)
         return draws.unconstrained
 
 

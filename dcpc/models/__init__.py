@@ -7,16 +7,19 @@ from dcpc.models.deep_latent_gaussian import DeepLatentGaussian
 from dcpc.models.encoders import ConvolutionalEncoder, EmbeddingEncoder, MLPEncoder
 from dcpc.models.labelled_embedding import LabelledEmbedding
 from dcpc.models.labelled_style import LabelledStyle
+from dcpc.models.latent_transformer import CausalBlock, LatentTransformer
 from dcpc.models.sequence_memory import SequenceMemory
 
 __all__ = [
     "BouncingDigit",
+    "CausalBlock",
     "ConvolutionalEncoder",
     "ConvolutionalGenerator",
     "DeepLatentGaussian",
     "EmbeddingEncoder",
     "LabelledEmbedding",
     "LabelledStyle",
+    "LatentTransformer",
     "MLPEncoder",
     "PGDGenerator",
     "Perceptron",

@@ -27,6 +27,7 @@ from dcpc.training.data import (
     HubImages,
     MoonsData,
     NamedArrayData,
+    PixelSequences,
 )
 from dcpc.training.messages import explain, finish
 from dcpc.training.modules import (
@@ -42,7 +43,15 @@ __all__ = ["ConfigParser", "Threads", "fail", "narrow_types"]
 
 CONFIGURED: dict[str, tuple[type, ...]] = {
     "model": (ParticleModule, AmortisedModule, ClassifierModule),
-    "data": (HubImages, DigitsData, ArrayData, MoonsData, HalfLabelledData, NamedArrayData),
+    "data": (
+        HubImages,
+        DigitsData,
+        ArrayData,
+        MoonsData,
+        HalfLabelledData,
+        PixelSequences,
+        NamedArrayData,
+    ),
 }
 """The classes below each key of a config that this package has."""
 

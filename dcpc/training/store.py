@@ -159,6 +159,10 @@ class ParticleStore:
         self._log_joint[index] = state.log_joint.detach().T.to(self._log_joint)
         self._visited[index] = True
 
+    def mark(self, index: Tensor) -> None:
+        """Remembers data as visited, of which no particles are kept."""
+        self._visited[self._check_index(index)] = True
+
     def visited(self, index: Tensor) -> Tensor:
         """Data of a batch that have particles, boolean `(B,)`."""
         return self._visited[self._check_index(index)]
@@ -272,7 +276,7 @@ class ParticleStore:
 
     def _compact(self, value: Tensor, rows: Tensor) -> Tensor:
         """Some rows of a file's tensor, in a file of their own, or the tensor if these are all."""
-        if len(rows) == len(value):
+        if len(rows) == len(value) or not len(value):  # nothing is kept
             return value
         if len(rows) == 0:
             return torch.empty((0, *value.shape[1:]), dtype=value.dtype)

@@ -13,7 +13,7 @@ from dcpc.recombine import LogWeights
 from dcpc.sweep import SweepState
 from dcpc.training.store import ParticleStore, StoreError
 
-__all__ = ["TiedVisit", "Visit", "datum_axes", "visit"]
+__all__ = ["FreshVisit", "TiedVisit", "Visit", "datum_axes", "visit"]
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,35 @@ class TiedVisit(Visit):
         return _with_weights(state, lambda value: value.unsqueeze(1).expand(-1, num_data))
 
 
-def visit(problem: Problem, store: ParticleStore, index: Tensor) -> Visit:
+class FreshVisit(Visit):
+    """A batch whose particles are drawn anew at every visit, so that none are kept."""
+
+    def recall(self, draw: Callable[[], SweepState]) -> SweepState:
+        return draw()
+
+    def keep(self, state: SweepState) -> None:
+        """Remembers that the data have been visited."""
+        self.store.mark(self.index)
+
+    def reserve(self, state: SweepState) -> None:
+        """Takes no space."""
+
+
+def visit(problem: Problem, store: ParticleStore, index: Tensor, *, keeps: bool = True) -> Visit:
     """The visit of a batch.
+
+    Args:
+        problem: The model, bound to the batch.
+        store: The particles of all data.
+        index: Indices of the batch's data in the training set, `(B,)`.
+        keeps: Whether particles are kept from visit to visit.
 
     Raises:
         StoreError: The latents are not in one plate over the data.
     """
     axes = datum_axes(problem.division, len(index))
+    if not keeps:
+        return FreshVisit(store, index, axes)
     kind = Visit if problem.division.population else TiedVisit
     return kind(store, index, axes)
 

@@ -9,6 +9,7 @@ from dcpc.evaluation.evidence.bounds import (
     PRIOR_SAMPLES,
     Bounds,
     ImportanceSampler,
+    forward_pass,
     guide_bounds,
     prior_sample_estimate,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "TemperatureStudy",
     "evaluate",
     "format_table",
+    "forward_pass",
     "guide_bounds",
     "held_out_inference",
     "prior_sample_estimate",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dcpc.divide import Division
 from dcpc.divide.model import Model
+from dcpc.divide.unit import sum_to_plates
 from dcpc.errors import EvidenceError, ModelError, OptionError, require_at_least
 from dcpc.evaluation.batches import (
     BATCH_SIZE,
@@ -20,11 +21,13 @@ from dcpc.inference import DCPC
 from dcpc.observed import Observed, call, num_data
 from dcpc.recombine import LogWeights
 from dcpc.seeding import derived_seed, seeded
+from dcpc.start import place_at_means
 
 __all__ = [
     "PRIOR_SAMPLES",
     "Bounds",
     "ImportanceSampler",
+    "forward_pass",
     "guide_bounds",
     "prior_sample_estimate",
 ]
@@ -135,6 +138,33 @@ class ImportanceSampler:
                 "Wrap the model's body in: with pyro.plate('data', len(x)); and normalise no layer "
                 "over the batch"
             )
+
+
+def forward_pass(inference: DCPC, x: Observed) -> Tensor:
+    """`log p(x | z)` at the latents' conditional means, top down: the model run without noise.
+
+    The log-likelihood of the deterministic network that a model becomes when every latent is
+    replaced by its mean; of this other model, and no bound of the evidence.
+
+    Args:
+        inference: Engine of the model, all of its latents in one plate over the data.
+        x: Data, `(N, *shape)`: the model's arguments.
+
+    Returns:
+        Nats per datum, `(N,)`.
+
+    Raises:
+        ModelError: A latent cannot take the mean of its conditional distribution.
+    """
+    problem = call(inference.bind, x)
+    division = problem.division
+    # What was captured takes as many particles as the engine has; all are alike.
+    state = place_at_means(division, problem.arguments, problem.num_particles)
+    with torch.no_grad():
+        factors = problem.density.log_factors(state.latents)
+    observed = [f for name, f in factors.items() if name not in division.latents]
+    terms = [sum_to_plates(f, division.population)[0] for f in observed]
+    return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
 
 
 def guide_bounds(

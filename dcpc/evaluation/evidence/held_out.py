@@ -44,6 +44,18 @@ OPTIONAL = {
         "prior-sample estimate",
         "nats per datum, of samples of the prior: a lower bound of log p(x), far below it",
     ),
+    "bits_per_symbol": (
+        "bits per symbol",
+        "the evidence NLL of discrete data, by symbol and to the base of 2",
+    ),
+    "prior_sample_bits_per_symbol": (
+        "prior-sample bits per symbol",
+        "the prior-sample estimate likewise: more than that of the evidence, in expectation",
+    ),
+    "forward_pass_bits_per_symbol": (
+        "forward-pass bits per symbol",
+        "of the network without noise, every latent at its mean: another model",
+    ),
     "completion_cross_entropy": (
         "completion cross-entropy",
         "nats per datum, of the upper half of an image given its lower half",
@@ -64,6 +76,9 @@ RMSE = "_rmse"
 """Ends the name of the root mean square error of a site whose true values are known."""
 
 FOUR_PLACES = (
+    "bits_per_symbol",
+    "prior_sample_bits_per_symbol",
+    "forward_pass_bits_per_symbol",
     "completion_mse",
     "forecast_mse",
     "repeated_frame_mse",

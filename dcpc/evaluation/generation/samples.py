@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import pyro
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from dcpc.divide.handlers import Substitute, is_random, mean_of, running, transform_of
+from dcpc.divide.handlers import AtMeans, Substitute, is_random, mean_of, running, transform_of
 from dcpc.divide.model import Model
 from dcpc.errors import DataError, OptionError
 from dcpc.observed import Observed, as_arguments, main_tensor, named_tensors, num_data
@@ -18,12 +17,25 @@ from dcpc.seeding import seeded
 
 __all__ = [
     "Decoded",
+    "Generator",
     "decode",
     "latent_shapes",
     "latent_traversal",
     "matching_site",
     "prior_samples",
 ]
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """A model that draws its data by a method of its own.
+
+    A program that is given data to look at, as an autoregressive one is, draws them anew only
+    datum by datum, position by position.
+    """
+
+    def generate(self, num_data: int, /) -> tuple[Tensor, Tensor]:
+        """Draws data, and tells the mean that each was drawn around; `(num_data, ...)` both."""
 
 
 class Decoded(NamedTuple):
@@ -42,7 +54,12 @@ def prior_samples(model: Model, x: Observed, seed: int) -> Decoded:
             values do not matter.
         seed: Seed of the draws; the global random state is left as it was.
     """
-    return decode(model, {}, x, seed)
+    if not isinstance(model, Generator):
+        return decode(model, {}, x, seed)
+    with seeded(seed), torch.no_grad():
+        samples, means = model.generate(num_data(x))
+    shape = main_tensor(x).shape
+    return Decoded(samples.reshape(shape), means.reshape(shape))
 
 
 def decode(
@@ -66,7 +83,7 @@ def decode(
     latents = {name: u.to(main.device) for name, u in latents.items()}
     program = Substitute(latents, None)(pyro.poutine.uncondition(model))
     if at_means:
-        program = _AtMeans()(program)
+        program = AtMeans()(program)
     if latents:
         _check(model, latents, x)
     with seeded(seed), torch.no_grad(), running(model, args, kwargs):
@@ -178,14 +195,6 @@ def sites_of_frames(values: Mapping[str, Tensor], x: Tensor) -> list[str]:
     size = x.numel() // x.shape[1]
     names = [name for name, value in values.items() if value.numel() == size]
     return names if len(names) == x.shape[1] else []
-
-
-class _AtMeans(Messenger):
-    """Gives every latent that has no value yet its conditional mean."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["done"] and is_random(msg) and not msg["is_observed"] and not _was_observed(msg):
-            msg["value"], msg["done"] = mean_of(msg["fn"]), True
 
 
 def _check(model: Model, latents: Mapping[str, Tensor], x: Observed) -> None:

@@ -88,12 +88,14 @@ class ImageGrids(Callback):
         if originals.dim() != 4:
             return
         shown = mapped(lambda values: values[: self.num_images], first.data)
-        _, means = prior_samples(pl_module.model, shown, seed=0)
+        drawn = prior_samples(pl_module.model, shown, seed=0)
+        # Symbols are shown as such: their means are those of one symbol given the drawn ones.
+        generated = drawn.means if originals.is_floating_point() else drawn.samples
         columns = math.isqrt(max(len(originals) - 1, 0)) + 1
         for name, pictures in (
             ("originals", originals),
             ("reconstructions", first.reconstructions[: self.num_images]),
-            ("prior_samples", means),
+            ("prior_samples", generated),
         ):
             grid = image_grid(pictures, columns, pl_module.intensity_range)
             writer.add_image(f"images/{name}", grid, num_batches(trainer))
@@ -133,7 +135,14 @@ def tensorboard(trainer: Trainer) -> SummaryWriter | None:
 def _histograms(module: ParticleModule, info: SweepInfo, index: Tensor) -> dict[str, Tensor]:
     """By tag, the numbers of a batch's data that are finite."""
     assert module.store is not None
-    latents, log_weight = module.store.particles(index)
+    assert module.last_state is not None
+    if module.start.afresh is None:
+        latents, log_weight = module.store.particles(index)
+    else:
+        latents = module.last_state.latents
+        log_weight = module.last_state.log_weight.normalized().log() + math.log(
+            module.inference.num_particles
+        )
     numbers = {f"sweep/latents/{name}": u for name, u in latents.items()}
     numbers["sweep/log_weight"] = log_weight
     numbers["sweep/ess_percent"] = 100.0 * info.ess / module.inference.num_particles

@@ -7,6 +7,7 @@ digits    scikit-learn's digits
 arrays    NumPy arrays in a folder; named_arrays: one for every argument of a model
 half_labelled  images of which few have labels that a model sees
 bouncing  sequences of frames through which an image moves; stored: sequences to be memorised
+pixel_sequences  images as sequences of symbols
 hub       the Hugging Face hub or a local folder; tables: its files as the package `datasets` reads
           them; pixels: decoded once, memory-mapped
 moons     two moons, points of the plane
@@ -28,6 +29,7 @@ from dcpc.training.data.labelled import (
 from dcpc.training.data.loading import EpochBatches, ResumableLoader
 from dcpc.training.data.moons import MoonsData
 from dcpc.training.data.named_arrays import NamedArrayData
+from dcpc.training.data.pixel_sequences import PixelSequences
 from dcpc.training.data.pixels import PixelSet
 from dcpc.training.data.stored import StoredSequences
 
@@ -44,6 +46,7 @@ __all__ = [
     "LabelledSet",
     "MoonsData",
     "NamedArrayData",
+    "PixelSequences",
     "PixelSet",
     "ResumableLoader",
     "StoredSequences",

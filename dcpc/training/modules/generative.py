@@ -25,6 +25,7 @@ from dcpc.evaluation import (
     evaluate,
     forecast,
     format_table,
+    forward_pass,
     held_out_inference,
     prior_samples,
     summarise,
@@ -56,6 +57,7 @@ class HeldOut:
         test_temperatures: Its length for `test` and `predict`. A short ladder overstates the
             evidence NLL, by Jensen's inequality; lengthen it until the figure stands still.
         bound_samples: Samples of the guide per datum of the importance-weighted bound.
+        prior_samples: Samples of the prior per datum of the prior-sample estimate, by `test`.
         completion: Whether `test` also completes the upper half of images from the lower one,
             which takes as long again.
         forecast: Number of last frames of sequences `(T, channels, height, width)` that are also
@@ -69,6 +71,7 @@ class HeldOut:
     num_temperatures: int = 100
     test_temperatures: int = 400
     bound_samples: int = 100
+    prior_samples: int = PRIOR_SAMPLES
     completion: bool = False
     forecast: int = 0
 
@@ -78,6 +81,7 @@ class HeldOut:
         require_at_least("model.held_out.test_temperatures", self.test_temperatures, 1)
         require_at_least("model.held_out.bound_samples", self.bound_samples, 1)
         require_at_least("model.held_out.forecast", self.forecast, 0)
+        require_at_least("model.held_out.prior_samples", self.prior_samples, 1)
 
 
 class GenerativeModule(MeasuredModule):
@@ -216,7 +220,8 @@ class GenerativeModule(MeasuredModule):
         for name, mean in measured.site_means.items():
             squares = squared_distance(mean, truth[name].to(mean))
             self._squared_errors.setdefault(name, []).append(squares)
-        for name, values in self._estimate(x, batch_idx, is_test).items():
+        estimates = self._estimate(x, batch_idx, is_test)
+        for name, values in (estimates | self._in_bits(x, measured, estimates)).items():
             self._estimates.setdefault(name, []).append(values)
 
     def measurements(self) -> dict[str, float]:
@@ -252,6 +257,8 @@ class GenerativeModule(MeasuredModule):
         told = f"evidence NLL {nll:.2f} ± {error:.2f}"
         if "error_percent" in measurements:
             told += f", {measurements['error_percent']:.2f} % of the labels wrong"
+        if "bits_per_symbol" in measurements:
+            told += f", {measurements['bits_per_symbol']:.3f} bits per symbol"
         return told
 
     def table(self, is_test: bool) -> str:
@@ -267,7 +274,7 @@ class GenerativeModule(MeasuredModule):
             bounds = self._guide_sampler.bounds(x, self.held_out.bound_samples, seed=batch_idx)
             found["elbo"], found["importance_weighted_bound"] = bounds
         if is_test:
-            weighed = self._prior_sampler.bounds(x, PRIOR_SAMPLES, seed=batch_idx)
+            weighed = self._prior_sampler.bounds(x, self.held_out.prior_samples, seed=batch_idx)
             found["prior_sample_estimate"] = weighed.importance_weighted
         if is_test and self.held_out.completion:
             completed = complete(
@@ -306,6 +313,23 @@ class GenerativeModule(MeasuredModule):
         data = getattr(self.trainer, "datamodule", None)
         held_out = data.held_out_set if isinstance(data, LabelledData) else None
         return {} if held_out is None else held_out.truth(index.cpu())
+
+    def _in_bits(
+        self, x: Observed, evaluation: Evaluation, estimates: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Measurements of symbols in bits per symbol, `(B,)` by name; none of other data."""
+        if not isinstance(x, Tensor) or x.is_floating_point():
+            return {}
+        in_bits = 1.0 / (x[0].numel() * math.log(2.0))
+        found = {"bits_per_symbol": in_bits * evaluation.evidence_nll}
+        if "prior_sample_estimate" in estimates:
+            nll = -estimates["prior_sample_estimate"]
+            found["prior_sample_bits_per_symbol"] = in_bits * nll
+        if call(self.held_out_inference.division, x).population:
+            found["forward_pass_bits_per_symbol"] = -in_bits * forward_pass(
+                self.held_out_inference, x
+            )
+        return found
 
     def _ladder(self, is_test: bool) -> int:
         how = self.held_out

@@ -72,6 +72,8 @@ class ParticleModule(GenerativeModule):
         sweeps_per_step: Sweeps per batch and step of the parameters.
         step_size: Step size of the sweeps, or step sizes by algorithm; null, like an algorithm
             that is not among them, adapts it where the algorithm can.
+        schedule: Order in which units move, by name: coloured, sequential (from the data up to the
+            first latents) or joint; null for the algorithm's own.
         move: Proposal, by name or class path; null for the algorithm's own. `dcpc.conquer.Langevin`
             with several `leapfrog_steps`, each at the price of a gradient, mixes faster than as
             many sweeps.
@@ -93,6 +95,12 @@ class ParticleModule(GenerativeModule):
             `pyro.sample("label", ..., obs=label, obs_mask=seen)`: predicted for held-out data, and
             compared with their labels. null for none.
 
+    Attributes:
+        store: Every datum's particles, during training; empty where they start `afresh`.
+        adaptation: What the proposals have learned.
+        last_sweep: Diagnostics of the last sweep.
+        last_state: Particles of the last batch.
+
     Raises:
         OptionError: A number out of range, an unknown algorithm, or a start that needs a guide.
     """
@@ -106,6 +114,7 @@ class ParticleModule(GenerativeModule):
         algorithm: str = "dcpc",
         sweeps_per_step: int = 1,
         step_size: float | dict[str, float] | None = None,
+        schedule: str | None = None,
         move: Move | str | None = None,
         correction: Correction | str | None = None,
         preconditioner: Preconditioner | str | None = None,
@@ -128,8 +137,6 @@ class ParticleModule(GenerativeModule):
             label_site,
         )
         require_at_least("model.sweeps_per_step", sweeps_per_step, 1)
-        if self.guide is None:
-            start.check_guide()
         preset = lookup("algorithm", algorithm, PRESETS)
         restart = preset.warm_starts_every_visit if start.restart is None else start.restart
         self.sweeps_per_step = sweeps_per_step
@@ -142,6 +149,7 @@ class ParticleModule(GenerativeModule):
             num_particles=num_particles,
             particle_batch_size=particle_batch_size,
             algorithm=algorithm,
+            schedule=schedule,
             move=move,
             correction=correction,
             preconditioner=preconditioner,
@@ -149,12 +157,13 @@ class ParticleModule(GenerativeModule):
             blocks=blocks or (),
             compile=compile,
         )
-        start.check_annealing(self.guide is not None, self.inference.parts.correction)
+        start.check(self.guide is not None, self.inference.parts.correction.is_exact)
         self.automatic_optimization = not preset.step_parameters_every_sweep
 
         self.store: ParticleStore | None = None
         self.adaptation: Mapping[str, Adaptation] = {}
         self.last_sweep: SweepInfo | None = None
+        self.last_state: SweepState | None = None
         self._is_resuming = False
         self._num_sweeps: dict[int, int] = {}
         self._guide_losses = guide_objective(start, self.guide is not None, self.restarts)
@@ -196,7 +205,7 @@ class ParticleModule(GenerativeModule):
 
     def _visit_of(self, problem: Problem, index: Tensor) -> Visit:
         assert self.store is not None
-        here = visit(problem, self.store, index)
+        here = visit(problem, self.store, index, keeps=self.start.afresh is None)
         if isinstance(here, TiedVisit):
             self._check_tied(len(index))
         return here
@@ -261,7 +270,7 @@ class ParticleModule(GenerativeModule):
                 self._step_parameters(losses)
         here.keep(state)
         self.adaptation = average(state.adaptation, weight)
-        self.last_sweep = info
+        self.last_sweep, self.last_state = info, state
         ess = 100.0 * info.ess.mean() / state.num_particles
         self.log("train/ess_percent", ess, prog_bar=True, batch_size=num_data(x), sync_dist=True)
         return losses
@@ -302,7 +311,7 @@ class ParticleModule(GenerativeModule):
         with self.stream(self._num_steps, 1):
             if self.start.temperatures:
                 return annealed(problem, self.start.temperatures)
-            return problem.init()
+            return problem.init_at_means() if self.start.afresh == "means" else problem.init()
 
     def _check_tied(self, num_data: int) -> None:
         if self.inference.parts.correction.is_exact:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.func import functional_call
@@ -16,7 +16,6 @@ from dcpc.observed import Observed, num_data
 from dcpc.problem import Problem
 from dcpc.progress import ProgressBar
 from dcpc.recombine import LogWeights
-from dcpc.recombine.correction import Correction
 from dcpc.sweep import SweepState
 from dcpc.training.modules.generative import GenerativeModule
 
@@ -37,60 +36,62 @@ class Start:
             prior, instead of by a draw: where posteriors have several modes, as those of positions
             do, particles that are drawn stay in poor ones. Costs a sweep per temperature; 0 for
             none.
+        afresh: Where particles start at every visit without a guide: `prior` for draws of the
+            latents, `means` for their conditional means, top down, the forward pass of classical
+            predictive coding (for algorithms that do not weigh particles). Nothing is kept from
+            visit to visit then, nor in checkpoints; null keeps particles.
 
     Raises:
-        OptionError: A number below zero.
+        OptionError: A number below zero, or an unknown `afresh`.
     """
 
     warm_up_epochs: int = 0
     restart: bool | None = None
     first_sweeps: int = 0
     temperatures: int = 0
+    afresh: Literal["prior", "means"] | None = None
 
     def __post_init__(self) -> None:
         require_at_least("model.start.warm_up_epochs", self.warm_up_epochs, 0)
         require_at_least("model.start.first_sweeps", self.first_sweeps, 0)
         require_at_least("model.start.temperatures", self.temperatures, 0)
+        if self.afresh not in (None, "prior", "means"):
+            raise OptionError(
+                f"model.start.afresh must be null, 'prior' or 'means', got {self.afresh!r}"
+            )
 
-    def check_annealing(self, has_guide: bool, correction: Correction) -> None:
-        """Checks that particles can be annealed from the prior, if they are to be.
+    def check(self, has_guide: bool, is_exact: bool) -> None:
+        """Checks that particles can start so.
 
         Args:
-            has_guide: Whether there is a guide to start from instead.
-            correction: Of the proposals.
+            has_guide: Whether there is a guide.
+            is_exact: Whether the algorithm leaves posteriors invariant.
 
         Raises:
             OptionError: They cannot.
         """
-        given = f"model.start.temperatures={self.temperatures}"
-        if self.temperatures and has_guide:
-            raise OptionError(
-                f"{given} anneals particles from the prior, but model.guide gives them another "
-                "start; leave one of the two out"
-            )
-        if self.temperatures and not correction.is_exact:
-            raise OptionError(
-                f"{given} needs an algorithm that leaves posteriors invariant, dcpc or dcpc-smc; "
-                "choose one as model.algorithm, or set temperatures to 0"
-            )
-
-    def check_guide(self) -> None:
-        """Checks that nothing here needs a guide.
-
-        Raises:
-            OptionError: Something does.
-        """
         given = "give model.guide, an encoder that draws the model's latents, or"
-        if self.warm_up_epochs:
-            raise OptionError(
-                f"model.start.warm_up_epochs={self.warm_up_epochs} needs a guide to warm up with: "
-                f"{given} leave the epochs at 0"
-            )
-        if self.restart:
-            raise OptionError(
-                "model.start.restart=True needs a guide to start particles from: "
-                f"{given} leave restart at null"
-            )
+        annealing = f"model.start.temperatures={self.temperatures}"
+        refusals = {
+            f"model.start.warm_up_epochs={self.warm_up_epochs} needs a guide to warm up with: "
+            f"{given} leave the epochs at 0": self.warm_up_epochs and not has_guide,
+            "model.start.restart=True needs a guide to start particles from: "
+            f"{given} leave restart at null": self.restart and not has_guide,
+            f"model.start.afresh={self.afresh!r} is a start without a guide, and there is one; "
+            "leave it at null, and set model.start.restart to start from the guide at every "
+            "visit": self.afresh is not None and has_guide,
+            "model.start.afresh='means' gives particles no density, by which dcpc and dcpc-smc "
+            "weigh them; use 'prior', or an algorithm that does not weigh: pgd, lpc, mcpc, pc or "
+            "ipc": self.afresh == "means" and is_exact,
+            f"{annealing} anneals particles from the prior, but model.guide gives them another "
+            "start; leave one of the two out": self.temperatures and has_guide,
+            f"{annealing} needs an algorithm that leaves posteriors invariant, dcpc or dcpc-smc; "
+            "choose one as model.algorithm, or set temperatures to 0": self.temperatures
+            and not is_exact,
+        }
+        for refusal, holds in refusals.items():
+            if holds:
+                raise OptionError(refusal)
 
 
 def annealed(problem: Problem, num_temperatures: int) -> SweepState:
