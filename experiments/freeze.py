@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dcpc.evaluation import FrozenParticles, infer_and_freeze
 from dcpc.evaluation.intensities import to_unit
+from dcpc.observed import main_tensor
 from dcpc.training import GenerativeModule, ImageData
 from dcpc.training.checkpoint import read_checkpoint
 from dcpc.training.command import ConfiguredCLI, one_line_errors
@@ -29,6 +30,8 @@ def freeze(
 ) -> FrozenParticles:
     """Particles of the first held-out images, with equal weights.
 
+    Of data by name, the first tensor alone is given to the model.
+
     Args:
         num_images: At most so many.
         num_particles: Particles to keep per image, at most those that are annealed.
@@ -38,7 +41,7 @@ def freeze(
     assert data.held_out_set is not None
     x, labels, index = data.held_out_set.first(num_images)
     inferred = infer_and_freeze(
-        module.held_out_inference, x, index, labels, num_temperatures=num_temperatures
+        module.held_out_inference, main_tensor(x), index, labels, num_temperatures=num_temperatures
     )
     return inferred.resample(num_particles, seed=0)
 

@@ -168,7 +168,8 @@ def wrong_types(value: Any, path: Place) -> list[Any]:
     if isinstance(value, str):
         return [17, ["a"], {"a": 1}]
     if isinstance(value, list):
-        return ["many", 17, {"a": 1}, [{"a": 1}], ["many"]]
+        nested = [["many"]] if value and isinstance(value[0], str) else ["many"]
+        return ["many", 17, {"a": 1}, [{"a": 1}], nested]
     return ["many", 17, [3]]
 
 
@@ -254,6 +255,8 @@ def _null(config: Any, path: Place, value: Any, pick: random.Random) -> Any:
 
 def _negative(config: Any, path: Place, value: Any, pick: random.Random) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if path[-1] == "beta":  # nudges of equilibrium propagation may be negative
         return None
     wrong = -abs(value) - 7
     description = f"{dotted(path)} {wrong}"

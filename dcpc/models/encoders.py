@@ -138,20 +138,29 @@ class ConvolutionalEncoder(nn.Module):
 class EmbeddingEncoder(nn.Module):
     """Draws the latent `z` of a `LabelledEmbedding` from an image, whatever is known of its label.
 
-        h = relu(V x + c)
-        z ~ N(m(h), diag s(h)^2)
+        h    = relu(V x + c)
+        z    ~ N(m(h), diag s(h)^2)
+        view ~ N(z, class_scale^2 I), its prior
 
     Args:
         latent_size: Size of `z`.
         image_shape: Shape of one image, for example `[1, 28, 28]`.
         hidden_size: Width of the hidden layer.
+        class_scale: As the model has it; 0 where there is no `view`.
     """
 
-    def __init__(self, latent_size: int, image_shape: Sequence[int], hidden_size: int) -> None:
+    def __init__(
+        self,
+        latent_size: int,
+        image_shape: Sequence[int],
+        hidden_size: int,
+        class_scale: float = 0.0,
+    ) -> None:
         super().__init__()
         _require_sizes("latent_size", [latent_size])
         _require_sizes("image_shape", image_shape)
         _require_sizes("hidden_size", [hidden_size])
+        self.class_scale = class_scale
         self.layer = nn.Linear(math.prod(image_shape), hidden_size)
         self.head = GaussianHead(hidden_size, latent_size)
 
@@ -171,7 +180,13 @@ class EmbeddingEncoder(nn.Module):
         pyro.module("encoder", self)
         with pyro.plate("images", len(x)):
             z = pyro.sample("z", self.head(torch.relu(self.layer(x.flatten(1)))))
+            draw_view(z, self.class_scale)
         return {"z": z}
+
+
+def draw_view(z: Tensor, scale: float) -> Tensor:
+    """The site `view`, an embedding with noise of a standard deviation; `z` itself without."""
+    return pyro.sample("view", dist.Normal(z, scale).to_event(1)) if scale else z
 
 
 def _halvings(image_shape: tuple[int, ...], num_channels: int, hidden: int) -> Iterable[nn.Module]:

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from dcpc.errors import OptionError, require_at_least
-from dcpc.models.encoders import EmbeddingEncoder
+from dcpc.models.encoders import EmbeddingEncoder, draw_view
 from dcpc.models.pixels import Likelihood, check_likelihood, pixels
 
 __all__ = ["LabelledEmbedding"]
@@ -20,12 +20,14 @@ class LabelledEmbedding(nn.Module):
     """An embedding that generates an image and, where it has one, its label.
 
         z     ~ N(0, I)
-        label ~ Categorical(logits = g(z))
+        view  ~ N(z, class_scale^2 I)
+        label ~ Categorical(logits = g(view))
         x     ~ ContinuousBernoulli(logits = f(z))
 
-    `f` and `g` have one hidden layer of rectified units each. Labels that are not seen are discrete
-    latents; nothing depends on them, so that inference leaves them out, and an image without a
-    label shapes the embedding all the same.
+    `f` and `g` have one hidden layer of rectified units each. Few labels are learned by heart; the
+    noise of the view keeps `g` smooth. Labels that are not seen are discrete latents; nothing
+    depends on them, so that inference leaves them out, and an image without a label shapes the
+    embedding all the same.
 
     Args:
         latent_size: Size of `z`.
@@ -33,6 +35,8 @@ class LabelledEmbedding(nn.Module):
         num_classes: Number of classes.
         hidden_size: Width of `f`'s hidden layer; 0 for a linear map.
         class_hidden_size: Width of `g`'s, likewise.
+        class_scale: Standard deviation of the noise with which classes are read off the embedding;
+            0 for none, without a site `view`.
         likelihood: `continuous_bernoulli`, a density on intensities in [0, 1], or `bernoulli`,
             whose log-probability of an intensity is a cross-entropy and no density.
 
@@ -47,6 +51,7 @@ class LabelledEmbedding(nn.Module):
         num_classes: int = 10,
         hidden_size: int = 256,
         class_hidden_size: int = 64,
+        class_scale: float = 0.0,
         likelihood: Likelihood = "continuous_bernoulli",
     ) -> None:
         super().__init__()
@@ -54,12 +59,15 @@ class LabelledEmbedding(nn.Module):
         require_at_least("num_classes", num_classes, 2)
         require_at_least("hidden_size", hidden_size, 0)
         require_at_least("class_hidden_size", class_hidden_size, 0)
+        if not 0.0 <= class_scale < math.inf:
+            raise OptionError(f"class_scale must be at least 0, got {class_scale}")
         if not image_shape or min(image_shape) < 1:
             raise OptionError(f"image_shape must hold positive sizes, got {list(image_shape)}")
         check_likelihood(likelihood)
         self.latent_size = latent_size
         self.image_shape = tuple(image_shape)
         self.hidden_size = hidden_size
+        self.class_scale = class_scale
         self.likelihood = likelihood
         self.pixels = _network(latent_size, hidden_size, math.prod(image_shape))
         self.classes = _network(latent_size, class_hidden_size, num_classes)
@@ -87,7 +95,8 @@ class LabelledEmbedding(nn.Module):
         with pyro.plate("images", num_images):
             loc = next(self.parameters()).new_zeros(num_images, self.latent_size)
             z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
-            classes = dist.Categorical(logits=self.classes(z))
+            view = draw_view(z, self.class_scale)
+            classes = dist.Categorical(logits=self.classes(view))
             pyro.sample("label", classes, obs=label, obs_mask=seen)  # type: ignore[arg-type]
             observed = None if x is None else x.flatten(1)
             return pyro.sample("x", pixels(self.pixels(z), self.likelihood), obs=observed)
@@ -95,7 +104,7 @@ class LabelledEmbedding(nn.Module):
     def encoder(self) -> EmbeddingEncoder:
         """A guide for this model, with its shapes; one hidden layer, as wide as that of `f`."""
         width = self.hidden_size or self.latent_size
-        return EmbeddingEncoder(self.latent_size, self.image_shape, width)
+        return EmbeddingEncoder(self.latent_size, self.image_shape, width, self.class_scale)
 
 
 def _network(num_inputs: int, hidden_size: int, num_outputs: int) -> nn.Module:

@@ -42,8 +42,12 @@ def refusal(error: BaseException, options: Namespace) -> DCPCError:
     causes = [cause for cause in _causes(error) if not WRAPPED.match(str(cause))] or [error]
     cause = next((e for e in causes if isinstance(e, DCPCError)), causes[0])
     message = " ".join(str(cause).split()) or type(cause).__name__
-    node = None if NAMED.match(message) else _node(cause, options)
-    if node is not None:
+    node, named = _node(cause, options), NAMED.match(message)
+    if named and node is not None and not message.startswith(node.path):
+        key = message[named.end() :]  # of a class that does not know that another one holds it
+        if any(re.match(rf"{re.escape(name)}\b", key) for name in node.arguments):
+            message = f"{node.path}.{key}"
+    elif node is not None and not named:
         place = _place(message, node.arguments)
         begins = place and re.match(rf"{re.escape(place)}\b", message)
         path = ".".join(filter(None, (node.path, place)))

@@ -25,11 +25,8 @@ def linear() -> SequenceMemory:
     return SequenceMemory(**SIZES, **options).double()
 
 
-def kalman(model: SequenceMemory, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log evidence of a sequence `(T, 2)`; mean of its last frame given those before.
-
-    And the variances of that frame's mean given the state before it.
-    """
+def kalman(model: SequenceMemory, frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Log evidence of a sequence `(T, 2)`; mean of its last frame given those before."""
     (transition, b), (emission, c) = (
         (layer.weight.detach(), layer.bias.detach()) for layer in (model.transition, model.emission)
     )
@@ -39,7 +36,6 @@ def kalman(model: SequenceMemory, frames: Tensor) -> tuple[Tensor, Tensor, Tenso
     total = torch.zeros(())
     for t, frame in enumerate(frames):
         if t:
-            known = emission @ transition @ covariance @ transition.T @ emission.T
             mean = transition @ mean + b
             covariance = transition @ covariance @ transition.T
             covariance = covariance + model.state_scale**2 * torch.eye(3)
@@ -49,7 +45,7 @@ def kalman(model: SequenceMemory, frames: Tensor) -> tuple[Tensor, Tensor, Tenso
         gain = covariance @ emission.T @ torch.linalg.inv(within)
         mean = mean + gain @ (frame - expected)
         covariance = covariance - gain @ emission @ covariance
-    return total, expected, known.diagonal()
+    return total, expected
 
 
 def test_the_linear_models_evidence_and_forecast_are_those_of_a_kalman_filter():
@@ -58,14 +54,20 @@ def test_the_linear_models_evidence_and_forecast_are_those_of_a_kalman_filter():
     # `Zhat` is unbiased: ten estimates' mean is the evidence, up to their own standard error.
     engine = held_out_inference(model, 64)
     runs = [evaluate(engine, frames, num_temperatures=15, seed=s).evidence_nll for s in range(10)]
-    ratio = (-torch.stack(runs) - torch.stack([value for value, _, _ in exact])).exp()
+    ratio = (-torch.stack(runs) - torch.stack([value for value, _ in exact])).exp()
     error = ratio.mean(0) - 1
     assert bool((error.abs() < 4 * ratio.std(0) / math.sqrt(10)).all())
     assert float(ratio.std()) < 1.0
-    foreseen = forecast(model, frames, 1, num_particles=64, num_temperatures=10)
-    error = foreseen.frames[:, -1].flatten(1) - torch.stack([mean for _, mean, _ in exact])
-    # Of the 64 particles' mean; weights and moves that are correlated leave fewer to count.
-    assert bool((error.square().mean(0) < 3 * exact[0][2] / 64).all())
+    # Self-normalised weights have a bias of the order of their variance, below the error of ten.
+    foreseen = torch.stack(
+        [
+            forecast(model, frames, 1, num_particles=64, num_temperatures=20, seed=s).frames[:, -1]
+            for s in range(10)
+        ]
+    ).flatten(2)
+    error = foreseen.mean(0) - torch.stack([mean for _, mean in exact])
+    assert bool((error.abs() < 4 * foreseen.std(0) / math.sqrt(10)).all())
+    assert float(foreseen.std(0).max()) < float(model.frame_scale)
 
 
 def test_the_density_is_that_of_every_state_and_frame_given_the_state_before():

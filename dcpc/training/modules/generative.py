@@ -38,7 +38,7 @@ from dcpc.observed import (
     named_tensors,
     num_data,
 )
-from dcpc.training.data import Batch, LabelledData
+from dcpc.training.data import Batch, LabelledData, LabelledSet
 from dcpc.training.modules.base import LearningRateSchedule, MeasuredModule
 
 __all__ = ["GenerativeModule", "Guide", "HeldOut"]
@@ -143,6 +143,7 @@ class GenerativeModule(MeasuredModule):
         self.forecasts: list[Forecast] = []
         self._labels: list[Tensor] = []
         self._estimates: dict[str, list[Tensor]] = {}
+        self._held_out_set: LabelledSet | None = None
         self._barren: list[str] | None = None
         self._squared_errors: dict[str, list[Tensor]] = {}
         self._prior_sampler = ImportanceSampler(model)
@@ -172,6 +173,7 @@ class GenerativeModule(MeasuredModule):
         data = getattr(self.trainer, "datamodule", None)
         self.intensity_range = getattr(data, "intensity_range", self.intensity_range)
         if isinstance(data, LabelledData) and data.held_out_set is not None:
+            self._held_out_set = data.held_out_set
             first = data.held_out_set.first(1)[0]
             check_signature(self.model, first)
             if self.held_out.completion:
@@ -310,9 +312,7 @@ class GenerativeModule(MeasuredModule):
 
     def _truth(self, index: Tensor) -> Mapping[str, Tensor]:
         """What the held-out data were made from, by site, where that is known."""
-        data = getattr(self.trainer, "datamodule", None)
-        held_out = data.held_out_set if isinstance(data, LabelledData) else None
-        return {} if held_out is None else held_out.truth(index.cpu())
+        return {} if self._held_out_set is None else self._held_out_set.truth(index.cpu())
 
     def _in_bits(
         self, x: Observed, evaluation: Evaluation, estimates: Mapping[str, Tensor]
