@@ -13,6 +13,8 @@ from dcpc.training.command import ConfiguredCLI
 ROOT = Path(__file__).parents[1]
 CONFIGS = {
     "digits.pt": "digits.json",
+    "digits-semi.pt": "digits-semi.json",
+    "digits-style.pt": "digits-style.json",
     "mnist.pt": "mnist.json",
     "cifar10.pt": "cifar10.json",
     "bouncing-digits.pt": "bouncing-digits.json",

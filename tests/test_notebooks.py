@@ -34,6 +34,8 @@ from dcpc.models import (
     BouncingDigit,
     ConvolutionalGenerator,
     DeepLatentGaussian,
+    LabelledEmbedding,
+    LabelledStyle,
     LatentTransformer,
     SequenceMemory,
 )
@@ -623,6 +625,51 @@ def test_without_the_data_set_only_the_training_images_are_missing(
     assert "no training images" in shown.text
     assert "3 held-out data, 2 particles annealed over 2 temperatures" in shown.text
     assert len(shown.figures) == figures
+
+
+# -- labels ----------------------------------------------------------------------------------
+
+
+def test_labels_that_the_image_tells_nothing_of_have_the_probabilities_written_down(
+    execute: Callable[..., Executed], tmp_path: Path
+) -> None:
+    embedding, style = LabelledEmbedding(32, [1, 8, 8]), LabelledStyle(12, [1, 8, 8])
+    logits = torch.linspace(0.0, 1.8, 10)
+    for layer, bias in ((embedding.classes[-1], logits), (style.pixels, torch.tensor(40.0))):
+        nn.init.zeros_(layer.weight)
+        with torch.no_grad():
+            layer.bias.copy_(bias)
+    freeze(embedding, {"z": 32}, tmp_path / "embedding.pt", num_data=3)
+    freeze(style, {"style": 12}, tmp_path / "style.pt", num_data=3)
+    shown = execute(
+        "labels",
+        EMBEDDING=str(tmp_path / "embedding.pt"),
+        STYLE=str(tmp_path / "style.pt"),
+        NUM_PARTICLES=4,
+        NUM_TEMPERATURES=2,
+        CLASSIFIER_EPOCHS=20,
+        AUTOENCODER_EPOCHS=1,
+        NUM_STYLES=40,
+    )
+    data = DigitsData()
+    data.setup("test")
+    labels = data.held_out_set.labels
+    wrong, confidence = (labels != 9).double().mean(), logits.softmax(0)[9]
+    expected = (
+        f"{100 * wrong:.2f}",
+        f"{abs(1 - wrong - confidence):.3f}",
+        f"{-logits.log_softmax(0)[labels].mean():.3f}",
+    )
+    rows = {
+        cells[1]: tuple(cells[2:5])
+        for line in shown.tables.splitlines()
+        if len(cells := [cell.strip() for cell in line.split("|")]) == 6
+    }
+    assert rows["posterior of the label"] == expected
+    assert float(rows["classifier"][0]) < 30  # of 90 by chance
+    # The density of a pixel rises as e^{40 x}: its mean is 1 - 1 / 40.
+    assert shown.figures_showing([1 - 1 / 40] * 3) == 1
+    assert len(shown.figures) == 3
 
 
 # -- the transformer -------------------------------------------------------------------------
