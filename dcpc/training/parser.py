@@ -22,12 +22,14 @@ from pytorch_lightning.cli import LightningArgumentParser
 
 from dcpc.training.data import (
     ArrayData,
+    BouncingDigits,
     DigitsData,
     HalfLabelledData,
     HubImages,
     MoonsData,
     NamedArrayData,
     PixelSequences,
+    StoredSequences,
 )
 from dcpc.training.messages import explain, finish
 from dcpc.training.modules import (
@@ -49,6 +51,8 @@ CONFIGURED: dict[str, tuple[type, ...]] = {
         ArrayData,
         MoonsData,
         HalfLabelledData,
+        BouncingDigits,
+        StoredSequences,
         PixelSequences,
         NamedArrayData,
     ),

@@ -5,9 +5,9 @@ loading   batches in an order that can be repeated, shared out and continued
 images    images, checked and split by a seed
 digits    scikit-learn's digits
 arrays    NumPy arrays in a folder; named_arrays: one for every argument of a model
-half_labelled  images of which few have labels that a model sees
-bouncing  sequences of frames through which an image moves; stored: sequences to be memorised
-pixel_sequences  images as sequences of symbols
+derived   data made of images: half_labelled, few of whose labels a model sees; bouncing, sequences
+          of frames through which an image moves; pixel_sequences, sequences of symbols
+stored    sequences of images to be memorised
 hub       the Hugging Face hub or a local folder; tables: its files as the package `datasets` reads
           them; pixels: decoded once, memory-mapped
 moons     two moons, points of the plane
@@ -15,6 +15,7 @@ moons     two moons, points of the plane
 
 from dcpc.training.data.arrays import ArrayData
 from dcpc.training.data.bouncing import BouncingDigits
+from dcpc.training.data.derived import DerivedData
 from dcpc.training.data.digits import DigitsData
 from dcpc.training.data.half_labelled import HalfLabelledData
 from dcpc.training.data.hub import HubImages
@@ -37,6 +38,7 @@ __all__ = [
     "ArrayData",
     "Batch",
     "BouncingDigits",
+    "DerivedData",
     "DigitsData",
     "EpochBatches",
     "HalfLabelledData",

@@ -12,14 +12,15 @@ from dcpc.errors import OptionError, require_at_least, require_seed
 from dcpc.models.bouncing_digit import place, reflect
 from dcpc.observed import main_tensor
 from dcpc.seeding import derived_seed
+from dcpc.training.data.derived import DerivedData
 from dcpc.training.data.digits import DigitsData
 from dcpc.training.data.images import ImageData
-from dcpc.training.data.labelled import Batch, LabelledData, LabelledSet
+from dcpc.training.data.labelled import Batch, LabelledSet
 
 __all__ = ["BouncingDigits"]
 
 
-class BouncingDigits(LabelledData):
+class BouncingDigits(DerivedData):
     """An image per sequence, which moves at constant velocity and bounces off the frames' walls.
 
     Data are `(B, num_frames, channels, canvas_size, canvas_size)`, black where the image is not,
@@ -51,40 +52,25 @@ class BouncingDigits(LabelledData):
         sequences_per_image: int = 1,
         seed: int = 0,
     ) -> None:
-        images = DigitsData() if images is None else images
-        super().__init__(
-            images.batch_size, images.evaluation_batch_size, images.seed, images.num_workers
-        )
+        super().__init__(DigitsData() if images is None else images)
         require_at_least("data.num_frames", num_frames, 2)
         require_at_least("data.canvas_size", canvas_size, 2)
         require_at_least("data.sequences_per_image", sequences_per_image, 1)
         require_seed("data.seed", seed)
         if not 0.0 <= speed < math.inf:
             raise OptionError(f"data.speed must be at least 0, got {speed}; give a finite number")
-        self.images = images
         self.num_frames = num_frames
         self.canvas_size = canvas_size
         self.speed = speed
         self.sequences_per_image = sequences_per_image
         self.motion_seed = seed
-        self.intensity_range = images.intensity_range
 
-    def setup(self, stage: str) -> None:
-        """Draws the motions, once.
+    def derive(self, images: LabelledSet, is_held_out: bool) -> LabelledSet:
+        """Draws the motions.
 
         Raises:
             OptionError: The images do not fit into the frames.
         """
-        if self.training_set is not None:
-            return
-        self.images.setup(stage)
-        training, held_out = self.images.training_set, self.images.held_out_set
-        assert training is not None
-        assert held_out is not None
-        self.training_set = self._sequences(training, 0)
-        self.held_out_set = self._sequences(held_out, 1)
-
-    def _sequences(self, images: LabelledSet, part: int) -> _Sequences:
         *_, height, width = main_tensor(images.first(1)[0]).shape
         if max(height, width) >= self.canvas_size:
             raise OptionError(
@@ -92,7 +78,7 @@ class BouncingDigits(LabelledData):
                 f"pixels, got {self.canvas_size}"
             )
         count = self.sequences_per_image * len(images)
-        generator = torch.Generator().manual_seed(derived_seed(self.motion_seed, part))
+        generator = torch.Generator().manual_seed(derived_seed(self.motion_seed, int(is_held_out)))
         draws = torch.rand(count, 3, generator=generator, dtype=torch.float64)
         way = self.canvas_size - torch.tensor([height, width], dtype=torch.float64)
         angle = 2 * math.pi * draws[:, 2]

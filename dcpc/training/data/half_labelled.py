@@ -9,13 +9,14 @@ from torch import Tensor
 
 from dcpc.errors import OptionError, require_at_least, require_seed
 from dcpc.observed import main_tensor
+from dcpc.training.data.derived import DerivedData
 from dcpc.training.data.images import ImageData
-from dcpc.training.data.labelled import Batch, LabelledData, LabelledSet
+from dcpc.training.data.labelled import Batch, LabelledSet
 
 __all__ = ["HalfLabelledData", "choose_labelled"]
 
 
-class HalfLabelledData(LabelledData):
+class HalfLabelledData(DerivedData):
     """Images with labels, few of which a model sees.
 
     A batch's data are `x`, the images `(B, *shape)`, `label`, `(B,)`, and `seen`, boolean `(B,)`:
@@ -40,28 +41,19 @@ class HalfLabelledData(LabelledData):
     def __init__(
         self, images: ImageData, num_labelled: int, seed: int = 0, labelled_copies: int = 1
     ) -> None:
-        super().__init__(
-            images.batch_size, images.evaluation_batch_size, images.seed, images.num_workers
-        )
+        super().__init__(images)
         require_at_least("data.num_labelled", num_labelled, 1)
         require_seed("data.seed", seed)
         require_at_least("data.labelled_copies", labelled_copies, 1)
-        self.images = images
         self.num_labelled = num_labelled
         self.label_seed = seed
         self.labelled_copies = labelled_copies
-        self.intensity_range = images.intensity_range
 
-    def setup(self, stage: str) -> None:
-        if self.training_set is not None:
-            return
-        self.images.setup(stage)
-        training, held_out = self.images.training_set, self.images.held_out_set
-        assert training is not None
-        assert held_out is not None
-        seen = choose_labelled(training.all_labels(), self.num_labelled, self.label_seed)
-        self.training_set = _HalfLabelledSet(training, seen, self.labelled_copies)
-        self.held_out_set = _HalfLabelledSet(held_out, torch.zeros(len(held_out), dtype=torch.bool))
+    def derive(self, images: LabelledSet, is_held_out: bool) -> LabelledSet:
+        if is_held_out:
+            return _HalfLabelledSet(images, torch.zeros(len(images), dtype=torch.bool))
+        seen = choose_labelled(images.all_labels(), self.num_labelled, self.label_seed)
+        return _HalfLabelledSet(images, seen, self.labelled_copies)
 
 
 def choose_labelled(labels: Tensor, num_labelled: int, seed: int) -> Tensor:

@@ -9,13 +9,14 @@ from torch import Tensor
 from dcpc.errors import require_at_least
 from dcpc.evaluation.intensities import to_unit
 from dcpc.observed import main_tensor
+from dcpc.training.data.derived import DerivedData
 from dcpc.training.data.images import ImageData
-from dcpc.training.data.labelled import Batch, LabelledData, LabelledSet
+from dcpc.training.data.labelled import Batch, LabelledSet
 
 __all__ = ["PixelSequences"]
 
 
-class PixelSequences(LabelledData):
+class PixelSequences(DerivedData):
     """Images whose intensities are the integers 0 to `num_levels` - 1.
 
     A batch's data are `x`, 64-bit integers `(B, channels, height, width)`: symbols for a model of
@@ -33,23 +34,13 @@ class PixelSequences(LabelledData):
     """
 
     def __init__(self, images: ImageData, num_levels: int = 8) -> None:
-        super().__init__(
-            images.batch_size, images.evaluation_batch_size, images.seed, images.num_workers
-        )
+        super().__init__(images)
         require_at_least("data.num_levels", num_levels, 2)
-        self.images = images
         self.num_levels = num_levels
         self.intensity_range = (0.0, num_levels - 1.0)
 
-    def setup(self, stage: str) -> None:
-        if self.training_set is not None:
-            return
-        self.images.setup(stage)
-        training, held_out = self.images.training_set, self.images.held_out_set
-        assert training is not None
-        assert held_out is not None
-        self.training_set = _SymbolSet(training, self._symbols)
-        self.held_out_set = _SymbolSet(held_out, self._symbols)
+    def derive(self, images: LabelledSet, is_held_out: bool) -> LabelledSet:
+        return _SymbolSet(images, self._symbols)
 
     def _symbols(self, images: Tensor) -> Tensor:
         """The nearest level of every intensity."""
