@@ -35,10 +35,10 @@ class LabelledEmbedding(nn.Module):
         num_classes: Number of classes.
         hidden_size: Width of `f`'s hidden layer; 0 for a linear map.
         class_hidden_size: Width of `g`'s, likewise.
-        class_scale: Standard deviation of the noise with which classes are read off the embedding;
-            0 for none, without a site `view`.
         likelihood: `continuous_bernoulli`, a density on intensities in [0, 1], or `bernoulli`,
             whose log-probability of an intensity is a cross-entropy and no density.
+        class_scale: Standard deviation of the noise with which classes are read off the embedding;
+            0 for none, without a site `view`.
 
     Raises:
         OptionError: A size out of range, or an unknown likelihood.
@@ -51,8 +51,8 @@ class LabelledEmbedding(nn.Module):
         num_classes: int = 10,
         hidden_size: int = 256,
         class_hidden_size: int = 64,
-        class_scale: float = 0.0,
         likelihood: Likelihood = "continuous_bernoulli",
+        class_scale: float = 0.0,
     ) -> None:
         super().__init__()
         require_at_least("latent_size", latent_size, 1)

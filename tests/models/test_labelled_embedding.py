@@ -34,6 +34,27 @@ def test_the_density_is_that_of_both_likelihoods(hidden_size):
     torch.testing.assert_close(problem.log_joint(state), expected)
 
 
+def test_classes_are_read_off_a_view_with_noise():
+    torch.manual_seed(0)
+    model = LabelledEmbedding(3, [1, 2, 2], 4, 7, 7, "bernoulli", class_scale=0.3).double()
+    x, label = torch.rand(5, 1, 2, 2), torch.tensor([0, 3, 1, 2, 0])
+    problem = DCPC(model, num_particles=6).bind(x, label, torch.ones(5, dtype=torch.bool))
+    state = problem.init()
+    z, view = state.latents["z"], state.latents["view"]
+    normal = torch.distributions.Normal
+    expected = normal(0.0, 1.0).log_prob(z).sum(-1) + normal(z, 0.3).log_prob(view).sum(-1)
+    expected = expected - F.binary_cross_entropy_with_logits(
+        model.pixels(z), x.flatten(1).expand(6, -1, -1), reduction="none"
+    ).sum(-1)
+    told = model.classes(view).log_softmax(-1)[:, torch.arange(5), label]
+    torch.testing.assert_close(problem.log_joint(state), (expected + told).detach())
+    # The encoder draws the view from its prior.
+    guide = pyro.poutine.trace(model.encoder().double()).get_trace(x)
+    drawn = guide.nodes["view"]["fn"].base_dist
+    torch.testing.assert_close(drawn.loc, guide.nodes["z"]["value"])
+    assert bool((drawn.scale == 0.3).all())
+
+
 def test_it_draws_images_and_labels():
     model = LabelledEmbedding(3, [1, 2, 2], 4)
     trace = pyro.poutine.trace(model).get_trace(num_images=7)
@@ -66,6 +87,7 @@ def test_its_encoder_draws_the_embedding_whatever_is_known_of_the_label():
         {"hidden_size": -1},
         {"image_shape": []},
         {"likelihood": "normal"},
+        {"class_scale": -0.1},
     ],
 )
 def test_impossible_sizes_are_refused(options):
