@@ -387,7 +387,7 @@ FAULTS = [
     Fault("copies of images with labels are all of one image",
           "once[seen].repeat(copies - 1)", "once[seen][:1].repeat(copies - 1)"),
     Fault("a class is read off the embedding with another noise",
-          "dist.Normal(z, scale)", "dist.Normal(z, 1.0)", within="draw_view"),
+          "z + scale * noise", "z + noise"),
     Fault("the learning rate ends at a half",
           "done.append(self._num_steps / total)", "done.append(0.5 * self._num_steps / total)"),
     Fault("every step draws the same numbers",

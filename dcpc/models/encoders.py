@@ -138,15 +138,15 @@ class ConvolutionalEncoder(nn.Module):
 class EmbeddingEncoder(nn.Module):
     """Draws the latent `z` of a `LabelledEmbedding` from an image, whatever is known of its label.
 
-        h    = relu(V x + c)
-        z    ~ N(m(h), diag s(h)^2)
-        view ~ N(z, class_scale^2 I), its prior
+        h     = relu(V x + c)
+        z     ~ N(m(h), diag s(h)^2)
+        noise ~ N(0, I), its prior
 
     Args:
         latent_size: Size of `z`.
         image_shape: Shape of one image, for example `[1, 28, 28]`.
         hidden_size: Width of the hidden layer.
-        class_scale: As the model has it; 0 where there is no `view`.
+        class_scale: As the model has it; 0 where there is no `noise`.
     """
 
     def __init__(
@@ -185,8 +185,11 @@ class EmbeddingEncoder(nn.Module):
 
 
 def draw_view(z: Tensor, scale: float) -> Tensor:
-    """The site `view`, an embedding with noise of a standard deviation; `z` itself without."""
-    return pyro.sample("view", dist.Normal(z, scale).to_event(1)) if scale else z
+    """An embedding with noise of a standard deviation, the site `noise`; `z` itself without."""
+    if not scale:
+        return z
+    noise = pyro.sample("noise", dist.Normal(torch.zeros_like(z), 1.0).to_event(1))
+    return pyro.deterministic("view", z + scale * noise, event_dim=1)
 
 
 def _halvings(image_shape: tuple[int, ...], num_channels: int, hidden: int) -> Iterable[nn.Module]:

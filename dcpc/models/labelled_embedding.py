@@ -20,7 +20,7 @@ class LabelledEmbedding(nn.Module):
     """An embedding that generates an image and, where it has one, its label.
 
         z     ~ N(0, I)
-        view  ~ N(z, class_scale^2 I)
+        noise ~ N(0, I),  view = z + class_scale * noise
         label ~ Categorical(logits = g(view))
         x     ~ ContinuousBernoulli(logits = f(z))
 
@@ -38,7 +38,7 @@ class LabelledEmbedding(nn.Module):
         likelihood: `continuous_bernoulli`, a density on intensities in [0, 1], or `bernoulli`,
             whose log-probability of an intensity is a cross-entropy and no density.
         class_scale: Standard deviation of the noise with which classes are read off the embedding;
-            0 for none, without a site `view`.
+            0 for none, without the sites `noise` and `view`.
 
     Raises:
         OptionError: A size out of range, or an unknown likelihood.

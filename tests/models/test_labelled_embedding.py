@@ -40,19 +40,17 @@ def test_classes_are_read_off_a_view_with_noise():
     x, label = torch.rand(5, 1, 2, 2), torch.tensor([0, 3, 1, 2, 0])
     problem = DCPC(model, num_particles=6).bind(x, label, torch.ones(5, dtype=torch.bool))
     state = problem.init()
-    z, view = state.latents["z"], state.latents["view"]
-    normal = torch.distributions.Normal
-    expected = normal(0.0, 1.0).log_prob(z).sum(-1) + normal(z, 0.3).log_prob(view).sum(-1)
+    z, noise = state.latents["z"], state.latents["noise"]
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(torch.stack([z, noise])).sum((0, -1))
     expected = expected - F.binary_cross_entropy_with_logits(
         model.pixels(z), x.flatten(1).expand(6, -1, -1), reduction="none"
     ).sum(-1)
-    told = model.classes(view).log_softmax(-1)[:, torch.arange(5), label]
+    told = model.classes(z + 0.3 * noise).log_softmax(-1)[:, torch.arange(5), label]
     torch.testing.assert_close(problem.log_joint(state), (expected + told).detach())
-    # The encoder draws the view from its prior.
-    guide = pyro.poutine.trace(model.encoder().double()).get_trace(x)
-    drawn = guide.nodes["view"]["fn"].base_dist
-    torch.testing.assert_close(drawn.loc, guide.nodes["z"]["value"])
-    assert bool((drawn.scale == 0.3).all())
+    # The encoder draws the noise from its prior.
+    drawn = pyro.poutine.trace(model.encoder().double()).get_trace(x).nodes["noise"]
+    assert torch.equal(drawn["fn"].base_dist.loc, torch.zeros(5, 3))
+    assert bool((drawn["fn"].base_dist.scale == 1.0).all())
 
 
 def test_it_draws_images_and_labels():
