@@ -151,7 +151,7 @@ def latent_shapes(model: Model, x: Observed) -> dict[str, torch.Size]:
 
 
 def matching_site(values: Mapping[str, Tensor], x: Observed) -> Tensor:
-    """What a model says of the first tensor of the data, in its shape.
+    """Selects the values of the first tensor of the data, in its shape.
 
     It is the observed site with as many elements; where several have, the one of that tensor's
     name. Where none has, it is those sites that have as many elements as one frame of data

@@ -65,7 +65,7 @@ class LabelledSet(Dataset[Batch], ABC):
         return torch.cat([self.__getitems__(part.tolist())[1] for part in parts])
 
     def truth(self, index: Tensor) -> Mapping[str, Tensor]:
-        """What data were made from, where that is known: to measure by, and never shown to a model.
+        """True values of sites, where they are known: to measure by, and never shown to a model.
 
         Args:
             index: Indices of the data, `(B,)`.

@@ -311,7 +311,7 @@ class GenerativeModule(MeasuredModule):
         )
 
     def _truth(self, index: Tensor) -> Mapping[str, Tensor]:
-        """What the held-out data were made from, by site, where that is known."""
+        """True values of held-out data by site, where they are known."""
         return {} if self._held_out_set is None else self._held_out_set.truth(index.cpu())
 
     def _in_bits(
