@@ -99,7 +99,7 @@ def inference_data(
     _check_coords(content, names, coords)
     arrays = {g: {n: z.cpu().numpy() for n, z in values.items()} for g, values in content.items()}
     from_dict: Any = arviz.from_dict
-    if hasattr(arviz, "InferenceData"):  # ArviZ before 1.0
+    if arviz.__version__.startswith("0."):
         data = from_dict(**arrays, coords=dict(coords), dims=names)
     else:
         data = from_dict(arrays, coords=dict(coords), dims=names)
