@@ -46,7 +46,7 @@ from dcpc.tables import table
 from dcpc.training import AmortisedModule, GenerativeModule, ImageData
 from dcpc.training.callbacks import image_grid, save_png
 from dcpc.training.checkpoint import read_checkpoint
-from dcpc.training.command import ConfiguredCLI, one_line_errors
+from dcpc.training.cli import ConfiguredCLI, one_line_errors
 from dcpc.training.command import main as dcpc_command
 from experiments.layers import layers
 

@@ -18,7 +18,7 @@ from dcpc.evaluation.intensities import to_unit
 from dcpc.observed import main_tensor
 from dcpc.training import GenerativeModule, ImageData
 from dcpc.training.checkpoint import read_checkpoint
-from dcpc.training.command import ConfiguredCLI, one_line_errors
+from dcpc.training.cli import ConfiguredCLI, one_line_errors
 
 
 def freeze(

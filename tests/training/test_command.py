@@ -15,7 +15,8 @@ from matplotlib import image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dcpc.training import ParticleModule
-from dcpc.training.command import ConfiguredCLI, main
+from dcpc.training.cli import ConfiguredCLI
+from dcpc.training.command import main
 
 MODEL = "dcpc.models.DeepLatentGaussian"
 UNITS = ("z1", "z2")

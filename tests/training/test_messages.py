@@ -11,8 +11,9 @@ from fuzz_configs import STACKS, run, sample
 from jsonargparse.typing import PositiveInt
 from torch import nn
 
-from dcpc.training import command
-from dcpc.training.command import ConfiguredCLI, main
+from dcpc.training import cli
+from dcpc.training.cli import ConfiguredCLI
+from dcpc.training.command import main
 from dcpc.training.type_words import describe_type, find_misfit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -24,7 +25,7 @@ Build = Callable[..., str]
 def error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Build:
     """The error line of a run with a layer and options on top of a shipped config."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "TrainingCLI", ConfiguredCLI)  # a mistake must not start a run
+    monkeypatch.setattr(cli, "TrainingCLI", ConfiguredCLI)  # a mistake must not start a run
 
     def build(
         layer: Any = None, *options: str, base: str = "digits", subcommand: str = "fit"
