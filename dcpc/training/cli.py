@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import CheckpointIO
@@ -28,6 +29,7 @@ from dcpc.training.callbacks import (
     ImageGrids,
     PredictionWriter,
     RunCheckpoint,
+    RunProgress,
     RunReport,
     SweepMonitor,
 )
@@ -191,13 +193,16 @@ class TrainingCLI(LightningCLI):
                 callbacks.append(CalibrationCurve())
             kwargs["logger"] = False
             kwargs["enable_checkpointing"] = False
-        if options.enable_progress_bar is None:
-            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+        shows_progress = options.enable_progress_bar
+        if shows_progress is None:
+            shows_progress = kwargs["enable_progress_bar"] = sys.stdout.isatty()
         configured = self._get(self.config_init, "trainer")
         plugins = _as_list(configured.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(DurableFiles())
         callbacks += _as_list(configured.callbacks)
+        if shows_progress and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(RunProgress())
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
     def after_instantiate_classes(self) -> None:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pytorch_lightning import LightningModule
-from pytorch_lightning.callbacks import Timer
 from torch import Tensor
 
 from dcpc.errors import OptionError
@@ -19,6 +18,7 @@ from dcpc.training.checkpoint import CheckpointError
 from dcpc.training.data import Batch, check_finite
 from dcpc.training.divergence import Watch, failures_told
 from dcpc.training.processes import check_strategy
+from dcpc.training.run_length import fraction_done
 
 __all__ = ["LearningRateSchedule", "MeasuredModule"]
 
@@ -175,24 +175,11 @@ class MeasuredModule(LightningModule, ABC):
         """Sets the learning rate, which is a function of how much of the run is done."""
         if self.learning_rate_schedule is None:
             return
-        factor = 0.5 * (1.0 + math.cos(math.pi * min(self._progress(), 1.0)))
+        done = fraction_done(self.trainer, self._num_steps) or 0.0
+        factor = 0.5 * (1.0 + math.cos(math.pi * done))
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
-
-    def _progress(self) -> float:
-        """Fraction of the run that is done, by steps or by time."""
-        done = [0.0]
-        total = self.trainer.num_training_batches * (self.trainer.max_epochs or 0)
-        if 0 < total < math.inf:
-            done.append(self._num_steps / total)
-        if self.trainer.max_steps > 0:
-            done.append(self.trainer.global_step / self.trainer.max_steps)
-        for timer in (c for c in self.trainer.callbacks if isinstance(c, Timer)):  # type: ignore[attr-defined]
-            remaining, elapsed = timer.time_remaining(), timer.time_elapsed()
-            if remaining is not None and elapsed + remaining > 0:
-                done.append(elapsed / (elapsed + remaining))
-        return max(done)
 
     # -- held-out data -----------------------------------------------------------------------
 

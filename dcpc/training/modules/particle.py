@@ -272,7 +272,7 @@ class ParticleModule(GenerativeModule):
         self.adaptation = average(state.adaptation, weight)
         self.last_sweep, self.last_state = info, state
         ess = 100.0 * info.ess.mean() / state.num_particles
-        self.log("train/ess_percent", ess, prog_bar=True, batch_size=num_data(x), sync_dist=True)
+        self.log("train/ess_percent", ess, batch_size=num_data(x), sync_dist=True)
         return losses
 
     def _count_sweeps(self) -> dict[int, int]:
