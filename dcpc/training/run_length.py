@@ -7,11 +7,11 @@ import math
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Timer
 
-__all__ = ["fraction_done"]
+__all__ = ["fractions_done"]
 
 
-def fraction_done(trainer: Trainer, num_batches: int) -> float | None:
-    """Fraction of a run that is done, by the nearest of its limits; None for a run without any.
+def fractions_done(trainer: Trainer, num_batches: int) -> list[float]:
+    """Fraction of a run that is done, by each of its limits; none for a run without any.
 
     Args:
         trainer: The trainer, with `max_epochs`, `max_steps` or `max_time`.
@@ -27,4 +27,4 @@ def fraction_done(trainer: Trainer, num_batches: int) -> float | None:
         remaining, elapsed = timer.time_remaining(), timer.time_elapsed()
         if remaining is not None and elapsed + remaining > 0:
             done.append(elapsed / (elapsed + remaining))
-    return min(max(done), 1.0) if done else None
+    return [min(fraction, 1.0) for fraction in done]

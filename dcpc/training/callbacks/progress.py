@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import ProgressBar
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
-from dcpc.training.run_length import fraction_done
+from dcpc.training.run_length import fractions_done
 
 __all__ = ["RunProgress"]
 
@@ -36,36 +36,35 @@ class RunProgress(ProgressBar):
 
     def __init__(self) -> None:
         super().__init__()
-        self._is_enabled = True
+        self.is_enabled = True
         self._run: tqdm | None = None
         self._round: tqdm | None = None
         self._terminal = sys.stdout
         self._streams = ExitStack()
+        self._start: list[float] = []
         self._shown = 0.0
 
     def disable(self) -> None:
-        self._is_enabled = False
+        self.is_enabled = False
 
     def enable(self) -> None:
-        self._is_enabled = True
+        self.is_enabled = True
 
     # -- training ----------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        done = fraction_done(trainer, _num_batches(trainer))
-        has_end = done is not None
+        self._start = fractions_done(trainer, _num_batches(trainer))
         self._run = self._line(
-            total=1.0 if has_end else None,
-            initial=done or 0.0,
-            bar_format=WITH_END if has_end else WITHOUT_END,
+            desc=_epoch(trainer),
+            total=1.0 if self._start else None,
+            initial=max(self._start, default=0.0),
+            bar_format=WITH_END if self._start else WITHOUT_END,
             leave=True,
         )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None:
-            epochs = trainer.max_epochs or 0
-            of_all = f"/{epochs}" if epochs > 0 else ""
-            self._run.set_description_str(f"epoch {trainer.current_epoch + 1}{of_all}")
+            self._run.set_description_str(_epoch(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *arguments: Any
@@ -82,7 +81,9 @@ class RunProgress(ProgressBar):
     def _show(self, trainer: Trainer) -> None:
         if self._run is None:
             return
-        self._run.n = fraction_done(trainer, _num_batches(trainer)) or 0.0
+        limits = zip(self._start, fractions_done(trainer, _num_batches(trainer)), strict=True)
+        if self._start:  # tqdm's time to go is then by the limit that is reached first
+            self._run.initial, self._run.n = min(limits, key=_time_to_go)
         self._run.set_postfix_str(_in_words(trainer.progress_bar_metrics))  # refreshes the line
         self._shown = time.monotonic()
 
@@ -136,10 +137,13 @@ class RunProgress(ProgressBar):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        """Takes the lines away: an error is all that is left to say."""
+        if self._run is not None:
+            self._run.leave = False
         self._close()
 
     def _line(self, **options: Any) -> tqdm | None:
-        if not self._is_enabled:
+        if not self.is_enabled:
             return None
         if self._run is None:  # the first line
             self._terminal = sys.stdout
@@ -165,6 +169,17 @@ class _Above(DummyTqdmFile):
         return self._wrapped is getattr(other, "_wrapped", other)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _epoch(trainer: Trainer) -> str:
+    epochs = trainer.max_epochs or 0
+    return f"epoch {trainer.current_epoch + 1}{f'/{epochs}' if epochs > 0 else ''}"
+
+
+def _time_to_go(limit: tuple[float, float]) -> float:
+    """The time that a limit is away, in units of the time that has gone."""
+    start, done = limit
+    return (1.0 - done) / (done - start) if done > start else math.inf
 
 
 def _num_batches(trainer: Trainer) -> int:

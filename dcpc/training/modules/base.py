@@ -18,7 +18,7 @@ from dcpc.training.checkpoint import CheckpointError
 from dcpc.training.data import Batch, check_finite
 from dcpc.training.divergence import Watch, failures_told
 from dcpc.training.processes import check_strategy
-from dcpc.training.run_length import fraction_done
+from dcpc.training.run_length import fractions_done
 
 __all__ = ["LearningRateSchedule", "MeasuredModule"]
 
@@ -175,7 +175,7 @@ class MeasuredModule(LightningModule, ABC):
         """Sets the learning rate, which is a function of how much of the run is done."""
         if self.learning_rate_schedule is None:
             return
-        done = fraction_done(self.trainer, self._num_steps) or 0.0
+        done = max(fractions_done(self.trainer, self._num_steps), default=0.0)
         factor = 0.5 * (1.0 + math.cos(math.pi * done))
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
