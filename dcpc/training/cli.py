@@ -33,7 +33,12 @@ from dcpc.training.callbacks import (
     RunReport,
     SweepMonitor,
 )
-from dcpc.training.checkpoint import DurableFiles, read_checkpoint
+from dcpc.training.checkpoint import (
+    DurableFiles,
+    check_parameters,
+    load_initial_weights,
+    read_checkpoint,
+)
 from dcpc.training.data import LabelledData
 from dcpc.training.modules import (
     MeasuredModule,
@@ -41,7 +46,7 @@ from dcpc.training.modules import (
 )
 from dcpc.training.parser import ConfigParser, Threads, fail, narrow_types
 from dcpc.training.paths import local_path
-from dcpc.training.processes import is_first_to_fail, let_others_fail
+from dcpc.training.processes import is_first_process, is_first_to_fail, let_others_fail
 from dcpc.training.refusals import refusal
 from dcpc.training.screens import OVERVIEW
 from dcpc.training.signals import Signals
@@ -134,6 +139,20 @@ class TrainingCLI(LightningCLI):
             help="Threads of torch on the CPU; 1 is fastest for small models. null: torch's choice",
         )
 
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--init_from",
+                type=str | None,
+                default=None,
+                help="Checkpoint, or file of `checkpoints/`, of which the weights alone are taken: "
+                "optimiser, particles and epochs start afresh",
+            )
+        return parser
+
     def before_instantiate_classes(self) -> None:
         """Sets what the whole process has one of: threads, and how convolutions are computed.
 
@@ -164,6 +183,13 @@ class TrainingCLI(LightningCLI):
             options.ckpt_path = str(folder / "last.ckpt")
         if self.config.subcommand in ("validate", "test"):
             options.verbose = False  # the table of EvaluationTable takes the place of Lightning's
+        if self.config.subcommand == "fit" and options.init_from is not None:
+            if options.ckpt_path is not None:
+                raise OptionError(
+                    "--init_from starts a run from weights, and --ckpt_path goes on with one; give "
+                    "one of them (--init_from null, where a config sets it)"
+                )
+            options.init_from = str(local_path("--init_from", options.init_from))
         if options.ckpt_path is not None:
             options.ckpt_path = str(local_path("--ckpt_path", options.ckpt_path))
             options.weights_only = True
@@ -206,9 +232,16 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
     def after_instantiate_classes(self) -> None:
-        checkpoint = self.config[self.subcommand].ckpt_path
-        if checkpoint is not None:
-            read_checkpoint(checkpoint, self.model)
+        options = self.config[self.subcommand]
+        if options.ckpt_path is not None:
+            checkpoint = read_checkpoint(options.ckpt_path)
+            if self.subcommand == "fit":
+                self.model.check_settings(checkpoint)
+            check_parameters(checkpoint, self.model, options.ckpt_path)
+        if self.subcommand == "fit" and options.init_from is not None:
+            parts = load_initial_weights(options.init_from, self.model)
+            if is_first_process():
+                print(f"weights of {' and '.join(parts)} from {options.init_from}")
 
     def before_fit(self) -> None:
         """Measures the untrained model, so that learning shows."""

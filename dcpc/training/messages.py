@@ -23,7 +23,7 @@ START, PREFIX, END = "\x01", "\x02", "\x03"
 """Begin of a line that an inner level has made; place of the keys above it; its end."""
 
 LAYERS = "; an algorithm is a layer on top of data and model: --config configs/mnist.json first"
-HELP = "dcpc fit --help, --model.help CLASS and --data.help CLASS list the keys"
+HELP = "dcpc fit --help_all, --model.help CLASS and --data.help CLASS list the keys"
 
 KEYED = re.compile(r'(?:Parser key|Key) "(?P<key>[^"]+)"(?: element (?P<element>\d+))?:\s*')
 """A value that is wrong; the rest of the message says how."""

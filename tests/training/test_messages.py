@@ -176,7 +176,7 @@ def test_a_wrong_value_of_a_layer_is_one_line(
         (["--optimizer=SGD", "--optimizer.momentu=1"], ".*did you mean 'optimizer.momentum'.*"),
         (["--trainer.max_epocs=3"], "trainer.max_epocs: .*did you mean 'trainer.max_epochs'.*"),
         (["--model=GenerativeModule"], "model: .*, got 'GenerativeModule' .an abstract class; .*"),
-        (["--config="], "--config: there is no file ''"),
+        (["--config="], "--config: there is no file ''; `dcpc` lists .*"),
         (["--ckpt_path=s3://runs/last.ckpt"], "--ckpt_path .*'s3://runs/last.ckpt'"),
     ],
 )

@@ -105,6 +105,10 @@ class MeasuredModule(LightningModule, ABC):
     def table(self, is_test: bool) -> str:
         """The measurements of this round in full."""
 
+    def settings(self) -> dict[str, str]:
+        """Settings that a resumed run shares with the first one, in words, by their keys."""
+        return {"model.class_path": type(self).__name__}
+
     # -- training ----------------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -216,7 +220,24 @@ class MeasuredModule(LightningModule, ABC):
             "seed": self._seed,
             "num_steps": self._num_steps,
             "watch": self.watch.state_dict(),
+            "settings": self.settings(),
         }
+
+    def check_settings(self, checkpoint: Mapping[str, Any]) -> None:
+        """Checks that this run may go on from a checkpoint.
+
+        Raises:
+            CheckpointError: It was trained with other settings.
+        """
+        saved = checkpoint.get(STATE_KEY, {}).get("settings", {})  # early checkpoints have none
+        for key, here in self.settings().items():
+            there = saved.get(key, here)
+            if there != here:
+                raise CheckpointError(
+                    f"--ckpt_path: the checkpoint was trained with {key} {there}, and this run has "
+                    f"{here}; resume with the settings of the first run, or start from its weights "
+                    "alone, with --init_from in the place of --ckpt_path"
+                )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores it.
@@ -228,6 +249,8 @@ class MeasuredModule(LightningModule, ABC):
             raise CheckpointError(
                 f"the checkpoint has no entry {STATE_KEY!r}, so it was not written by dcpc fit"
             )
+        if self.trainer.state.fn == "fit":
+            self.check_settings(checkpoint)
         saved = checkpoint[STATE_KEY]
         self._seed = saved["seed"]
         self._num_steps = saved["num_steps"]
