@@ -60,7 +60,7 @@ class DurableFiles(TorchCheckpointIO):
         if _is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        entry = not_finite(checkpoint)
+        entry = _not_finite(checkpoint)
         if entry is not None:
             raise CheckpointError(
                 f"'{path}' was not written: its entry '{entry}' would hold numbers that are not "
@@ -176,13 +176,18 @@ def _read(path: str | Path, option: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{option}: '{path}' was changed: {changed}; take another copy, or train again"
         )
-    entry = not_finite(checkpoint)
+    entry = _not_finite(checkpoint)
     if entry is not None:
         raise CheckpointError(
             f"{option}: '{path}': its entry '{entry}' holds numbers that are not finite; use an "
             "earlier checkpoint"
         )
     return checkpoint
+
+
+def _not_finite(checkpoint: Mapping[str, Any]) -> str | None:
+    """As `not_finite`, of all but callbacks, whose best value before the first is an infinity."""
+    return not_finite({name: entry for name, entry in checkpoint.items() if name != "callbacks"})
 
 
 def _not_ours(path: str | Path, option: str) -> CheckpointError:

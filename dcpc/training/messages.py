@@ -63,6 +63,9 @@ JSON_NAMES = {
 SPEC = {"class_path", "init_args", "dict_kwargs"}
 """Keys of a class of the config."""
 
+MAX_LISTED = 12
+"""Keys of a class that are listed where none of them resembles the one that was given."""
+
 GIVEN = (
     re.compile(r"^ *Given value: (.*)", re.MULTILINE | re.DOTALL),
     re.compile(r"Got value: (.*)"),
@@ -180,4 +183,6 @@ def _refusal(parser: argparse.ArgumentParser, key: str, suggest: Callable[[str],
             break
     else:
         hint = suggest(leaf) or "."
+        if 0 < len(siblings) <= MAX_LISTED:  # those of a class
+            hint = f", only {', '.join(sorted(siblings))}{hint}"
     return f"the key '{leaf}' is not accepted{hint} {HELP}"

@@ -20,6 +20,8 @@ __all__ = ["refusal"]
 CONSTRUCTORS = ("__init__", "__post_init__")
 NAMED = re.compile(r"-*(model|data|trainer|optimizer|lr_scheduler|ckpt_path)\b[.:]")
 """Begin of a message that names its key."""
+MISSING = re.compile(r"Requirement '([^']+)' not met|No module named '([^']+)'")
+"""A package that a class needs."""
 WRAPPED = re.compile(r"Does not validate against|Problem with given class_path|Parser key")
 """Begin of a message of jsonargparse around an error of a constructor."""
 
@@ -42,6 +44,11 @@ def refusal(error: BaseException, options: Namespace) -> DCPCError:
     causes = [cause for cause in _causes(error) if not WRAPPED.match(str(cause))] or [error]
     cause = next((e for e in causes if isinstance(e, DCPCError)), causes[0])
     message = " ".join(str(cause).split()) or type(cause).__name__
+    if package := MISSING.search(message):
+        message = (
+            f"the package {package[1] or package[2]} is not installed; install it by pip, or "
+            "choose another class"
+        )
     node, named = _node(cause, options), NAMED.match(message)
     if named and node is not None and not message.startswith(node.path):
         key = message[named.end() :]  # of a class that does not know that another one holds it

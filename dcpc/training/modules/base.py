@@ -15,7 +15,7 @@ from torch import Tensor
 from dcpc.errors import OptionError
 from dcpc.seeding import derived_seed, seeded
 from dcpc.training.checkpoint import CheckpointError
-from dcpc.training.data import Batch, check_finite
+from dcpc.training.data import Batch, LabelledData, check_finite, check_sets
 from dcpc.training.divergence import Watch, failures_told
 from dcpc.training.processes import check_strategy
 from dcpc.training.run_length import fractions_done
@@ -115,14 +115,18 @@ class MeasuredModule(LightningModule, ABC):
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
     def setup(self, stage: str) -> None:
-        """Refuses precisions that captured programs are not certified in; applies the others.
+        """Refuses unusable data, and precisions that captured programs are not certified in.
 
-        Lightning would apply them only after it has loaded the weights of a checkpoint, and round
-        these to the model's precision before.
+        Lightning would apply double precision only after it has loaded the weights of a checkpoint,
+        and round these to the model's precision before.
 
         Raises:
+            DataError: There are no data to train on, or to measure by.
             OptionError: `trainer.precision` is neither single nor double.
         """
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, LabelledData):
+            check_sets(data)
         precision = str(self.trainer.precision)
         if precision not in PRECISIONS:
             raise OptionError(
