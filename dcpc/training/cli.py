@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -284,6 +285,8 @@ def one_line_errors() -> Iterator[None]:
             raise
         fail(refused["message"])
     except RuntimeError as error:
+        if _is_of_callback(error):
+            fail(f"trainer.callbacks: {' '.join(str(error).split())}")
         if not (distributed.is_initialized() and LOST_PROCESS.search(str(error))):
             raise
         if is_first_to_fail() is False:
@@ -295,6 +298,12 @@ def one_line_errors() -> Iterator[None]:
         print(f"dcpc: error: {error}", file=sys.stderr)
         let_others_fail()
         raise SystemExit(2) from error
+
+
+def _is_of_callback(error: BaseException) -> bool:
+    """Whether a callback of Lightning has raised an error, as where its metric does not exist."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__")).startswith("pytorch_lightning.callbacks.")
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -184,5 +184,5 @@ def _refusal(parser: argparse.ArgumentParser, key: str, suggest: Callable[[str],
     else:
         hint = suggest(leaf) or "."
         if 0 < len(siblings) <= MAX_LISTED:  # those of a class
-            hint = f", only {', '.join(sorted(siblings))}{hint}"
+            hint = f", only {', '.join(sorted(siblings.keys() - {'help'}))}{hint}"
     return f"the key '{leaf}' is not accepted{hint} {HELP}"

@@ -22,7 +22,9 @@ NAMED = re.compile(r"-*(model|data|trainer|optimizer|lr_scheduler|ckpt_path)\b[.
 """Begin of a message that names its key."""
 MISSING = re.compile(r"Requirement '([^']+)' not met|No module named '([^']+)'")
 """A package that a class needs."""
-WRAPPED = re.compile(r"Does not validate against|Problem with given class_path|Parser key")
+WRAPPED = re.compile(
+    r"Does not validate against|Not a valid subclass|Problem with given class_path|Parser key"
+)
 """Begin of a message of jsonargparse around an error of a constructor."""
 
 
@@ -46,8 +48,8 @@ def refusal(error: BaseException, options: Namespace) -> DCPCError:
     message = " ".join(str(cause).split()) or type(cause).__name__
     if package := MISSING.search(message):
         message = (
-            f"the package {package[1] or package[2]} is not installed; install it by pip, or "
-            "choose another class"
+            f"it needs the package {package[1] or package[2]}, which is not installed; install it "
+            "by pip, or choose another class"
         )
     node, named = _node(cause, options), NAMED.match(message)
     if named and node is not None and not message.startswith(node.path):
