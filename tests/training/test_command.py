@@ -341,9 +341,7 @@ def test_a_folder_that_cannot_be_written_is_named(
 
 
 def test_help_explains_the_commands(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        main(["--help"])
-    assert exit_info.value.code == 0
+    main(["--help"])
     shown = capsys.readouterr().out
     for phrase in ("dcpc fit", "dcpc test", "dcpc predict", "resume", "tensorboard --logdir runs"):
         assert phrase in shown
