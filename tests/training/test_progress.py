@@ -34,6 +34,14 @@ class Terminal(StringIO):
         return shown(self.getvalue())
 
 
+class Error(Terminal):
+    """The other stream of a terminal."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__()
+        self.write = terminal.write  # type: ignore[method-assign]
+
+
 def shown(written: str) -> list[str]:
     """The lines of a terminal after carriage returns, line feeds, and moves of one line up."""
     lines: list[list[str]] = [[]]
@@ -145,7 +153,7 @@ def test_a_run_without_an_end_has_no_time_to_go(monkeypatch: pytest.MonkeyPatch)
 def test_whatever_is_printed_appears_above_the_lines_as_it_was() -> None:
     terminal = Terminal()
     progress, trainer = RunProgress(), fake_trainer()
-    with redirect_stdout(terminal), redirect_stderr(terminal):
+    with redirect_stdout(terminal), redirect_stderr(Error(terminal)):
         outer = sys.stdout
         progress.on_train_start(trainer, MODULE)
         progress.on_validation_start(trainer, MODULE)
@@ -184,6 +192,7 @@ OPTIONS = (
     "--model.compile=false",
     "--trainer.limit_val_batches=1",
     "--trainer.limit_test_batches=1",
+    "--trainer.log_every_n_steps=1",
     "--trainer.max_epochs=3",
     "--trainer.check_val_every_n_epoch=1",
 )
