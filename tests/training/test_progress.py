@@ -19,6 +19,7 @@ from dcpc.training.callbacks import RunProgress
 from dcpc.training.run_length import fractions_done
 
 pty = pytest.importorskip("pty")  # of POSIX systems
+termios = pytest.importorskip("termios")
 
 MODULE: Any = None
 
@@ -205,6 +206,7 @@ def dcpc(*arguments: str) -> list[str]:
 
 def test_a_terminal_shows_the_reports_of_a_run_and_one_line(tmp_path: Path) -> None:
     master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (40, 100))
     command = dcpc("fit", *OPTIONS, f"--trainer.default_root_dir={tmp_path}")
     with subprocess.Popen(command, stdout=slave, stderr=slave) as process:
         os.close(slave)
