@@ -460,3 +460,22 @@ def test_a_run_goes_on_for_longer_and_is_measured_otherwise(
         "--trainer.log_every_n_steps=2",
     )
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 2
+
+
+def test_callbacks_follow_the_measurements_and_name_one_that_does_not_exist(
+    config: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def watching(metric: str) -> list[str]:
+        callbacks = [
+            {"class_path": "EarlyStopping", "init_args": {"monitor": metric}},
+            {"class_path": "ModelCheckpoint", "init_args": {"monitor": metric}},
+        ]
+        trainer = config["trainer"] | {"callbacks": callbacks, "default_root_dir": str(tmp_path)}
+        path = tmp_path / "watching.json"
+        path.write_text(json.dumps({**config, "trainer": trainer}))
+        return ["fit", f"--config={path}"]
+
+    main(watching("held_out/evidence_nll"))
+    assert (tmp_path / "last.ckpt").exists()
+    message = error_of(capsys, main, watching("held_out/evidence"))
+    assert "trainer.callbacks: Early stopping conditioned on metric" in message
