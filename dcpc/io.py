@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dcpc.errors import FileError
@@ -225,16 +225,21 @@ def num_bytes(content: Any) -> int:
     return sum(storages.values())
 
 
-def describe_misfit(parameters: Mapping[str, Tensor], module: nn.Module) -> str | None:
-    """Says which parameter a module lacks, or has in another shape; None if all of them fit."""
-    got = {name: tuple(value.shape) for name, value in parameters.items()}
-    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    for name in sorted({*got, *wanted}):
-        if got.get(name) != wanted.get(name):
-            return (
-                f"parameter '{name}' has shape {got.get(name)} there and {wanted.get(name)} in "
-                "this model"
-            )
+def describe_misfit(there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> str | None:
+    """The first parameter that is missing, or has another shape; None if all fit.
+
+    Args:
+        there: Parameters of a file.
+        here: Those of the model, as its `state_dict()`.
+    """
+    for name in sorted({*there, *here}):
+        if name not in here:
+            return f"parameter '{name}' is in the file, but not in this model"
+        if name not in there:
+            return f"parameter '{name}' of this model is not in the file"
+        shapes = tuple(there[name].shape), tuple(here[name].shape)
+        if shapes[0] != shapes[1]:
+            return f"parameter '{name}' has shape {shapes[0]} there and {shapes[1]} in this model"
     return None
 
 

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from dcpc.training import ParticleModule
-from dcpc.training.command import TrainingCLI
+from dcpc.training.cli import TrainingCLI
 
 NUM_PARTICLES, BATCH_SIZE, NUM_TRAINING, NUM_EPOCHS = 2, 10, 30, 2
 LATENT_SIZES = {"z1": 3, "z2": 5}

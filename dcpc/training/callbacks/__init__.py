@@ -2,6 +2,7 @@
 
 checkpoints        the state of a run, saved wherever training stops
 monitors           what TensorBoard shows
+progress           the progress line of a terminal
 reports            tables, predictions, where the checkpoint is
 calibration        how far predicted labels can be trusted
 decision_boundary  the plane as a classifier sees it
@@ -13,6 +14,7 @@ from dcpc.training.callbacks.checkpoints import RunCheckpoint
 from dcpc.training.callbacks.decision_boundary import DecisionBoundary, draw_decision_boundary
 from dcpc.training.callbacks.grids import film_strips, image_grid, save_png
 from dcpc.training.callbacks.monitors import ImageGrids, SweepMonitor
+from dcpc.training.callbacks.progress import RunProgress
 from dcpc.training.callbacks.reports import EvaluationTable, PredictionWriter, RunReport
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "ImageGrids",
     "PredictionWriter",
     "RunCheckpoint",
+    "RunProgress",
     "RunReport",
     "SweepMonitor",
     "draw_calibration",

@@ -63,6 +63,9 @@ class ClassifierModule(MeasuredModule):
         self.automatic_optimization = False
         self._is_right: list[Tensor] = []
 
+    def settings(self) -> dict[str, str]:
+        return super().settings() | {"model.rule": type(self.rule).__name__}
+
     def setup(self, stage: str) -> None:
         """Looks at the labels, and predicts a datum: data that do not fit are an error at once.
 

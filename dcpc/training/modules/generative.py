@@ -40,6 +40,7 @@ from dcpc.observed import (
 )
 from dcpc.training.data import Batch, LabelledData, LabelledSet
 from dcpc.training.modules.base import LearningRateSchedule, MeasuredModule
+from dcpc.training.observations import check_runs
 
 __all__ = ["GenerativeModule", "Guide", "HeldOut"]
 
@@ -181,6 +182,7 @@ class GenerativeModule(MeasuredModule):
             shape = tuple(main_tensor(first).shape[1:])
             for name in ("image_shape", "frames_shape"):
                 check_image_shape(shape, getattr(self.model, name, shape), name)
+            check_runs(self.model, data.held_out_set.first(2)[0])
             if self.held_out.forecast:
                 images_alone(f"forecast={self.held_out.forecast}", first)
                 check_forecast(self.held_out.forecast, shape)

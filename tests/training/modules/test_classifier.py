@@ -26,7 +26,8 @@ from dcpc.networks import (
 )
 from dcpc.training import ClassifierModule, DigitsData, MoonsData
 from dcpc.training.callbacks import draw_decision_boundary
-from dcpc.training.command import ConfiguredCLI, main
+from dcpc.training.cli import ConfiguredCLI
+from dcpc.training.command import main
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "networks" / "two-moons.json")
 NUM_BATCHES = 32  # 1024 points, 32 at a time
