@@ -60,7 +60,7 @@ def draw(images: dict[str, Tensor], path: Path) -> None:
     """Writes the rows below each other, each with its name on the left."""
     figure, axes = plt.subplots(len(images), 1, figsize=(9, 4.1), layout="constrained")
     for axis, (name, row) in zip(axes, images.items(), strict=True):
-        axis.imshow(image_grid(row, len(row))[0], cmap="gray", vmin=0, vmax=1)
+        axis.imshow(image_grid(row, len(row))[0].numpy(), cmap="gray", vmin=0, vmax=1)
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_frame_on(False)
