@@ -9,16 +9,19 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 MARK = re.compile(r"^<!-- (dcpc [^>]*--help) -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     def screen(mark: re.Match[str]) -> str:
-        words = shlex.split(mark[1])
-        program = "import sys; from dcpc.training.command import main; main(sys.argv[1:])"
+        script, *words = shlex.split(mark[1])
         shown = subprocess.run(
-            [sys.executable, "-c", program, *words[1:]], capture_output=True, text=True, check=True
+            [str(Path(sys.executable).with_name(script)), *words],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return f"```text\n$ {mark[1]}\n{shown.stdout.strip()}\n```"
 

@@ -20,7 +20,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         link, notebook = item.groups()
         figures = [uri for uri in files.src_uris if uri.startswith(f"{notebook}_files/")]
         figure = f"![](../{figures[0]}){{ .figure }}\n\n    " if figures else ""
-        return f"-   {figure}**{link}**"
+        return f"\n-   {figure}**{link}**"
 
     def as_cards(items: re.Match[str]) -> str:
         cards = ITEM.sub(with_figure, items[0])

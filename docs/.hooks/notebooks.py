@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-DOWNLOAD = '\n\n<a class="md-button" href="{0}" download>Notebook</a> to run it.\n'
+DOWNLOAD = '\n\n<a href="{0}" download>Download this notebook</a>\n'
 
 
 def on_config(config: MkDocsConfig) -> None:
