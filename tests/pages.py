@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 import re
 import runpy
@@ -46,6 +47,7 @@ HELD_OUT = [
     *(f"--trainer.limit_{part}_batches=1" for part in ("val", "test", "predict")),
 ]
 SHORT = ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1"]
+MAX_EPOCHS = 2
 SMALL_CONFIGS = ("digits", "networks/two-moons", "networks/digits")
 """Shipped configs whose commands run; the options of others are parsed only."""
 
@@ -212,7 +214,11 @@ def small(arguments: list[str]) -> list[str]:
     options = [] if "networks" in files[0] else HELD_OUT
     options = options + (SHORT if arguments[0] == "fit" else [])
     last = configs[-1] + 1
-    return [*arguments[:last], *options, *arguments[last:]]
+    rest = [
+        str(min(int(word), MAX_EPOCHS)) if before == "--trainer.max_epochs" else word
+        for before, word in itertools.pairwise(arguments[last - 1 :])
+    ]
+    return [*arguments[:last], *options, *rest]
 
 
 @contextlib.contextmanager
