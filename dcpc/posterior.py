@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +16,13 @@ from dcpc import posterior_files
 from dcpc.continuation import Continuation
 from dcpc.divide.supports.discrete import ONE_HOT, DiscreteSupport
 from dcpc.draws import MIN_DRAWS, describe, design_effect, quantiles
-from dcpc.errors import DCPCError, EvidenceError, OptionError
+from dcpc.errors import EvidenceError, OptionError
+from dcpc.inference_data import inference_data
 from dcpc.recombine import LogWeights, systematic, take_particles
 from dcpc.sweep import SweepState
 from dcpc.tables import format_posterior, html_posterior, summarise_posterior
 
-if TYPE_CHECKING:
-    import arviz
-
 Samples = dict[str, Tensor]
-
-MAX_CHAINS = 16
-"""Particles that are exported as one chain each."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +90,8 @@ class Posterior:
             of the conditional probabilities that it was drawn from, as `probabilities` gives them.
         local_samples: Of a run over minibatches, constrained values of the latents of single data,
             `(K, *batch, *event)` with all data on the axis of their plate: the final particles.
+        axis_names: By site, names of the plates on the axes `(*batch, *event)` of its values; empty
+            ones for axes that are no plates.
     """
 
     samples: Mapping[str, Tensor]
@@ -116,6 +113,7 @@ class Posterior:
     discrete: Mapping[str, DiscreteSupport] = field(default_factory=dict)
     conditional_probabilities: Mapping[str, Tensor] = field(default_factory=dict)
     local_samples: Samples = field(default_factory=dict)
+    axis_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def found_blocks(self) -> dict[tuple[str, ...], str]:
@@ -396,24 +394,52 @@ class Posterior:
     def _repr_html_(self) -> str:
         return html_posterior(self)
 
-    def to_arviz(self) -> arviz.InferenceData:
-        """The posterior as ArviZ's `InferenceData`.
+    def to_arviz(
+        self,
+        *,
+        groups: Sequence[str] | None = None,
+        num_draws: int | None = 4000,
+        num_prior: int = 500,
+        coords: Mapping[str, Sequence] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        seed: int = 0,
+    ) -> Any:
+        """The posterior in ArviZ's groups, for its plots, `az.loo`, `az.compare` and files.
+
+        `posterior`, `sample_stats` (log-joint `lp` in constrained coordinates, and the particle and
+        kept sweep of each draw), `log_likelihood`, `posterior_predictive`, `prior`,
+        `prior_predictive` and `observed_data`. The groups but for the first two need the model and
+        its data: a posterior from a file has them again after `made_by`. Dimensions have the names
+        of plates.
 
         With a history, particles are chains; more than 16 particles are put end to end in four
         chains, whose R-hat and ESS in ArviZ then are those of the cloud (a thousand short chains
-        have an R-hat above 1.01 whenever their draws are correlated). Without a history, K
-        resampled draws are one chain.
+        have an R-hat above 1.01 whenever their draws are correlated). Particles that were resampled
+        on the way are no chains (`dcpc-smc`): one chain then holds draws in random order, as many
+        as the least known value has effective ones. `sample_stats.arrangement` tells.
+
+        Log-likelihoods are those of single elements of observed sites given the latents, discrete
+        ones included; masked elements have zero. What a `pyro.factor` adds is in `lp` only.
+
+        Args:
+            groups: Those to make beside `posterior`; None for all that can be made. Those that
+                cannot, such as the prior of a flat prior, are named in the attribute `left_out`.
+            num_draws: Draws of all chains together, evenly spaced among those that were kept; None
+                for all of them. Likelihoods and predictions beyond 256 MiB lower it.
+            num_prior: Draws of the prior.
+            coords: Labels of dimensions, as in `{"schools": ["A", "B", ...]}`.
+            dims: Names of a site's dimensions instead of those of its plates.
+            seed: Seed of the predictions; the global random state is left as it was.
+
+        Returns:
+            ArviZ's `InferenceData`; with ArviZ 1.0 and later, xarray's `DataTree`.
 
         Raises:
             DCPCError: ArviZ is not installed.
+            OptionError: An unknown group, site or dimension, or labels that are not as many.
+            ThreadError: Another thread is in an inference.
         """
-        try:
-            import arviz
-        except ImportError as error:
-            raise DCPCError("to_arviz needs ArviZ; install it with: pip install arviz") from error
-        draws = {name: _few_chains(z) for name, z in self.history.items()}
-        draws = draws or {name: z[None] for name, z in self.resample().items()}
-        return arviz.from_dict(posterior={name: z.cpu().numpy() for name, z in draws.items()})
+        return inference_data(self, groups, num_draws, num_prior, coords or {}, dims or {}, seed)
 
     def draws(self, name: str) -> Tensor:
         """The history of a site's values, `(n, K, num_kept)` for n values."""
@@ -476,14 +502,6 @@ class Posterior:
         z, axes = self.samples[name], self.population_axes[name]
         shape = [z.shape[0]] + [z.shape[axis] if axis in axes else 1 for axis in range(1, z.dim())]
         return by_cell.reshape(shape)
-
-
-def _few_chains(history: Tensor) -> Tensor:
-    """At most 16 chains `(chains, draws, ...)` of the particles' histories `(K, T, ...)`."""
-    num_particles = history.shape[0]
-    if num_particles <= MAX_CHAINS:
-        return history
-    return history[: num_particles // 4 * 4].unflatten(0, (4, -1)).flatten(1, 2)
 
 
 def equal_weights(weights: LogWeights) -> bool:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read", "write"]
 
-FORMAT = "dcpc-posterior-4"
+FORMAT = "dcpc-posterior-5"
 ROOT = "posterior"
 
 
@@ -93,6 +93,12 @@ def _misfits(posterior: Posterior) -> Found:
         sizes = tuple(z.shape[axis] for axis in axes if 0 < axis < z.dim())
         if len(sizes) < len(axes) or sizes != population:
             yield f"population_axes.{name}", f"axes of sizes {population}", f"{axes} in {z.shape}"
+    if posterior.axis_names:
+        yield from _names("axis_names", posterior.axis_names, samples)
+        for name, names in posterior.axis_names.items():
+            if len(names) != samples[name].dim() - 1:
+                expected = f"{samples[name].dim() - 1} names"
+                yield f"axis_names.{name}", expected, str(len(names))
     if posterior.history:
         num_kept = next(iter(posterior.history.values())).shape[1:2].numel()
         yield from _like("history", posterior.history, samples, (count, num_kept))

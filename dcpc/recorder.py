@@ -113,10 +113,12 @@ class Recorder:
         """
         division, sums = self._problem.division, self._described
         has_series = self._is_chains or len(self._kept) < MIN_DRAWS
+        samples = self._constrain(state.latents)
         posterior = Posterior(
-            samples=self._constrain(state.latents),
+            samples=samples,
             state=state,
             population_axes=division.value_axes(),
+            axis_names=division.axis_names(samples),
             acceptance=division.by_unit(sums.mean(sums.statistic)),
             step_size=division.by_unit(sums.mean(sums.step_size)),
             unit_of={name: unit.name for unit in division.units for name in unit.sites},

@@ -276,7 +276,7 @@ def test_many_particles_are_few_chains_in_arviz():
     """ArviZ's R-hat of 200 short chains would be above 1.01 however right they are."""
     arviz = pytest.importorskip("arviz")
     posterior = run(num_particles=202)
-    data = posterior.to_arviz()
+    data = posterior.to_arviz(num_draws=None)
     history = posterior.history["z1"]
     assert data.posterior["z1"].shape == (4, 50 * history.shape[1])
     values = torch.tensor(data.posterior["z1"].values)

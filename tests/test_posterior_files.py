@@ -264,7 +264,7 @@ def test_flipped_bits_of_a_tensor_are_noticed(path):
 @pytest.mark.parametrize("content", [{}, {"format": 3}, {"format": "dcpc-frozen-particles-1"}])
 def test_files_of_something_else_are_refused(content, path):
     write_tensors(content, path)
-    refused(path, r"no file of Posterior\.save: expected .*'dcpc-posterior-4', got format")
+    refused(path, r"no file of Posterior\.save: expected .*'dcpc-posterior-5', got format")
     torch.save([1, 2], path)
     refused(path, r"no file of Posterior\.save")
 

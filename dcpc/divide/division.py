@@ -21,7 +21,7 @@ from dcpc.divide.program import (
     Factors,
     Program,
 )
-from dcpc.divide.sites import Plate, Sites, read_sites
+from dcpc.divide.sites import Deterministic, Plate, Site, Sites, axis_names, read_sites
 from dcpc.divide.supports.discrete import DiscreteSupport
 from dcpc.divide.unit import Unit, UnitGroup, sum_to_plates
 from dcpc.errors import DataError
@@ -132,6 +132,11 @@ class Division:
             if None not in found:
                 axes[name] = tuple(1 + axis for axis in found if axis is not None)
         return axes
+
+    def axis_names(self, values: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+        """Plates on the axes `(*batch, *event)` of a posterior's values `(K, *batch, *event)`."""
+        sites: dict[str, Site | Deterministic] = {**self.sites.deterministic, **self.model_sites}
+        return {name: axis_names(sites[name], z.dim() - 1) for name, z in values.items()}
 
     def matches(self, arguments: Arguments) -> bool:
         """Whether what was captured agrees with a plain run of the model for these arguments.

@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
@@ -104,9 +105,12 @@ class Substitute(TensorObservations):
             msg["value"] = all_of_plate(indices) if whole else indices
         if msg["name"] not in self.latents:
             return
-        value = transform_of(msg["fn"])(self.latents[msg["name"]])
+        value = self._value(msg)
         msg["value"], msg["done"] = value, True
         self.values[msg["name"]] = value
+
+    def _value(self, msg: Any) -> Tensor:
+        return transform_of(msg["fn"])(self.latents[msg["name"]])
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name = msg["name"]
@@ -134,7 +138,7 @@ class Substitute(TensorObservations):
                 self._record(name, msg, cast(Mapping[str, Any], self.sites)[name])
 
     def _record(self, name: str, msg: Any, site: Any) -> None:
-        with _unvalidated(msg["fn"]):
+        with unvalidated(msg["fn"]):
             if name in self.latents and site.discrete:
                 log_prob, log_det = _probability(msg, site.discrete.upper), None
             elif name in self.latents:
@@ -145,6 +149,16 @@ class Substitute(TensorObservations):
         self.log_factors[name] = log_factor if log_det is None else log_factor + log_det
         if name in self.masked_latents:
             self.masks[name] = element_mask(msg, site.batch_shape)
+
+
+class Given(Substitute):
+    """Replaces latents by constrained values."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__(values, None)
+
+    def _value(self, msg: Any) -> Tensor:
+        return self.latents[msg["name"]]
 
 
 def _latent_terms(msg: Any, u: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -221,6 +235,17 @@ class Draw(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if is_random(msg) and not msg["is_observed"] and msg["name"] not in self.unconstrained:
             self.unconstrained[msg["name"]] = transform_of(msg["fn"]).inv(msg["value"])
+
+
+class WithoutData(UnconditionMessenger):
+    """Draws observed sites anew, and leaves deterministic ones what they are.
+
+    Pyro's `uncondition` takes a `pyro.deterministic` for data, and draws it with its plates twice.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not is_deterministic(msg):
+            super()._pyro_sample(msg)
 
 
 class AtMeans(Messenger):
@@ -310,7 +335,7 @@ def _rescaled(log_prob: Tensor, scale: Any, by_plates: float) -> Tensor:
 
 
 @contextmanager
-def _unvalidated(fn: Any) -> Iterator[None]:
+def unvalidated(fn: Any) -> Iterator[None]:
     """Switches off the validation of a distribution that was made outside of the model.
 
     An expanded prior, such as a `PyroSample`'s, remembers the setting that it was made under.

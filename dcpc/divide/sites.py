@@ -93,6 +93,11 @@ class Site:
         """
         return u + noise if self.discrete is None else self.discrete.other(u, shift)
 
+    def axis(self, plate: Plate) -> int | None:
+        """Axis of a plate in the value; None where the value is the same for all of it."""
+        axis = len(self.batch_shape) + plate.dim
+        return axis if axis >= 0 and self.batch_shape[axis] == plate.size else None
+
 
 @dataclass(frozen=True)
 class Deterministic:
@@ -119,6 +124,16 @@ class Deterministic:
         event_dim = 0 if self.event_dim == len(self.shape) else self.event_dim
         axis = len(self.shape) - event_dim + plate.dim
         return axis if axis >= 0 and self.shape[axis] == plate.size else None
+
+
+def axis_names(site: Site | Deterministic, num_axes: int) -> tuple[str, ...]:
+    """Names of a value's axes: those of plates, and empty ones for the others."""
+    names = [""] * num_axes
+    for plate in site.plates:
+        axis = site.axis(plate)
+        if axis is not None:
+            names[axis] = plate.name
+    return tuple(names)
 
 
 class Sites(dict[str, Site]):

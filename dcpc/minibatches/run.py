@@ -134,6 +134,7 @@ class MinibatchRun:
             samples=samples,
             state=replace(whole, log_joint=torch.zeros_like(whole.log_joint)),
             population_axes={name: () for name in samples},
+            axis_names=division.axis_names(samples),
             acceptance=division.by_unit(sums.mean(sums.statistic)),
             step_size=division.by_unit(sums.mean(sums.step_size)),
             unit_of={n: unit.name for unit in division.units for n in unit.sites if n in names},

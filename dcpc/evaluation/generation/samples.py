@@ -9,7 +9,15 @@ import pyro
 import torch
 from torch import Tensor
 
-from dcpc.divide.handlers import AtMeans, Substitute, is_random, mean_of, running, transform_of
+from dcpc.divide.handlers import (
+    AtMeans,
+    Substitute,
+    WithoutData,
+    is_random,
+    mean_of,
+    running,
+    transform_of,
+)
 from dcpc.divide.model import Model
 from dcpc.errors import DataError, OptionError
 from dcpc.observed import Observed, as_arguments, main_tensor, named_tensors, num_data
@@ -81,7 +89,7 @@ def decode(
     """
     main, (args, kwargs) = main_tensor(x), as_arguments(x)
     latents = {name: u.to(main.device) for name, u in latents.items()}
-    program = Substitute(latents, None)(pyro.poutine.uncondition(model))
+    program = Substitute(latents, None)(WithoutData()(model))
     if at_means:
         program = AtMeans()(program)
     if latents:
@@ -142,7 +150,7 @@ def latent_shapes(model: Model, x: Observed) -> dict[str, torch.Size]:
     """
     args, kwargs = as_arguments(x)
     with seeded(0), torch.no_grad(), running(model, args, kwargs):
-        nodes = pyro.poutine.trace(pyro.poutine.uncondition(model)).get_trace(*args, **kwargs).nodes
+        nodes = pyro.poutine.trace(WithoutData()(model)).get_trace(*args, **kwargs).nodes
     return {
         name: transform_of(site["fn"]).inv(site["value"]).shape
         for name, site in nodes.items()

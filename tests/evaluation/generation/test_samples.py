@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dcpc.errors import OptionError
-from dcpc.evaluation import decode, latent_traversal
+from dcpc.evaluation import decode, latent_traversal, prior_samples
 from dcpc.models import DeepLatentGaussian
 
 
@@ -81,3 +81,16 @@ def test_latents_that_the_model_does_not_have_are_refused(model) -> None:
         latent_traversal(model, {"z1": torch.zeros(4, 2)}, "z1", 2, [0.0], x)
     with pytest.raises(OptionError, match="one of the given latents"):
         latent_traversal(model, {"z1": torch.zeros(4, 2)}, "z2", 0, [0.0], x)
+
+
+def test_deterministic_values_within_a_plate_are_computed_and_not_drawn() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            centre = pyro.deterministic("centre", 3.0 * z)
+            pyro.sample("x", dist.Normal(centre, 0.01), obs=x)
+
+    given = torch.tensor([1.0, -2.0, 0.5])
+    drawn = decode(model, {"z": given}, torch.zeros(3), seed=0)
+    torch.testing.assert_close(drawn.means, 3 * given)
+    assert prior_samples(model, torch.zeros(3), seed=0).samples.shape == (3,)
