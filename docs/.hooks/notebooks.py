@@ -8,6 +8,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 DOWNLOAD = '\n\n<a href="{0}" download>Download this notebook</a>\n'
@@ -21,7 +22,8 @@ def on_config(config: MkDocsConfig) -> None:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         folder = f"{path.stem}_files"
-        text, resources = MarkdownExporter().from_filename(
+        exporter = MarkdownExporter(preprocessors=[CoalesceStreamsPreprocessor])
+        text, resources = exporter.from_filename(
             str(path), resources={"output_files_dir": folder, "unique_key": path.stem}
         )
         title, rest = re.match(r"(# [^\n]*)(.*)", text.strip(), re.DOTALL).groups()
