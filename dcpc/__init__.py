@@ -4,7 +4,6 @@ from dcpc.convergence import ConvergenceWarning
 from dcpc.inference import DCPC
 from dcpc.posterior import Posterior
 from dcpc.sweep import SweepInfo, SweepState
+from dcpc.version import __version__
 
-__version__ = "0.1.0"
-
-__all__ = ["DCPC", "ConvergenceWarning", "Posterior", "SweepInfo", "SweepState"]
+__all__ = ["DCPC", "ConvergenceWarning", "Posterior", "SweepInfo", "SweepState", "__version__"]
