@@ -20,7 +20,8 @@ PAGES = [
 
 @pytest.mark.filterwarnings("ignore::dcpc.ConvergenceWarning")
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # by other tests
-@pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")  # of ArviZ
+@pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")  # of ArviZ, as is
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.sort_values is deprecated")
 @pytest.mark.parametrize("path", PAGES)
 def test_page_runs_from_top_to_bottom(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
