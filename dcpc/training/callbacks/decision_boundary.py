@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from dcpc.errors import OptionError
 from dcpc.observed import main_tensor
-from dcpc.training.callbacks.monitors import num_batches, tensorboard
+from dcpc.training.callbacks.board import add_figure, tensorboard
 from dcpc.training.data import LabelledData
 from dcpc.training.modules import ClassifierModule
 
@@ -35,11 +33,10 @@ class DecisionBoundary(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         writer = tensorboard(trainer)
         if writer is not None:
-            canvas = FigureCanvasAgg(self._draw(trainer, pl_module))
-            canvas.draw()
-            picture = np.asarray(canvas.buffer_rgba())[..., :3]
-            step = num_batches(trainer)
-            writer.add_image("images/decision_boundary", picture, step, dataformats="HWC")
+            assert isinstance(pl_module, ClassifierModule)
+            figure = self._draw(trainer, pl_module)
+            caption = "The class of every point of the plane, and the held-out data with theirs."
+            add_figure(writer, "images/decision_boundary", figure, pl_module.last_step, caption)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = Path(trainer.default_root_dir) / "decision_boundary.png"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dcpc.errors import DataError, require_at_least
+from dcpc.evaluation import mean_error
 from dcpc.evaluation.batches import gradients_allowed
 from dcpc.networks import EnergyNetwork, LearningRule
 from dcpc.observed import main_tensor
@@ -42,6 +43,10 @@ class ClassifierModule(MeasuredModule):
     """
 
     headline = "accuracy"
+    charts: ClassVar[Mapping[str, str]] = {
+        "held-out accuracy": "held_out/accuracy$",
+        "energy before and after inference": "train/.*energy.*",
+    }
     averages_gradients = False
 
     def __init__(
@@ -137,9 +142,11 @@ class ClassifierModule(MeasuredModule):
     def describe(self, measurements: Mapping[str, float]) -> str:
         return f"accuracy {100 * measurements['accuracy']:.2f} %"
 
-    def table(self, is_test: bool) -> str:
-        measured = self.measurements()
-        return f"{measured['num_data']:.0f} held-out data\n  {self.describe(measured)}"
+    def standard_errors(self) -> dict[str, float]:
+        return {"accuracy": mean_error(torch.cat(self._is_right).float())}
+
+    def conditions(self, is_test: bool) -> dict[str, int]:
+        return {"num_data": sum(map(len, self._is_right))}
 
     def _input(self, x: Tensor) -> Tensor:
         return x.flatten(1) if self.flatten else x
