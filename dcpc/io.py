@@ -1,7 +1,8 @@
 """Files of tensors and of JSON, written whole or not at all; none is pickled code.
 
 Those of tensors are `torch.save`'s, as Lightning's checkpoints are: safetensors would be a second
-format, and holds no nested dictionaries. Such a file is a zip archive, with a checksum of every tensor.
+format, and holds no nested dictionaries. Such a file is a zip archive, with a checksum of every
+tensor.
 """
 
 from __future__ import annotations

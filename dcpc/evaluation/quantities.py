@@ -54,12 +54,12 @@ QUANTITIES = {
     "evidence_nll": Quantity(
         "evidence NLL",
         "nats per datum",
-        "minus log p(x), by annealing: an upper bound in expectation",
+        "by annealing",
     ),
     "reconstruction_cross_entropy": Quantity(
         "reconstruction cross-entropy",
         "nats per datum",
-        "of the particle-averaged decoder mean, which has seen the datum",
+        "of the particle-averaged decoder mean",
     ),
     "reconstruction_mse": Quantity(
         "reconstruction MSE", "per pixel", "of the same, in intensities from 0 to 1", places=4
@@ -72,24 +72,21 @@ QUANTITIES = {
         better="higher",
         is_diagnostic=True,
     ),
-    "negative_elbo": Quantity(
-        "negative ELBO", "nats per datum", "of the encoder: an upper bound of the evidence NLL"
-    ),
+    "negative_elbo": Quantity("negative ELBO", "nats per datum", "of the encoder"),
     "importance_weighted_nll": Quantity(
         "importance-weighted NLL",
         "nats per datum",
-        "minus the encoder's importance-weighted bound: an upper bound, tighter than the ELBO's",
+        "of the encoder",
     ),
     "prior_sample_nll": Quantity(
         "prior-sample NLL",
         "nats per datum",
-        "minus the log of the mean likelihood over samples of the prior: far above the evidence "
-        "NLL",
+        "by samples of the prior: far too high",
     ),
     "bits_per_symbol": Quantity(
         "bits per symbol",
         "bits per symbol",
-        "the evidence NLL of discrete data, by symbol and to the base of 2",
+        "the evidence NLL to the base of 2",
         places=4,
     ),
     "prior_sample_bits_per_symbol": Quantity(
@@ -122,7 +119,7 @@ QUANTITIES = {
     "expected_calibration_error": Quantity(
         "expected calibration error",
         "probability",
-        "of the most probable class's probability, against the share that is right",
+        "confidence against the share that is right",
         places=4,
     ),
     "label_log_loss": Quantity(
@@ -216,7 +213,8 @@ def sign_rule(measured: Mapping[str, Result]) -> str:
         rule = "Higher is better"
     else:
         rule = "Lower is better" + (f", except for {', '.join(higher)}" if higher else "")
-    return f"{rule}. ±: one standard error over the data."
+    nll = "; NLLs are minus log p(x), or bounds above it" if "evidence_nll" in measured else ""
+    return f"{rule}{nll}. ±: one standard error over the data."
 
 
 def format_results(

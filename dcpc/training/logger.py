@@ -17,7 +17,14 @@ from dcpc.training.modules import MeasuredModule
 
 __all__ = ["RunLogger", "SaveConfig", "describe_run", "hyperparameters"]
 
-UNVARIED = ("held_out", "store_folder", "compile", "particle_batch_size", "evaluation_batch_size")
+UNVARIED = (
+    "held_out",
+    "store_folder",
+    "compile",
+    "particle_batch_size",
+    "evaluation_batch_size",
+    "num_workers",
+)
 """Keys that say how a run is computed and measured, and change nothing that is learned."""
 
 BUDGET = ("max_epochs", "max_steps", "max_time", "precision", "gradient_clip_val")

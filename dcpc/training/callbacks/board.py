@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pytorch_lightning import Trainer
@@ -19,6 +21,7 @@ __all__ = [
     "add_figure",
     "add_grid",
     "add_text",
+    "captioned",
     "log_folder",
     "tensorboard",
     "tested_run",
@@ -27,8 +30,11 @@ __all__ = [
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints, in the folder of its log."""
 
-PICTURE_SIZE = 512
-"""Longer side of a magnified picture in pixels, at most."""
+WIDTH, HEIGHT = 512, 768
+"""Of a magnified picture in pixels, at most."""
+
+DPI, LINE_HEIGHT, LETTER_WIDTH = 100, 15, 6.2
+"""Of captions: dots per inch; pixels of a line and of a letter of 8 points."""
 
 
 def tensorboard(trainer: Trainer) -> SummaryWriter | None:
@@ -58,18 +64,37 @@ def tested_run(trainer: Trainer) -> Iterator[SummaryWriter | None]:
 
 
 def add_grid(writer: SummaryWriter, tag: str, grid: Tensor, step: int, caption: str) -> None:
-    """Adds a picture `(channels, height, width)` in [0, 1], every pixel as a square of pixels."""
-    factor = max(1, PICTURE_SIZE // max(grid.shape[1:]))
-    large = grid.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    _add_image(writer, summary.image(tag, large, dataformats="CHW"), step, caption)
+    """Adds a picture `(channels, height, width)` in [0, 1], magnified, below its caption.
+
+    TensorBoard shows no descriptions of pictures, so that a caption is a part of the picture.
+    """
+    writer.add_image(tag, captioned(grid, caption), step)
 
 
-def add_figure(writer: SummaryWriter, tag: str, figure: Figure, step: int, caption: str) -> None:
+def add_figure(writer: SummaryWriter, tag: str, figure: Figure, step: int) -> None:
     """Adds a figure of matplotlib."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    picture = np.asarray(canvas.buffer_rgba())[..., :3]
-    _add_image(writer, summary.image(tag, picture, dataformats="HWC"), step, caption)
+    writer.add_image(tag, _pixels(figure), step)
+
+
+def captioned(grid: Tensor, caption: str) -> Tensor:
+    """A picture below its caption, every pixel as a square of pixels.
+
+    Args:
+        grid: `(channels, height, width)` in [0, 1].
+        caption: The text; it is broken into lines.
+
+    Returns:
+        `(channels, caption + factor * height, factor * width)`.
+    """
+    channels, height, width = grid.shape
+    factor = max(1, min(WIDTH // width, HEIGHT // height))
+    large = grid.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    wide = large.shape[2]
+    lines = textwrap.wrap(caption, max(1, int(wide / LETTER_WIDTH)))
+    size = (wide / DPI, (LINE_HEIGHT * len(lines) + 6) / DPI)
+    figure = Figure(figsize=size, dpi=DPI, facecolor="white")
+    figure.text(4 / wide, 0.5, "\n".join(lines), fontsize=8, verticalalignment="center")
+    return torch.cat((_pixels(figure)[:channels, :, :wide], large), 1)
 
 
 def add_text(writer: SummaryWriter, tag: str, text: str, step: int) -> None:
@@ -79,6 +104,9 @@ def add_text(writer: SummaryWriter, tag: str, text: str, step: int) -> None:
     writer._get_file_writer().add_summary(entry, step)
 
 
-def _add_image(writer: SummaryWriter, entry: summary.Summary, step: int, caption: str) -> None:
-    entry.value[0].metadata.summary_description = caption
-    writer._get_file_writer().add_summary(entry, step)
+def _pixels(figure: Figure) -> Tensor:
+    """A figure of matplotlib as a picture `(3, height, width)` in [0, 1]."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = np.asarray(canvas.buffer_rgba())[..., :3] / np.float32(255)
+    return torch.from_numpy(picture).permute(2, 0, 1)

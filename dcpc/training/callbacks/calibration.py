@@ -62,8 +62,7 @@ def draw_calibration(told: Calibration) -> Figure:
 
 def _show(writer: SummaryWriter, tag: str, told: Calibration, module: LightningModule) -> None:
     assert isinstance(module, GenerativeModule)
-    caption = "Share of the held-out labels that are predicted right, by confidence."
-    add_figure(writer, tag, draw_calibration(told), module.last_step, caption)
+    add_figure(writer, tag, draw_calibration(told), module.last_step)
 
 
 def _calibration(module: LightningModule) -> Calibration | None:

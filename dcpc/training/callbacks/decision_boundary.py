@@ -35,8 +35,7 @@ class DecisionBoundary(Callback):
         if writer is not None:
             assert isinstance(pl_module, ClassifierModule)
             figure = self._draw(trainer, pl_module)
-            caption = "The class of every point of the plane, and the held-out data with theirs."
-            add_figure(writer, "images/decision_boundary", figure, pl_module.last_step, caption)
+            add_figure(writer, "images/decision_boundary", figure, pl_module.last_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = Path(trainer.default_root_dir) / "decision_boundary.png"

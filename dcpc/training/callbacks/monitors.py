@@ -13,17 +13,19 @@ from dcpc.evaluation import prior_samples
 from dcpc.observed import call, mapped
 from dcpc.sweep import SweepInfo
 from dcpc.training.callbacks.board import add_grid, tensorboard
-from dcpc.training.callbacks.grids import NUM_SEQUENCES, film_strips, image_grid
+from dcpc.training.callbacks.grids import film_strips, image_grid
 from dcpc.training.modules import GenerativeModule, ParticleModule
 
 __all__ = ["ImageGrids", "SweepMonitor"]
 
 CAPTIONS = {
-    "originals": "Held-out data.",
-    "reconstructions": "The decoder's means for the held-out data after inference, averaged over "
-    "the particles; in the places of the originals.",
-    "prior_samples": "What the model generates from its prior: the decoder's means.",
+    "originals": "held-out data",
+    "reconstructions": "their reconstructions: decoder means after inference",
+    "prior_samples": "samples of the prior: decoder means",
 }
+
+SHOWN_SEQUENCES = 4
+"""Sequences in TensorBoard, where pictures are small."""
 
 
 class SweepMonitor(Callback):
@@ -114,11 +116,11 @@ class ImageGrids(Callback):
         rows = {"originals": first.originals, "reconstructions": first.reconstructions}
         if module.forecasts:
             rows["forecasts"] = module.forecasts[0].frames
-        shown = mapped(lambda values: values[:NUM_SEQUENCES], first.data)
+        shown = mapped(lambda values: values[:SHOWN_SEQUENCES], first.data)
         _, means = prior_samples(module.model, shown, seed=0)
-        caption = f"Held-out sequences; rows of each, from the top: {', '.join(rows)}."
+        caption = f"held-out sequences; of each, from the top: {', '.join(rows)}"
         for name, strips, told in (
-            ("film_strips", [frames[:NUM_SEQUENCES] for frames in rows.values()], caption),
+            ("film_strips", [frames[:SHOWN_SEQUENCES] for frames in rows.values()], caption),
             ("prior_samples", [means], CAPTIONS["prior_samples"]),
         ):
             picture = film_strips(strips, module.intensity_range)

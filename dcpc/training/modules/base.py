@@ -256,7 +256,7 @@ class MeasuredModule(LightningModule, ABC):
                 value,
                 prog_bar=name == self.headline,
                 # The untrained model is far off the scale of a curve; its table is logged.
-                logger=self.is_trained and quantity(name) is not None,
+                logger=None if self.is_trained and quantity(name) is not None else False,
                 batch_size=1,
                 # Every process measures all held-out data, so that all have the same value.
                 sync_dist=True,
