@@ -30,11 +30,11 @@ __all__ = [
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints, in the folder of its log."""
 
-WIDTH, HEIGHT = 512, 768
-"""Of a magnified picture in pixels, at most."""
+WIDTH, HEIGHT = 384, 768
+"""Of a magnified picture in pixels, at most: TensorBoard shows pictures some 350 wide."""
 
-DPI, LINE_HEIGHT, LETTER_WIDTH = 100, 15, 6.2
-"""Of captions: dots per inch; pixels of a line and of a letter of 8 points."""
+DPI, FONT_SIZE, LINE_HEIGHT, LETTER_WIDTH = 100, 8, 15, 6.2
+"""Of captions: dots per inch, points, pixels of a line and of a letter."""
 
 
 def tensorboard(trainer: Trainer) -> SummaryWriter | None:
@@ -93,7 +93,7 @@ def captioned(grid: Tensor, caption: str) -> Tensor:
     lines = textwrap.wrap(caption, max(1, int(wide / LETTER_WIDTH)))
     size = (wide / DPI, (LINE_HEIGHT * len(lines) + 6) / DPI)
     figure = Figure(figsize=size, dpi=DPI, facecolor="white")
-    figure.text(4 / wide, 0.5, "\n".join(lines), fontsize=8, verticalalignment="center")
+    figure.text(4 / wide, 0.5, "\n".join(lines), fontsize=FONT_SIZE, verticalalignment="center")
     return torch.cat((_pixels(figure)[:channels, :, :wide], large), 1)
 
 

@@ -39,7 +39,7 @@ class DecisionBoundary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = Path(trainer.default_root_dir) / "decision_boundary.png"
-        self._draw(trainer, pl_module).savefig(path)
+        self._draw(trainer, pl_module).savefig(path, dpi=150)
         print(f"decision boundary: {path}")
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> Figure:
@@ -70,7 +70,7 @@ def draw_decision_boundary(module: ClassifierModule, data: LabelledData) -> Figu
     across, up = (torch.linspace(float(low[i]), float(high[i]), RESOLUTION) for i in (0, 1))
     plane = torch.stack(torch.meshgrid(across, up, indexing="xy"), -1).reshape(-1, 2)
     classes = module.predict(plane.to(module.device, points.dtype)).argmax(1).cpu()
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(4.5, 3.5), layout="constrained")
     axes = figure.subplots()
     extent = (float(low[0]), float(high[0]), float(low[1]), float(high[1]))
     colours: dict[str, Any] = {"cmap": "coolwarm", "vmin": 0, "vmax": module.num_classes - 1}
