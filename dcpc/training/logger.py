@@ -90,7 +90,7 @@ def describe_run(
         config: The config of `dcpc fit`.
         charts: By title, regular expressions of the tags of every chart.
     """
-    add_text(writer, "config", f"```json\n{json.dumps(config, indent=2)}\n```", step=0)
+    add_text(writer, "run/config", f"```json\n{json.dumps(config, indent=2)}\n```", step=0)
     layout = {title: ["Multiline", [tags]] for title, tags in charts.items()}
     writer.add_custom_scalars({"overview": layout})
     # Without the summary of an experiment, which holds for the first run only, TensorBoard finds
@@ -114,6 +114,8 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, float | str]:
         **trainer,
     }
     found = {name: value for key, group in groups.items() for name, value in _flat(key, group)}
+    if config.get("optimizer"):
+        found.pop("module.learning_rate", None)  # which is ignored then
     return {name.removeprefix("module."): value for name, value in found.items()}
 
 

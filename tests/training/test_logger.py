@@ -84,7 +84,7 @@ def test_a_log_shows_neither_the_epoch_nor_a_placeholder_of_a_metric(resumed: Pa
 
 
 def test_a_log_holds_the_config_as_a_block_of_json(resumed: Path) -> None:
-    (*_, entry) = log(resumed / "version_0").Tensors("config")
+    (*_, entry) = log(resumed / "version_0").Tensors("run/config")
     shown = entry.tensor_proto.string_val[0].decode()
     assert shown.startswith("```json\n")
     assert shown.endswith("\n```")
@@ -106,6 +106,7 @@ def test_hyperparameters_have_the_names_of_options_and_leave_out_what_changes_no
                 },
                 "guide": None,
                 "num_particles": 4,
+                "learning_rate": 0.001,
                 "compile": "auto",
                 "step_size": {"pgd": 0.3},
                 "start": {"restart": True},
