@@ -9,7 +9,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +220,10 @@ class TrainingCLI(LightningCLI):
     def before_fit(self) -> None:
         """Measures the untrained model, so that learning shows."""
         if self.config.fit.ckpt_path is None and self.trainer.limit_val_batches:
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            logger = self.trainer.logger
+            told = logger.without_curves() if isinstance(logger, RunLogger) else nullcontext()
+            with told:
+                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def after_fit(self) -> None:
         """Measures the trained model, unless its last epoch was measured."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,12 @@ class RunLogger(TensorBoardLogger):
         root: The run's folder, `trainer.default_root_dir`.
         checkpoint: The checkpoint that the run is resumed from; None at its start.
         num_batches: Number of batches that it had learned from by then.
+
+    Attributes:
+        has_curves: Whether measurements are logged as scalars.
     """
+
+    has_curves = True
 
     def __init__(
         self, root: str | Path, checkpoint: str | Path | None = None, num_batches: int = 0
@@ -57,8 +63,19 @@ class RunLogger(TensorBoardLogger):
         )
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Leaves out the number of the epoch, which would be TensorBoard's first chart."""
-        super().log_metrics({n: value for n, value in metrics.items() if n != "epoch"}, step)
+        """Leaves out standard errors, and the epoch, which would be TensorBoard's first chart."""
+        if self.has_curves:
+            shown = {n: v for n, v in metrics.items() if n != "epoch" and not n.endswith("_se")}
+            super().log_metrics(shown, step)
+
+    @contextmanager
+    def without_curves(self) -> Iterator[None]:
+        """Logs no scalars: those of the untrained model are far off the scale of a curve."""
+        self.has_curves = False
+        try:
+            yield
+        finally:
+            self.has_curves = True
 
     def save(self) -> None:
         """Writes nothing beside the events: `config.json` has what `hparams.yaml` would hold."""

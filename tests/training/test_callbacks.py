@@ -224,7 +224,8 @@ def test_a_module_without_particles_has_grids_and_a_report_but_no_sweeps(
     names = ("originals", "prior_samples", "reconstructions")
     assert sorted(tags["images"]) == [f"images/{name}" for name in names]
     assert not tags["histograms"]
-    assert not [tag for tag in tags["scalars"] if tag.startswith("sweep/")]
+    swept = [tag for tag in tags["scalars"] if tag.startswith("sweep/")]
+    assert swept == ["sweep/held_out_ess_percent"]
     measured = module.measurements()
     nll, error = measured["evidence_nll"], measured["evidence_nll_se"]
     assert report.after == f"evidence NLL {nll:.2f} ± {error:.2f}"

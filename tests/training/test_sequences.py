@@ -131,6 +131,7 @@ def test_film_strips_are_in_tensorboard(
     factor = strips.width // width
     assert strips.width == factor * width
     assert strips.height > factor * height  # below a caption
+    assert "held_out/where_rmse" in events.Tags()["scalars"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import Timer
 from torch import Tensor
 
 from dcpc.errors import OptionError
-from dcpc.evaluation import Result, format_results, held_out_tag, quantity, results
+from dcpc.evaluation import Result, format_results, held_out_tag, results
 from dcpc.seeding import derived_seed, seeded
 from dcpc.training.checkpoint import CheckpointError
 from dcpc.training.data import Batch, check_finite
@@ -46,7 +46,6 @@ class MeasuredModule(LightningModule, ABC):
 
     Attributes:
         headline: The measurement that the progress bar shows.
-        charts: By title, regular expressions of the tags in charts of TensorBoard's overview.
         averages_gradients: Whether Lightning computes the gradients, and averages them over
             processes.
 
@@ -55,7 +54,6 @@ class MeasuredModule(LightningModule, ABC):
     """
 
     headline: ClassVar[str]
-    charts: ClassVar[Mapping[str, str]] = {"training loss": "train/loss$"}
     averages_gradients: ClassVar[bool] = True
 
     def __init__(
@@ -111,6 +109,11 @@ class MeasuredModule(LightningModule, ABC):
     @abstractmethod
     def conditions(self, is_test: bool) -> dict[str, int]:
         """Number of data of this round, as `num_data`, and the settings that it was measured by."""
+
+    @property
+    def charts(self) -> dict[str, str]:
+        """By title, regular expressions of the tags in charts of TensorBoard's overview."""
+        return {"training loss": "train/loss$"}
 
     # -- training ----------------------------------------------------------------------------
 
@@ -255,8 +258,6 @@ class MeasuredModule(LightningModule, ABC):
                 held_out_tag(name),
                 value,
                 prog_bar=name == self.headline,
-                # The untrained model is far off the scale of a curve; its table is logged.
-                logger=None if self.is_trained and quantity(name) is not None else False,
                 batch_size=1,
                 # Every process measures all held-out data, so that all have the same value.
                 sync_dist=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -43,10 +43,6 @@ class ClassifierModule(MeasuredModule):
     """
 
     headline = "accuracy"
-    charts: ClassVar[Mapping[str, str]] = {
-        "held-out accuracy": "held_out/accuracy$",
-        "energy before and after inference": "train/.*energy.*",
-    }
     averages_gradients = False
 
     def __init__(
@@ -67,6 +63,13 @@ class ClassifierModule(MeasuredModule):
         self.flatten = flatten
         self.automatic_optimization = False
         self._is_right: list[Tensor] = []
+
+    @property
+    def charts(self) -> dict[str, str]:
+        return {
+            "held-out accuracy": "held_out/accuracy$",
+            "energy before and after inference": "train/.*energy.*",
+        }
 
     def setup(self, stage: str) -> None:
         """Looks at the labels, and predicts a datum: data that do not fit are an error at once.

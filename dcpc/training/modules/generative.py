@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -120,14 +120,6 @@ class GenerativeModule(MeasuredModule):
     """
 
     headline = "evidence_nll"
-    charts: ClassVar[Mapping[str, str]] = {
-        "held-out evidence NLL": "held_out/evidence_nll$",
-        "training loss": "train/loss$",
-        "held-out reconstruction MSE": "held_out/reconstruction_mse$",
-        "acceptance rate of every unit": "sweep/acceptance/.*",
-        "step size of every unit": "sweep/step_size/.*",
-        "ESS of the particles, in percent": "train/ess_percent$",
-    }
 
     def __init__(
         self,
@@ -158,6 +150,14 @@ class GenerativeModule(MeasuredModule):
         self._squared_errors: dict[str, list[Tensor]] = {}
         self._prior_sampler = ImportanceSampler(model)
         self._guide_sampler = None if guide is None else ImportanceSampler(model, self.guide)
+
+    @property
+    def charts(self) -> dict[str, str]:
+        told = {"held-out evidence NLL": "held_out/evidence_nll$"}
+        if self.label_site is not None:
+            told["held-out labels that are wrong, in percent"] = "held_out/error_percent$"
+        told |= super().charts
+        return told | {"held-out reconstruction MSE": "held_out/reconstruction_mse$"}
 
     def negative_elbo(
         self, x: Observed, model: Callable[..., Any] | None = None, num_samples: int = 1
