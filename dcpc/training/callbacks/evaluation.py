@@ -62,9 +62,8 @@ class EvaluationTable(Callback):
         with tested_run(trainer) as writer:
             if writer is not None:
                 group = f"held_out_{command}"
-                for name, value in module.measurements().items():
-                    if name in module.results():
-                        writer.add_scalar(held_out_tag(name, group), value, module.last_step)
+                for name, result in module.results().items():
+                    writer.add_scalar(held_out_tag(name, group), result.value, module.last_step)
                 table = module.table(is_test, style="github")
                 add_text(writer, group, table, module.last_step)
 
