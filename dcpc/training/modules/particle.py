@@ -169,6 +169,14 @@ class ParticleModule(GenerativeModule):
         self._guide_losses = guide_objective(start, self.guide is not None, self.restarts)
         self._saved_particles: Mapping[str, Any] | None = None
 
+    @property
+    def charts(self) -> dict[str, str]:
+        return super().charts | {
+            "acceptance rate of every unit": "sweep/acceptance/.*",
+            "step size of every unit": "sweep/step_size/.*",
+            "ESS of the particles, in percent": "train/ess_percent$",
+        }
+
     def on_train_start(self) -> None:
         """Opens the particle store, with the checkpoint's particles if there are any."""
         super().on_train_start()
