@@ -42,8 +42,9 @@ PAPER_FIGURES = (
 PAPER_CAVEAT = """\
 The papers trained for longer and on all images. That of DCPC reports reconstructions of images
 whose particles were fitted during training, under a continuous Bernoulli likelihood; here they are
-of images inferred from scratch, under the Bernoulli likelihood. The README has a run of
-`dcpc-paper` under the paper's likelihood on all images.
+of images inferred from scratch, under the Bernoulli likelihood. A run of `dcpc-paper` on all images
+under the paper's likelihood is among the
+[results](../../docs/results.md#the-papers-algorithm-with-its-likelihood).
 """
 
 Budget = Literal["seconds", "gradients"]
@@ -113,32 +114,60 @@ def format_paper(runs: Mapping[str, Sequence[Run]]) -> str:
 
 
 def draw_curves(runs: Mapping[str, Sequence[Run]], budget: Budget) -> Figure:
-    """Evidence NLL against what was spent of a budget, averaged over the seeds.
+    """Evidence NLL against what was spent of a budget, and the table's final figures beside it.
 
-    An algorithm has the colour of the one that it warms up for, and dashes.
+    Curves and figures are means over the seeds with their standard errors, in the table's order.
+    An algorithm has the colour of the one that it warms up for, with dashes and hollow dots.
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(9.5, 4.5), layout="constrained")
+    curves, finals = figure.subplots(1, 2, width_ratios=(1.3, 1))
     colours: dict[str, str] = {}
+    dots: dict[str, Any] = {"marker": "o", "markersize": 4}
+    unit = 1.0 if budget == "seconds" else 1e6
+    final = {name: [run["spent"][budget]["evidence_nll"] for run in runs[name]] for name in runs}
+    order = sorted(final, key=lambda name: mean(final[name]))
     for algorithm, results in runs.items():
         points = list(zip(*(run["curve"] for run in results), strict=True))
-        spent = [mean(point[budget] for point in group) for group in points]
-        nll = [mean(point["evidence_nll"] for point in group) for group in points]
+        spent = [mean(point[budget] for point in group) / unit for group in points]
+        nll = [[point["evidence_nll"] for point in group] for group in points]
         base = algorithm.removesuffix("-warm")
         colour = colours.setdefault(base, f"C{len(colours)}")
-        style = "-" if algorithm == base else "--"
-        axes.plot(spent, nll, style, color=colour, marker="o", markersize=3, label=algorithm)
-    axes.set_xlabel("seconds of training" if budget == "seconds" else "gradient evaluations")
-    axes.set_ylabel(f"evidence NLL of {CURVE_IMAGES} images, {CURVE_TEMPERATURES} temperatures")
-    axes.legend(ncols=2)
+        style, fill = ("-", colour) if algorithm == base else ("--", "white")
+        middle, error = [mean(one) for one in nll], [_standard_error(one) for one in nll]
+        curves.errorbar(spent, middle, error, color=colour, linestyle=style, mfc=fill, **dots)
+        figures, place = final[algorithm], order.index(algorithm)
+        centre, error = mean(figures), _standard_error(figures)
+        finals.errorbar(centre, place, xerr=error, fmt="o", color=colour, mfc=fill)
+        label = f"  {algorithm}  {_with_error(figures, 2)}"
+        finals.text(centre + error, place, label, va="center", fontsize=9)
+    budgets = [run["spent"][budget][budget] for results in runs.values() for run in results]
+    curves.axvline(mean(budgets) / unit, color="grey", linestyle=":", label="budget")
+    curves.legend(loc="upper right")
+    curves.set_xlabel(
+        "seconds of training" if budget == "seconds" else "gradient evaluations, millions"
+    )
+    curves.set_ylabel("evidence NLL, nats per image")
+    curves.set_title(
+        f"While training: {CURVE_IMAGES} images, {CURVE_TEMPERATURES} temperatures", fontsize=10
+    )
+    finals.set(xlabel="evidence NLL, nats per image", yticks=[])
+    finals.margins(x=0.6)
+    finals.set_xlim(left=min(mean(one) for one in final.values()) - 1)
+    finals.invert_yaxis()
+    finals.set_title("Budget spent: the table's figures", fontsize=10)
     return figure
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean over the seeds; zero of a single one."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def _with_error(values: Sequence[float], digits: int) -> str:
     """Mean and standard error over the seeds."""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
-    return f"{mean(values):.{digits}f} ± {stdev(values) / math.sqrt(len(values)):.{digits}f}"
+    return f"{mean(values):.{digits}f} ± {_standard_error(values):.{digits}f}"
 
 
 def _caption(runs: Sequence[Run]) -> str:

@@ -7,18 +7,17 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
 import torch
 import torch.distributed as distributed
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ProgressBar
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessRaisedException
@@ -27,6 +26,7 @@ from dcpc.errors import DCPCError, OptionError
 from dcpc.training.callbacks import (
     CalibrationCurve,
     EvaluationTable,
+    HeldOutTables,
     ImageGrids,
     PredictionWriter,
     RunCheckpoint,
@@ -41,10 +41,12 @@ from dcpc.training.checkpoint import (
     read_checkpoint,
 )
 from dcpc.training.data import LabelledData
+from dcpc.training.logger import RunLogger, SaveConfig
 from dcpc.training.modules import (
     MeasuredModule,
     ParticleModule,
 )
+from dcpc.training.modules.base import STATE_KEY
 from dcpc.training.parser import ConfigParser, Threads, fail, narrow_types
 from dcpc.training.paths import local_path
 from dcpc.training.processes import is_first_process, is_first_to_fail, let_others_fail
@@ -77,21 +79,6 @@ LIGHTNING_REMARKS = (
 """Warnings that are about Lightning's own doings, or that do not apply to `dcpc`."""
 
 
-class _SaveConfig(SaveConfigCallback):
-    """Keeps the whole config beside a training run's logs."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
-
-
-class _Logger(TensorBoardLogger):
-    """Leaves out the number of the epoch, which would be TensorBoard's first chart."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        super().log_metrics({n: value for n, value in metrics.items() if n != "epoch"}, step)
-
-
 class TrainingCLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict` for a `MeasuredModule` on `LabelledData`.
 
@@ -107,13 +94,14 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None, signals: Signals | None = None) -> None:
         self.signals = signals
+        self.num_batches = 0  # that the checkpoint had learned from
         _quieten_lightning()
         super().__init__(
             MeasuredModule,
             LabelledData,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_callback=_SaveConfig,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"config_filename": "config.json", "overwrite": True},
             trainer_defaults={
                 "default_root_dir": None,
@@ -194,7 +182,8 @@ class TrainingCLI(LightningCLI):
         if options.ckpt_path is not None:
             options.ckpt_path = str(local_path("--ckpt_path", options.ckpt_path))
             options.weights_only = True
-            read_checkpoint(options.ckpt_path)
+            saved = read_checkpoint(options.ckpt_path).get(STATE_KEY, {})
+            self.num_batches = saved.get("num_steps", 0)
 
     def instantiate_classes(self) -> None:
         try:
@@ -208,11 +197,13 @@ class TrainingCLI(LightningCLI):
         callbacks: list[Callback]
         if self.subcommand == "fit":
             monitor = SweepMonitor(options.log_every_n_steps or 50)
-            callbacks = [monitor, ImageGrids(), CalibrationCurve(), RunReport()]
+            callbacks = [monitor, ImageGrids(), CalibrationCurve(), HeldOutTables(), RunReport()]
             if options.enable_checkpointing is not False:
                 callbacks.append(RunCheckpoint(self.signals))
             if options.logger in (None, True):
-                kwargs["logger"] = _Logger(options.default_root_dir, name="")
+                kwargs["logger"] = RunLogger(
+                    options.default_root_dir, self.config.fit.ckpt_path, self.num_batches
+                )
         else:
             is_prediction = self.subcommand == "predict"
             callbacks = [PredictionWriter()] if is_prediction else [EvaluationTable()]
@@ -247,7 +238,10 @@ class TrainingCLI(LightningCLI):
     def before_fit(self) -> None:
         """Measures the untrained model, so that learning shows."""
         if self.config.fit.ckpt_path is None and self.trainer.limit_val_batches:
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            logger = self.trainer.logger
+            told = logger.without_curves() if isinstance(logger, RunLogger) else nullcontext()
+            with told:
+                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def after_fit(self) -> None:
         """Measures the trained model, unless its last epoch was measured."""

@@ -13,6 +13,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor
 
 from dcpc.errors import OptionError
+from dcpc.evaluation import Result, format_results, held_out_tag, results
 from dcpc.seeding import derived_seed, seeded
 from dcpc.training.checkpoint import CheckpointError
 from dcpc.training.data import Batch, LabelledData, check_finite, check_sets
@@ -102,14 +103,41 @@ class MeasuredModule(LightningModule, ABC):
         """Measurements in a few words."""
 
     @abstractmethod
-    def table(self, is_test: bool) -> str:
-        """The measurements of this round in full."""
+    def standard_errors(self) -> dict[str, float]:
+        """Standard errors of the measurements by name, where they are known."""
+
+    @abstractmethod
+    def conditions(self, is_test: bool) -> dict[str, int]:
+        """Number of data of this round, as `num_data`, and the settings that it was measured by."""
+
+    @property
+    def charts(self) -> dict[str, str]:
+        """By title, regular expressions of the tags in charts of TensorBoard's overview."""
+        return {"training loss": "train/loss$"}
 
     def settings(self) -> dict[str, str]:
         """Settings that a resumed run shares with the first one, in words, by their keys."""
         return {"model.class_path": type(self).__name__}
 
     # -- training ----------------------------------------------------------------------------
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the training; None before it."""
+        return self._seed
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it has learned from a batch."""
+        return self._num_steps > 0
+
+    @property
+    def last_step(self) -> int:
+        """Index of the last batch that was learned from: what TensorBoard calls a step.
+
+        Not the optimiser's steps, of which `ipc` and the incremental rules take several per batch.
+        """
+        return max(self._num_steps - 1, 0)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
@@ -191,6 +219,14 @@ class MeasuredModule(LightningModule, ABC):
 
     # -- held-out data -----------------------------------------------------------------------
 
+    def results(self) -> dict[str, Result]:
+        """The measurements of this round with standard errors, units and meanings, by name."""
+        return results(self.measurements(), self.standard_errors())
+
+    def table(self, is_test: bool, style: Literal["plain", "github"] = "plain") -> str:
+        """The measurements of this round in full, for a terminal or as Markdown."""
+        return format_results(self.results(), self.conditions(is_test), style)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.measure(batch, batch_idx, is_test=False)
 
@@ -211,10 +247,16 @@ class MeasuredModule(LightningModule, ABC):
 
     def _log_measurements(self) -> None:
         for name, value in self.measurements().items():
-            if name != "num_data":
-                shown = name == self.headline
+            if name == "num_data":
+                continue
+            self.log(
+                held_out_tag(name),
+                value,
+                prog_bar=name == self.headline,
+                batch_size=1,
                 # Every process measures all held-out data, so that all have the same value.
-                self.log(f"held_out/{name}", value, prog_bar=shown, batch_size=1, sync_dist=True)
+                sync_dist=True,
+            )
 
     # -- checkpoints -------------------------------------------------------------------------
 

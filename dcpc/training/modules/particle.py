@@ -181,6 +181,14 @@ class ParticleModule(GenerativeModule):
             "model.blocks": str([list(block) for block in self.inference.blocks]),
         }
 
+    @property
+    def charts(self) -> dict[str, str]:
+        return super().charts | {
+            "acceptance rate of every unit": "sweep/acceptance/.*",
+            "step size of every unit": "sweep/step_size/.*",
+            "ESS of the particles, in percent": "train/ess_percent$",
+        }
+
     def on_train_start(self) -> None:
         """Opens the particle store, with the checkpoint's particles if there are any."""
         super().on_train_start()
