@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dcpc.evaluation import FrozenParticles, bottom_half, complete, prior_samples
 from dcpc.training.callbacks import image_grid
-from dcpc.training.command import ConfiguredCLI, one_line_errors
+from dcpc.training.cli import ConfiguredCLI, one_line_errors
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from dcpc.evaluation import FrozenParticles
-from dcpc.training.command import ConfiguredCLI
+from dcpc.training.cli import ConfiguredCLI
 from experiments import front_page
 
 ROOT = Path(__file__).parents[2]
