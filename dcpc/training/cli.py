@@ -243,6 +243,9 @@ class TrainingCLI(LightningCLI):
             parts = load_initial_weights(options.init_from, self.model)
             if is_first_process():
                 print(f"weights of {' and '.join(parts)} from {options.init_from}")
+                advice = self.model.advice_with_initial_weights()
+                if advice:
+                    print(advice)
 
     def before_fit(self) -> None:
         """Measures the untrained model, so that learning shows."""

@@ -406,7 +406,9 @@ def test_a_run_starts_from_weights_alone_with_other_particles_and_another_algori
         "--model.learning_rate=1e-12",
         "--trainer.max_epochs=1",
     )
-    assert f"weights of model from {run / 'last.ckpt'}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"weights of model from {run / 'last.ckpt'}" in told
+    assert "--model.start.first_sweeps 50 moves those of every datum there first" in told
     first = torch.load(run / "last.ckpt", weights_only=True)
     second = torch.load(tmp_path / "last.ckpt", weights_only=True)
     for name, value in first["state_dict"].items():  # the learning rate moves nothing

@@ -119,6 +119,10 @@ class MeasuredModule(LightningModule, ABC):
         """Settings that a resumed run shares with the first one, in words, by their keys."""
         return {"model.class_path": type(self).__name__}
 
+    def advice_with_initial_weights(self) -> str:
+        """What else to set where training starts from weights of another run; empty if nothing."""
+        return ""
+
     # -- training ----------------------------------------------------------------------------
 
     @property

@@ -181,6 +181,16 @@ class ParticleModule(GenerativeModule):
             "model.blocks": str([list(block) for block in self.inference.blocks]),
         }
 
+    def advice_with_initial_weights(self) -> str:
+        start, is_exact = self.start, self.inference.parts.correction.is_exact
+        if self.guide is not None or start.afresh or start.temperatures or start.first_sweeps:
+            return ""
+        key = "model.start.temperatures" if is_exact else "model.start.first_sweeps"
+        return (
+            "particles start from the prior, far from the posteriors of trained weights, and the "
+            f"weights follow them: --{key} 50 moves those of every datum there first"
+        )
+
     @property
     def charts(self) -> dict[str, str]:
         return super().charts | {
