@@ -43,7 +43,8 @@ def test_a_help_screen_fits_a_terminal(screen: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("subcommand", "option"), [(name, option) for option in OPTIONS for name in option.subcommands]
+    ("subcommand", "option"),
+    [(name, option) for option in OPTIONS for name in sorted(option.subcommands)],
 )
 def test_an_option_of_a_help_screen_is_the_parsers_with_its_default(
     subcommand: str, option: Option, built: ConfiguredCLI
