@@ -1,10 +1,24 @@
 """Divide-and-conquer predictive coding: inference and learning for static Pyro models."""
 
-from dcpc.convergence import ConvergenceWarning
-from dcpc.inference import DCPC
-from dcpc.posterior import Posterior
-from dcpc.sweep import SweepInfo, SweepState
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from dcpc.lazy import exported
+from dcpc.version import __version__
 
-__all__ = ["DCPC", "ConvergenceWarning", "Posterior", "SweepInfo", "SweepState"]
+if TYPE_CHECKING:
+    from dcpc.convergence import ConvergenceWarning
+    from dcpc.inference import DCPC
+    from dcpc.posterior import Posterior
+    from dcpc.sweep import SweepInfo, SweepState
+
+__all__ = ["DCPC", "ConvergenceWarning", "Posterior", "SweepInfo", "SweepState", "__version__"]
+
+__getattr__, __dir__ = exported(
+    __name__,
+    {
+        "dcpc.convergence": ["ConvergenceWarning"],
+        "dcpc.inference": ["DCPC"],
+        "dcpc.posterior": ["Posterior"],
+        "dcpc.sweep": ["SweepInfo", "SweepState"],
+    },
+)

@@ -99,7 +99,7 @@ class DCPC:
     proposals along its prediction error; importance weights recombine the units into weighted
     particles and an evidence estimate. Sennesh, Wu & Salvatori (2024).
 
-    Example:
+    Examples:
         >>> posterior = DCPC(model, num_particles=256).run(y, num_sweeps=500)
         >>> posterior.summary()
 
@@ -110,7 +110,7 @@ class DCPC:
     keeps in its store stays behind, unless it is saved by `pyro.get_param_store().save`.
 
     Args:
-        model: A Pyro program with continuous latents and a fixed set of sites.
+        model: A Pyro program with a fixed set of sites.
         guide: A Pyro program (encoder, autoguide) over the same latents that the particles are
             drawn from, with proper weights, instead of annealing from the prior.
         num_particles: K.
@@ -120,7 +120,8 @@ class DCPC:
         algorithm: A preset: `dcpc`, `dcpc-smc`, `sgld`, `dcpc-paper`, `pgd`, `lpc`, `mcpc`, `pc`,
             `ipc`.
         schedule: `sequential`, `coloured` or `joint`; None for the preset's.
-        move: `langevin` or `gradient`, or a `Move`, as in `Langevin(leapfrog_steps=4)`.
+        move: `langevin`, `underdamped`, `barker` or `gradient`, or a `Move`, as in
+            `Langevin(leapfrog_steps=4)`.
         correction: `metropolis`, `weight`, `resample` or `none`, or a `Correction`.
         preconditioner: `adapted`, `dense`, `second_moment`, `identity` or `particle_variance`, or
             a `Preconditioner`.

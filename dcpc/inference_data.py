@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from dcpc.replay import (
 )
 from dcpc.seeding import seeded
 from dcpc.threads import exclusive
+from dcpc.version import __version__
 
 if TYPE_CHECKING:
     from dcpc.posterior import Origin, Posterior
@@ -99,7 +99,7 @@ def inference_data(
     _check_coords(content, names, coords)
     arrays = {g: {n: z.cpu().numpy() for n, z in values.items()} for g, values in content.items()}
     from_dict: Any = arviz.from_dict
-    if hasattr(arviz, "InferenceData"):  # ArviZ before 1.0
+    if arviz.__version__.startswith("0."):
         data = from_dict(**arrays, coords=dict(coords), dims=names)
     else:
         data = from_dict(arrays, coords=dict(coords), dims=names)
@@ -331,7 +331,7 @@ def _notes(posterior: Posterior, draws: Draws, left_out: Mapping[str, str]) -> d
     """Attributes that files can hold."""
     notes: dict[str, Any] = {
         "inference_library": "dcpc",
-        "inference_library_version": version("dcpc"),
+        "inference_library_version": __version__,
         "num_particles": posterior.num_particles,
         "arrangement": draws.arrangement,
         "warnings": "\n".join(posterior.warnings),

@@ -1,12 +1,15 @@
-"""Files of tensors, written whole or not at all, and read without running pickled code.
+"""Files of tensors and of JSON, written whole or not at all; none is pickled code.
 
-They are `torch.save`'s, as Lightning's checkpoints are: safetensors would be a second format, and
-holds no nested dictionaries. Such a file is a zip archive, with a checksum of every tensor.
+Those of tensors are `torch.save`'s, as Lightning's checkpoints are: safetensors would be a second
+format, and holds no nested dictionaries. Such a file is a zip archive, with a checksum of every
+tensor.
 """
 
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import pickle
 import re
@@ -20,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dcpc.errors import FileError
@@ -40,6 +43,7 @@ __all__ = [
     "own_folder",
     "read_tensors",
     "remove_stale",
+    "write_json",
     "write_tensors",
 ]
 
@@ -78,6 +82,27 @@ def write_tensors(content: Mapping[str, Any], path: str | Path) -> None:
             file.truncate()
     except (OSError, RuntimeError) as error:
         raise FileError(_describe(_cause(error), content, path)) from error
+
+
+def write_json(content: Mapping[str, Any], path: str | Path) -> None:
+    """Writes a dictionary as strict JSON, so that the file is there as a whole or as it was.
+
+    Args:
+        content: Numbers, strings, and lists and dictionaries of these. Numbers that are not finite,
+            which JSON does not have, become null.
+        path: The file; its folder is made.
+
+    Raises:
+        FileError: The disk is full, or the folder cannot be written to. What was there stays.
+    """
+    target = Path(path).resolve()
+    text = json.dumps(_finite(content), indent=2, allow_nan=False, ensure_ascii=False)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _replacing(target) as file:
+            file.write(f"{text}\n".encode())
+    except OSError as error:
+        raise FileError(_describe(error, content, path)) from error
 
 
 def read_tensors(path: str | Path) -> dict[str, Any] | None:
@@ -225,17 +250,31 @@ def num_bytes(content: Any) -> int:
     return sum(storages.values())
 
 
-def describe_misfit(parameters: Mapping[str, Tensor], module: nn.Module) -> str | None:
-    """Says which parameter a module lacks, or has in another shape; None if all of them fit."""
-    got = {name: tuple(value.shape) for name, value in parameters.items()}
-    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    for name in sorted({*got, *wanted}):
-        if got.get(name) != wanted.get(name):
-            return (
-                f"parameter '{name}' has shape {got.get(name)} there and {wanted.get(name)} in "
-                "this model"
-            )
+def describe_misfit(there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> str | None:
+    """The first parameter that is missing, or has another shape; None if all fit.
+
+    Args:
+        there: Parameters of a file.
+        here: Those of the model, as its `state_dict()`.
+    """
+    for name in sorted({*there, *here}):
+        if name not in here:
+            return f"parameter '{name}' is in the file, but not in this model"
+        if name not in there:
+            return f"parameter '{name}' of this model is not in the file"
+        shapes = tuple(there[name].shape), tuple(here[name].shape)
+        if shapes[0] != shapes[1]:
+            return f"parameter '{name}' has shape {shapes[0]} there and {shapes[1]} in this model"
     return None
+
+
+def _finite(content: Any) -> Any:
+    """The same with None in the place of numbers that are not finite."""
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _on_cpu(content: Any) -> Any:

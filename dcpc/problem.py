@@ -299,6 +299,24 @@ class Problem:
         with torch.no_grad():
             return self.density.log_joint(state.latents)
 
+    @exclusive("Problem.prediction_errors")
+    def prediction_errors(self, state: SweepState) -> dict[str, Tensor]:
+        """Prediction errors: the scores of the continuous latents where the particles are.
+
+        Each is the gradient of its unit's log-density in the unconstrained value. Over the
+        posterior its mean is zero.
+
+        Returns:
+            By latent, `(K, *batch, *event)`.
+        """
+        self._check_state(state)
+        errors: dict[str, Tensor] = {}
+        for group in self.division.groups:
+            if not group.is_discrete:
+                unit = self.density.conditional(group, state.latents)
+                errors |= group.unpack(unit.score(unit.value))
+        return errors
+
     @exclusive("Problem.loss")
     def loss(self, state: SweepState) -> Tensor:
         """`- sum_cells sum_k W_k log p(x, z_k)`: its gradient trains the model's parameters."""

@@ -45,8 +45,8 @@ from dcpc.seeding import seeded
 from dcpc.tables import table
 from dcpc.training import AmortisedModule, GenerativeModule, ImageData
 from dcpc.training.callbacks import image_grid, save_png
-from dcpc.training.checkpoint import read_checkpoint
-from dcpc.training.command import ConfiguredCLI, one_line_errors
+from dcpc.training.checkpoint import check_parameters, read_checkpoint
+from dcpc.training.cli import ConfiguredCLI, one_line_errors
 from dcpc.training.command import main as dcpc_command
 from experiments.layers import layers
 
@@ -105,7 +105,9 @@ def train(algorithm: str, options: argparse.Namespace) -> Path:
 def measure(algorithm: str, checkpoint: Path, options: argparse.Namespace) -> Measured:
     """Measures a trained generator on the held-out images."""
     module, data = _build(algorithm, options)
-    module.load_state_dict(read_checkpoint(checkpoint, module)["state_dict"])
+    saved = read_checkpoint(checkpoint)
+    check_parameters(saved, module, checkpoint)
+    module.load_state_dict(saved["state_dict"])
     held_out = _held_out(data)
     seen = held_out[: options.num_measured]
     evaluation = evaluate(

@@ -17,8 +17,8 @@ from dcpc.evaluation import FrozenParticles, infer_and_freeze
 from dcpc.evaluation.intensities import to_unit
 from dcpc.observed import main_tensor
 from dcpc.training import GenerativeModule, ImageData
-from dcpc.training.checkpoint import read_checkpoint
-from dcpc.training.command import ConfiguredCLI, one_line_errors
+from dcpc.training.checkpoint import check_parameters, read_checkpoint
+from dcpc.training.cli import ConfiguredCLI, one_line_errors
 
 
 def freeze(
@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(arguments)
     built = ConfiguredCLI(["fit", *(f"--config={layer}" for layer in options.config), *overrides])
     path = options.ckpt_path or Path(built.trainer.default_root_dir) / "last.ckpt"
-    built.model.load_state_dict(read_checkpoint(path, built.model)["state_dict"])
+    checkpoint = read_checkpoint(path)
+    check_parameters(checkpoint, built.model, path)
+    built.model.load_state_dict(checkpoint["state_dict"])
     frozen = freeze(
         built.model,
         built.datamodule,

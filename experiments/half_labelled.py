@@ -28,7 +28,7 @@ from dcpc.evaluation import Calibration, calibration
 from dcpc.seeding import seeded
 from dcpc.tables import table
 from dcpc.training import GenerativeModule
-from dcpc.training.command import ConfiguredCLI
+from dcpc.training.cli import ConfiguredCLI
 from dcpc.training.command import main as dcpc
 from dcpc.training.data import HalfLabelledData
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dcpc.evaluation import evaluate, held_out_inference, prior_sample_estimate, summarise
-from dcpc.training.command import one_line_errors
+from dcpc.training.cli import one_line_errors
 from experiments.head_to_head_report import (
     ALGORITHMS,
     CURVE_IMAGES,

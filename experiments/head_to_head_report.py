@@ -42,8 +42,9 @@ PAPER_FIGURES = (
 PAPER_CAVEAT = """\
 The papers trained for longer and on all images. That of DCPC reports reconstructions of images
 whose particles were fitted during training, under a continuous Bernoulli likelihood; here they are
-of images inferred from scratch, under the Bernoulli likelihood. The README has a run of
-`dcpc-paper` under the paper's likelihood on all images.
+of images inferred from scratch, under the Bernoulli likelihood. A run of `dcpc-paper` on all images
+under the paper's likelihood is among the
+[results](../../docs/results.md#the-papers-algorithm-with-its-likelihood).
 """
 
 Budget = Literal["seconds", "gradients"]

@@ -17,7 +17,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from dcpc.training import AmortisedModule, GenerativeModule, ImageData, ParticleModule
-from dcpc.training.command import ConfiguredCLI
+from dcpc.training.cli import ConfiguredCLI
 from experiments.head_to_head_report import Budget
 from experiments.layers import layers
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from dcpc.seeding import seeded
 from dcpc.tables import table
 from dcpc.training import GenerativeModule
-from dcpc.training.command import ConfiguredCLI
+from dcpc.training.cli import ConfiguredCLI
 from dcpc.training.command import main as dcpc
 
 Errors = dict[str, dict[int, list[float]]]

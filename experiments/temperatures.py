@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dcpc.evaluation import FrozenParticles, temperature_study
-from dcpc.training.command import ConfiguredCLI, one_line_errors
+from dcpc.training.cli import ConfiguredCLI, one_line_errors
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -35,7 +35,7 @@ from dcpc.observed import main_tensor
 from dcpc.seeding import seeded
 from dcpc.tables import table
 from dcpc.training import ParticleModule
-from dcpc.training.command import ConfiguredCLI
+from dcpc.training.cli import ConfiguredCLI
 from dcpc.training.data import PixelSequences
 
 ROOT = Path(__file__).parents[1]

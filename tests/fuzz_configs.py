@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcpc.training.command import ConfiguredCLI, one_line_errors
+from dcpc.training.cli import ConfiguredCLI, one_line_errors
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dcpc.evaluation import FrozenParticles
-from dcpc.training.command import ConfiguredCLI
+from dcpc.training.cli import ConfiguredCLI
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {

@@ -10,7 +10,8 @@ from PIL import Image
 from dcpc.models import LabelledEmbedding, LatentTransformer
 from dcpc.training import AmortisedModule, ClassifierModule
 from dcpc.training.checkpoint import read_checkpoint
-from dcpc.training.command import ConfiguredCLI, main
+from dcpc.training.cli import ConfiguredCLI
+from dcpc.training.command import main
 from dcpc.training.data import HalfLabelledData, PixelSequences
 from experiments import head_to_head_report
 from experiments.layers import layers

@@ -13,9 +13,12 @@ import pytest
 import torch
 from pyro import poutine
 from scipy.stats import halfcauchy, norm
+from zoo import CASES, Case
 
 from dcpc import DCPC, Posterior
 from dcpc.errors import OptionError
+from tests.acceptance.case import Program
+from tests.acceptance.catalogue import programs
 
 arviz = pytest.importorskip("arviz")
 
@@ -326,6 +329,51 @@ def test_programs_that_no_vmap_can_run_are_run_one_by_one() -> None:
     np.testing.assert_allclose(data.log_likelihood["x"].values, expected, rtol=1e-5)
     spread = (data.posterior_predictive["x"].values - z).std()
     assert spread == pytest.approx(1, abs=4.5 / 160**0.5)
+
+
+def agrees_with_pyros_traces(posterior: Posterior, model: Any, args: tuple, kwargs: dict) -> None:
+    """Compares two draws' likelihoods and log-joints with those of a conditioned plain run."""
+    data = posterior.to_arviz(num_prior=3)
+    likelihood = data.log_likelihood.data_vars if "log_likelihood" in groups_of(data) else ()
+    latents = posterior.origin.engine.division(*args, **kwargs).model_sites.latents
+    for chain, draw in ((0, 0), (-1, -1)):
+        given = {n: torch.as_tensor(data.posterior[n].values[chain, draw]) for n in latents}
+        with torch.no_grad():
+            trace = poutine.trace(poutine.condition(model, data=given)).get_trace(*args, **kwargs)
+            trace.compute_log_prob()
+        for name in likelihood:
+            values = torch.as_tensor(data.log_likelihood[name].values[chain, draw])
+            site = trace.nodes[name]
+            torch.testing.assert_close(
+                values * site["scale"], site["log_prob"], rtol=1e-4, atol=1e-4
+            )
+            drawn = data.posterior_predictive[name].values[chain, draw]
+            assert drawn.shape == site["value"].shape
+        lp = float(data.sample_stats["lp"].values[chain, draw])
+        assert lp == pytest.approx(float(trace.log_prob_sum()), rel=1e-4, abs=1e-4)
+
+
+QUICK = ("deep_generative", "nested_plates", "sequential_plate", "bayesian_regression", "mixture")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=() if c.name in QUICK else pytest.mark.slow) for c in CASES],
+    ids=lambda case: case.name,
+)
+def test_likelihoods_of_models_of_every_shape_are_those_of_pyros_traces(case: Case) -> None:
+    model, args, kwargs = case.build()
+    posterior = run(model, *args, num_particles=4, num_sweeps=10, keep_every=1, **kwargs)
+    agrees_with_pyros_traces(posterior, model, args, kwargs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", programs(), ids=lambda program: program.name)
+def test_likelihoods_of_pyros_programs_are_those_of_its_traces(program: Program) -> None:
+    engine = DCPC(program.model, num_particles=4, **program.options)
+    options = {"num_sweeps": 10, "keep_every": 1, "evidence": False, "seed": 0, "progress": False}
+    posterior = engine.run(*program.args, **options, **program.kwargs)
+    agrees_with_pyros_traces(posterior, engine.model, program.args, dict(program.kwargs))
 
 
 def test_plates_that_are_named_like_arvizs_own_dimensions_get_other_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -15,7 +16,14 @@ import torch
 from forks import child, wait
 
 from dcpc.errors import FileError
-from dcpc.io import check_entries, num_bytes, read_tensors, remove_stale, write_tensors
+from dcpc.io import (
+    check_entries,
+    num_bytes,
+    read_tensors,
+    remove_stale,
+    write_json,
+    write_tensors,
+)
 
 OLD = {"step": 1, "value": torch.arange(5)}
 
@@ -44,6 +52,18 @@ def test_what_is_written_is_read_bit_for_bit_and_nothing_else_is_left(tmp_path):
     assert torch.equal(bits, values.view(torch.int64))
     assert got == {"format": "x", "count": 3, "nested": {"list": [True, None]}}
     assert [p.name for p in path.parent.iterdir()] == ["file.pt"]
+
+
+def test_json_has_null_for_what_is_no_number_of_json_and_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "new" / "test.json"
+    nan, infinity = float("nan"), float("inf")
+    write_json({"nll": nan, "bounds": [1.5, (infinity, -infinity)], "name": "z°"}, path)
+    old = {"nll": None, "bounds": [1.5, [None, None]], "name": "z°"}
+    assert json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail) == old
+    with pytest.raises(TypeError):
+        write_json({"nll": object()}, path)
+    assert json.loads(path.read_text(encoding="utf-8")) == old
+    assert [p.name for p in path.parent.iterdir()] == ["test.json"]
 
 
 def test_a_link_stays_a_link_and_the_file_behind_it_is_written(path, tmp_path):

@@ -126,7 +126,7 @@ def test_history_of_particles_as_chains_has_arvizs_statistics():
             "mean": draws.mean(),
             "std": draws.std(ddof=1),
             "ess_bulk": arviz.ess(draws, method="bulk"),
-            "ess_tail": arviz.ess(draws, method="tail"),
+            "ess_tail": arviz.ess(draws, method="tail", prob=(0.05, 0.95)),
             "mcse": arviz.mcse(draws, method="mean"),
         }
         for statistic, number in expected.items():

@@ -107,3 +107,26 @@ def test_annealing_a_problem_is_refused_as_that_of_the_engine():
         problem.anneal(0)
     with pytest.raises(OptionError, match="conditional_ess must lie in"):
         problem.anneal(conditional_ess=1.5)
+
+
+def two_levels(x):
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, scale))
+        label = pyro.sample("label", dist.Bernoulli(0.3))
+        pyro.sample("x", dist.Normal(z + label, 0.5), obs=x)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("blocks", [(), [("scale", "z")]])
+def test_prediction_errors_are_gradients_of_the_joint_in_unconstrained_coordinates(blocks):
+    problem = DCPC(two_levels, num_particles=4, blocks=blocks).bind(X.double())
+    state = problem.init()
+    errors = problem.prediction_errors(state)
+    # By hand: u = log scale has the density N(0, .5^2), and its Jacobian is a part of it.
+    u, z, label = (state.latents[name] for name in ("scale", "z", "label"))
+    of_scale = -u / 0.5**2 + (z**2 * (-2 * u.unsqueeze(-1)).exp() - 1).sum(-1)
+    of_z = -z * (-2 * u.unsqueeze(-1)).exp() + (X.double() - z - label) / 0.5**2
+    assert errors.keys() == {"scale", "z"}
+    torch.testing.assert_close(errors["scale"], of_scale)
+    torch.testing.assert_close(errors["z"], of_z)

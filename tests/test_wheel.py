@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import yaml
+
+from dcpc import __version__
 
 ROOT = Path(__file__).parents[1]
 COMMAND = """
@@ -60,6 +66,29 @@ def test_the_wheel_holds_the_package_with_its_configs_and_nothing_else(wheel: Pa
     assert len({name.split("/")[0] for name in information}) == 1
     configs = {f"dcpc/{name}" for name in files("configs", "*.json")}
     assert packed - information == files("dcpc", "*.py") | configs | {"dcpc/py.typed"}
+
+
+def test_the_page_of_the_package_index_has_absolute_links_to_files_that_exist(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = [name for name in archive.namelist() if name.endswith("METADATA")]
+    page = message_from_bytes(archive.read(metadata))
+    assert page["Version"] == __version__
+    text = re.sub(r"```.*?```", "", page.get_payload(), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    pictures = [link for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)]
+    assert pictures
+    assert all("/raw.githubusercontent.com/" in picture for picture in pictures)
+    assert all(link.startswith("https://") for link in links)
+    ours = [link.partition(f"/v{__version__}/")[2] for link in links if "/dcpc/dcpc/" in link]
+    assert len(ours) > len(pictures)
+    assert all((ROOT / path.partition("#")[0]).exists() for path in ours)
+
+
+def test_the_version_and_the_licence_are_those_of_the_citation() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (citation["version"], citation["license"]) == (__version__, project["license"])
+    assert [author["name"] for author in citation["authors"]] == ["dcpc contributors"]
 
 
 def test_the_command_trains_beside_a_users_own_experiments(wheel: Path, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ particles   particles of a trained model, in files and without inference
 
 classes     labels that a model predicts: error and calibration
 
+quantities  names, units and meanings of what is measured, and tables of it
+
 `batches` and `intensities` are what these share.
 """
 
@@ -23,6 +25,7 @@ from dcpc.evaluation.evidence import (
     forward_pass,
     guide_bounds,
     held_out_inference,
+    per_datum,
     prior_sample_estimate,
     summarise,
     temperature_study,
@@ -53,6 +56,15 @@ from dcpc.evaluation.images import (
     frechet_inception_distance,
 )
 from dcpc.evaluation.particles import FrozenParticles, FrozenParticlesError, infer_and_freeze
+from dcpc.evaluation.quantities import (
+    Quantity,
+    Result,
+    format_results,
+    held_out_tag,
+    mean_error,
+    quantity,
+    results,
+)
 
 __all__ = [
     "PRIOR_SAMPLES",
@@ -71,6 +83,8 @@ __all__ = [
     "MaskedModel",
     "Neighbours",
     "PseudoPosterior",
+    "Quantity",
+    "Result",
     "Setting",
     "TemperatureStudy",
     "bottom_half",
@@ -80,6 +94,7 @@ __all__ = [
     "decode",
     "evaluate",
     "forecast",
+    "format_results",
     "format_table",
     "forward_pass",
     "frechet_classifier_distance",
@@ -88,12 +103,17 @@ __all__ = [
     "frechet_inception_distance",
     "guide_bounds",
     "held_out_inference",
+    "held_out_tag",
     "infer_and_freeze",
     "latent_traversal",
     "matching_site",
+    "mean_error",
     "nearest_neighbours",
+    "per_datum",
     "prior_sample_estimate",
     "prior_samples",
+    "quantity",
+    "results",
     "summarise",
     "temperature_study",
 ]

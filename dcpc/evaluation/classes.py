@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dcpc.errors import DataError, ModelError
+from dcpc.evaluation.quantities import mean_error
 from dcpc.problem import Problem
 from dcpc.seeding import seeded
 from dcpc.sweep import SweepState, mean_over_particles
@@ -75,6 +76,8 @@ class Calibration:
         count: Their number.
         error_rate: Share of all predictions that are wrong.
         log_loss: Mean of minus the log-probability of the label, in nats.
+        error_rate_se: Standard error of the error rate.
+        log_loss_se: Standard error of the log loss.
     """
 
     confidence: Tensor
@@ -82,6 +85,8 @@ class Calibration:
     count: Tensor
     error_rate: float
     log_loss: float
+    error_rate_se: float
+    log_loss_se: float
 
     @property
     def expected_error(self) -> float:
@@ -119,10 +124,13 @@ def calibration(probabilities: Tensor, labels: Tensor, num_bins: int = 15) -> Ca
     mean_confidence, accuracy = (total / count[used] for total in sums)
     of_label = probabilities.gather(1, labels.unsqueeze(1))
     tiny = torch.finfo(probabilities.dtype).tiny
+    log_losses = -of_label.clamp(min=tiny).log().squeeze(1)
     return Calibration(
         confidence=mean_confidence,
         accuracy=accuracy,
         count=count[used],
         error_rate=float(1.0 - right.mean()),
-        log_loss=float(-of_label.clamp(min=tiny).log().mean()),
+        log_loss=float(log_losses.mean()),
+        error_rate_se=mean_error(right),
+        log_loss_se=mean_error(log_losses),
     )

@@ -92,8 +92,12 @@ class Choices:
         """A view of a node, or of what that is a view of."""
         while node.target is aten.view.default and node.meta["like"].shape != like.shape:
             node = node.args[0]
-        if node.meta["like"].shape == like.shape:
+        own = node.meta["like"]
+        if own.shape == like.shape:
             return node
+        if not own.is_contiguous:
+            layout = {"memory_format": torch.contiguous_format}
+            node = self._make(aten.clone.default, (node,), layout, own.reshaped(own.shape))
         return self._make(aten.view.default, (node, list(like.shape)), {}, like)
 
     def _works_on_rows(

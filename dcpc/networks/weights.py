@@ -49,7 +49,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     entry = not_finite(saved)
     if entry is not None:
         raise WeightsError(f"'{path}': its weight '{entry}' holds numbers that are not finite")
-    misfit = describe_misfit(saved, network)
+    misfit = describe_misfit(saved, network.state_dict())
     if misfit is not None:
         raise WeightsError(f"'{path}' holds the weights of another network: {misfit}")
     network.load_state_dict(saved)

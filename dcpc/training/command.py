@@ -1,336 +1,101 @@
-"""The `dcpc` command: Lightning's command line with JSON configs."""
+"""The `dcpc` command: what it shows at once, without torch, and the way to what it runs."""
 
 from __future__ import annotations
 
-import logging
+import difflib
 import os
-import re
 import sys
-import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-import torch
-import torch.distributed as distributed
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.plugins.io import CheckpointIO
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch.multiprocessing import ProcessRaisedException
+from dcpc import __version__
+from dcpc.errors import OptionError
+from dcpc.training.screens import HELP_ALL, OVERVIEW, SUBCOMMANDS, help_of
+from dcpc.training.shipped import CONFIG_OPTIONS, describe_configs, find_configs
 
-from dcpc.errors import DCPCError, OptionError
-from dcpc.training.callbacks import (
-    CalibrationCurve,
-    EvaluationTable,
-    ImageGrids,
-    PredictionWriter,
-    RunCheckpoint,
-    RunReport,
-    SweepMonitor,
-)
-from dcpc.training.checkpoint import DurableFiles, read_checkpoint
-from dcpc.training.data import LabelledData
-from dcpc.training.modules import (
-    MeasuredModule,
-    ParticleModule,
-)
-from dcpc.training.parser import ConfigParser, Threads, fail, narrow_types
-from dcpc.training.paths import local_path
-from dcpc.training.processes import is_first_to_fail, let_others_fail
-from dcpc.training.refusals import refusal
-from dcpc.training.signals import Signals
+__all__ = ["main"]
 
-__all__ = ["ConfiguredCLI", "TrainingCLI", "main"]
+HELP = ("-h", "--help")
 
-DESCRIPTION = """\
-Divide-and-conquer predictive coding: trains Pyro models on particles that every datum keeps.
+SOURCES = (*CONFIG_OPTIONS, "--model", "--data", HELP_ALL, "--print_config")
+"""Options, or beginnings of them, with which a run needs no config, or tells for itself."""
 
-  dcpc fit     --config configs/digits.json            train; logs and checkpoints go to runs/digits
-  dcpc fit     --config configs/mnist.json --config configs/algorithms/pgd.json    in layers, later
-                                                       ones over earlier ones; to runs/mnist/pgd
-  dcpc fit     --config ... --model.num_particles 16 --trainer.max_epochs 5    override any key
-  dcpc fit     --config ... --ckpt_path runs/digits/last.ckpt                  resume, exactly
-  dcpc test    --config ...                            evidence NLL and more on held-out data
-  dcpc predict --config ...                            samples and reconstructions, to files
+MISSING = """\
+dcpc: error: --config: missing; say what to run, for example
 
-Runs go to trainer.default_root_dir, by default runs/<names of the configs>. test, validate and
-predict use its last.ckpt, the newest run's checkpoint, unless --ckpt_path names another one.
-`dcpc fit --help` lists the keys of a config, `--model.help ParticleModule` (or AmortisedModule,
-ClassifierModule) and `--data.help HubImages` (or DigitsData, ArrayData, MoonsData) those below
-"model" and "data", `dcpc fit --config ... --print_config` prints a whole one,
-`tensorboard --logdir runs` shows the runs.
-"""
+  dcpc {subcommand} --config configs/digits.json
 
-REFUSALS = (TypeError, ValueError, ImportError, MisconfigurationException)
-"""Errors of constructors that got what they cannot use."""
+Shipped configs, found from any folder:
 
-LOST_PROCESS = re.compile("Connection (closed|reset) by peer|NCCL|gloo", re.IGNORECASE)
-"""Errors of torch where another process of a training does not answer any more."""
+{configs}
 
-REFUSED_ELSEWHERE = re.compile(r"^dcpc\.[\w.]+Error: (?P<message>.+)\s*\Z", re.MULTILINE)
-"""End of the traceback of a process that has refused something."""
-
-CONFIG_OPTIONS = ("--config", "-c")
-
-LIGHTNING_REMARKS = (
-    ".*does not have many workers",
-    ".*configure_optimizers` will be overridden",
-    ".*LeafSpec.* is deprecated",
-    ".*callbacks used to create the checkpoint need to be provided",
-    ".*Checkpoint directory .* exists and is not empty",
-    ".*The dirpath has changed from",
-    "GPU available but not used",
-    r"\s*By default only one JsonargparseDeprecationWarning",
-    r"(?s).* was deprecated in v4\.\d+\.\d+ and will\s+be\s+removed\s+in\s+v5",
-)
-"""Warnings that are about Lightning's own doings, or that do not apply to `dcpc`."""
-
-
-class _SaveConfig(SaveConfigCallback):
-    """Keeps the whole config beside a training run's logs."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
-
-
-class _Logger(TensorBoardLogger):
-    """Leaves out the number of the epoch, which would be TensorBoard's first chart."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        super().log_metrics({n: value for n, value in metrics.items() if n != "epoch"}, step)
-
-
-class TrainingCLI(LightningCLI):
-    """`fit`, `validate`, `test` and `predict` for a `MeasuredModule` on `LabelledData`.
-
-    A config's `model` that names no class holds the arguments of `ParticleModule`.
-
-    Args:
-        args: Arguments of the command line; None for the process's own.
-        signals: Signals that stop training; None to leave them to others.
-
-    Raises:
-        DCPCError: An option, the data, a checkpoint or a folder is unusable.
-    """
-
-    def __init__(self, args: Sequence[str] | None = None, signals: Signals | None = None) -> None:
-        self.signals = signals
-        _quieten_lightning()
-        super().__init__(
-            MeasuredModule,
-            LabelledData,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=_SaveConfig,
-            save_config_kwargs={"config_filename": "config.json", "overwrite": True},
-            trainer_defaults={
-                "default_root_dir": None,
-                "use_distributed_sampler": False,
-                "num_sanity_val_steps": 0,
-                "enable_model_summary": False,
-                "enable_progress_bar": None,
-            },
-            seed_everything_default=0,
-            parser_class=ConfigParser,
-            parser_kwargs={"description": DESCRIPTION},
-            args=None if args is None else list(args),
-        )
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the number of threads, which Lightning leaves to the environment."""
-        narrow_types(parser)
-        module = ParticleModule
-        parser.set_defaults(model={"class_path": f"{module.__module__}.{module.__name__}"})
-        parser.add_argument(
-            "--num_threads",
-            type=Threads | None,
-            default=None,
-            help="Threads of torch on the CPU; 1 is fastest for small models. null: torch's choice",
-        )
-
-    def before_instantiate_classes(self) -> None:
-        """Sets what the whole process has one of: threads, and how convolutions are computed.
-
-        By default a GPU rounds their factors to TF32, ten binary digits, and may sum them in
-        another order every time: densities would be off, and runs would not resume bit for bit.
-        """
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.deterministic = True
-        num_threads = self.config[self.subcommand].num_threads
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses, and checks what can be checked before anything is built."""
-        self.config = parser.parse_args(args)
-        options = self.config[self.config.subcommand]
-        if options.trainer.barebones:
-            raise OptionError(
-                "trainer.barebones: expected false, got true: it refuses logs, checkpoints and "
-                "progress bars, without which dcpc keeps and shows nothing; switch off what you "
-                "do not need by trainer.logger and trainer.enable_checkpointing"
-            )
-        given = options.trainer.default_root_dir or _run_folder(options.config or [])
-        folder = local_path("trainer.default_root_dir", given)
-        options.trainer.default_root_dir = str(folder)
-        _check_writable(folder)
-        if self.config.subcommand != "fit" and options.ckpt_path is None:
-            options.ckpt_path = str(folder / "last.ckpt")
-        if self.config.subcommand in ("validate", "test"):
-            options.verbose = False  # the table of EvaluationTable takes the place of Lightning's
-        if options.ckpt_path is not None:
-            options.ckpt_path = str(local_path("--ckpt_path", options.ckpt_path))
-            options.weights_only = True
-            read_checkpoint(options.ckpt_path)
-
-    def instantiate_classes(self) -> None:
-        try:
-            super().instantiate_classes()
-        except REFUSALS as error:
-            raise refusal(error, self.config[self.subcommand]) from error
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A trainer whose logs and checkpoints go below `trainer.default_root_dir`."""
-        options = self.config[self.subcommand].trainer
-        callbacks: list[Callback]
-        if self.subcommand == "fit":
-            monitor = SweepMonitor(options.log_every_n_steps or 50)
-            callbacks = [monitor, ImageGrids(), CalibrationCurve(), RunReport()]
-            if options.enable_checkpointing is not False:
-                callbacks.append(RunCheckpoint(self.signals))
-            if options.logger in (None, True):
-                kwargs["logger"] = _Logger(options.default_root_dir, name="")
-        else:
-            is_prediction = self.subcommand == "predict"
-            callbacks = [PredictionWriter()] if is_prediction else [EvaluationTable()]
-            if self.subcommand == "test":
-                callbacks.append(CalibrationCurve())
-            kwargs["logger"] = False
-            kwargs["enable_checkpointing"] = False
-        if options.enable_progress_bar is None:
-            kwargs["enable_progress_bar"] = sys.stdout.isatty()
-        configured = self._get(self.config_init, "trainer")
-        plugins = _as_list(configured.plugins)
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(DurableFiles())
-        callbacks += _as_list(configured.callbacks)
-        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
-
-    def after_instantiate_classes(self) -> None:
-        checkpoint = self.config[self.subcommand].ckpt_path
-        if checkpoint is not None:
-            read_checkpoint(checkpoint, self.model)
-
-    def before_fit(self) -> None:
-        """Measures the untrained model, so that learning shows."""
-        if self.config.fit.ckpt_path is None and self.trainer.limit_val_batches:
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-
-    def after_fit(self) -> None:
-        """Measures the trained model, unless its last epoch was measured."""
-        report = next(c for c in self.trainer.callbacks if isinstance(c, RunReport))  # type: ignore[attr-defined]
-        if report.is_outdated and self.trainer.limit_val_batches:
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-        report.compare(self.trainer)
-
-
-class ConfiguredCLI(TrainingCLI):
-    """Objects that a config names, built as `model`, `datamodule` and `trainer` without a run."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Runs nothing."""
+Options: dcpc {subcommand} --help. One of your own, to start from a shipped one:
+dcpc {subcommand} --config configs/digits.json --print_config > mine.json"""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the `dcpc` command; errors as by `one_line_errors`."""
+    """Runs the `dcpc` command.
+
+    Bad input is one line on standard error and exit status 2.
+
+    Args:
+        args: Arguments of the command line; None for the process's own.
+    """
     arguments = list(sys.argv[1:] if args is None else args)
     # As `python -m` does, so that a config may name classes in files of the working directory.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    with one_line_errors(), Signals() as signals:
-        TrainingCLI(_find_configs(arguments), signals)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Makes bad input one line on standard error and exit status 2, for a command's whole run.
-
-    The death of another process is one line too, and exit status 1. Of several processes, the
-    first that fails speaks for all.
-    """
+    screen = _screen(arguments)
+    if screen is not None:
+        print(screen)
+        return
+    _refuse_incomplete(arguments)
     try:
-        yield
-    except ProcessRaisedException as error:  # of a process that was forked or spawned
-        refused = REFUSED_ELSEWHERE.search(str(error))
-        if refused is None:
-            raise
-        fail(refused["message"])
-    except RuntimeError as error:
-        if not (distributed.is_initialized() and LOST_PROCESS.search(str(error))):
-            raise
-        if is_first_to_fail() is False:
-            raise SystemExit(1) from error
-        fail("another process of this training has died; go on from last.ckpt", status=1)
-    except (DCPCError, OSError, MisconfigurationException) as error:
-        if not is_first_to_fail():
-            raise SystemExit(2) from error
-        print(f"dcpc: error: {error}", file=sys.stderr)
-        let_others_fail()
-        raise SystemExit(2) from error
+        arguments = find_configs(arguments)
+    except OptionError as error:
+        _fail(f"dcpc: error: {error}")
+    from dcpc.training.cli import run  # torch and Lightning, which take seconds to import
+
+    run([HELP[1] if argument == HELP_ALL else argument for argument in arguments])
 
 
-def _find_configs(arguments: Sequence[str]) -> list[str]:
-    """Finds the shipped `configs/**/*.json` where the working directory has none."""
-    found = []
-    for option, argument in zip(["", *arguments], arguments, strict=False):
-        name, _, path = argument.partition("=")
-        if option in CONFIG_OPTIONS:
-            found.append(_find_config(argument))
-        elif name in CONFIG_OPTIONS and argument != name:
-            found.append(f"{name}={_find_config(path)}")
-        else:
-            found.append(argument)
-    return found
+def _screen(arguments: Sequence[str]) -> str | None:
+    """What is only shown; None where something is to be run."""
+    if not arguments:
+        return f"{OVERVIEW}\nShipped configs, found from any folder:\n\n{describe_configs()}"
+    first, *rest = arguments
+    if first in HELP:
+        return OVERVIEW
+    if first == "--version":
+        return f"dcpc {__version__}"
+    if first in SUBCOMMANDS and any(argument in HELP for argument in rest):
+        return help_of(first)
+    return None
 
 
-def _find_config(path: str) -> str:
-    if Path(path).is_file():
-        return path
-    package = Path(__file__).parents[1]
-    # Installed, the folder is in the package; in a checkout it is beside it.
-    home = package if (package / "configs").is_dir() else package.parent
-    if path.startswith("configs/") and (home / path).is_file():
-        return str(home / path)
-    raise OptionError(f"--config: there is no file '{path}'")
+def _refuse_incomplete(arguments: Sequence[str]) -> None:
+    """Fails where there is nothing to run."""
+    first, *rest = arguments
+    if first.startswith("-"):
+        return
+    if first not in SUBCOMMANDS:
+        close = difflib.get_close_matches(first, SUBCOMMANDS, n=1)
+        if first.endswith(".json"):
+            _fail(f"dcpc: error: expected a command, got '{first}'; dcpc fit --config {first}?")
+        hint = f"; did you mean '{close[0]}'?" if close else "; `dcpc --help` explains them"
+        _fail(
+            f"dcpc: error: the command must be one of {', '.join(SUBCOMMANDS)}, got '{first}'{hint}"
+        )
+    options = ["", *rest]
+    for option, argument in zip(options, rest, strict=False):
+        is_value = option.startswith("-") and "=" not in option
+        if not argument.startswith("-") and not is_value and Path(argument).suffix == ".json":
+            _fail(f"dcpc: error: '{argument}' stands alone; did you mean --config {argument}?")
+    if not any(argument.startswith(SOURCES) for argument in rest):
+        _fail(MISSING.format(subcommand=first, configs=describe_configs()))
 
 
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list) else [value]
-
-
-def _run_folder(layers: Sequence[Any]) -> Path:
-    """The folder of a run: `runs`, and below it the names of its configs."""
-    return Path("runs", *(Path(str(layer)).stem for layer in layers))
-
-
-def _quieten_lightning() -> None:
-    for library in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    for remark in LIGHTNING_REMARKS:
-        warnings.filterwarnings("ignore", remark)
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OptionError(
-            f"trainer.default_root_dir: cannot write to the folder '{folder}' ({error.strerror}); "
-            "choose another one"
-        ) from error
+def _fail(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(2)

@@ -23,7 +23,7 @@ START, PREFIX, END = "\x01", "\x02", "\x03"
 """Begin of a line that an inner level has made; place of the keys above it; its end."""
 
 LAYERS = "; an algorithm is a layer on top of data and model: --config configs/mnist.json first"
-HELP = "dcpc fit --help, --model.help CLASS and --data.help CLASS list the keys"
+HELP = "dcpc fit --help_all, --model.help CLASS and --data.help CLASS list the keys"
 
 KEYED = re.compile(r'(?:Parser key|Key) "(?P<key>[^"]+)"(?: element (?P<element>\d+))?:\s*')
 """A value that is wrong; the rest of the message says how."""
@@ -62,6 +62,9 @@ JSON_NAMES = {
 }
 SPEC = {"class_path", "init_args", "dict_kwargs"}
 """Keys of a class of the config."""
+
+MAX_LISTED = 12
+"""Keys of a class that are listed where none of them resembles the one that was given."""
 
 GIVEN = (
     re.compile(r"^ *Given value: (.*)", re.MULTILINE | re.DOTALL),
@@ -180,4 +183,6 @@ def _refusal(parser: argparse.ArgumentParser, key: str, suggest: Callable[[str],
             break
     else:
         hint = suggest(leaf) or "."
+        if 0 < len(siblings) <= MAX_LISTED:  # those of a class
+            hint = f", only {', '.join(sorted(siblings.keys() - {'help'}))}{hint}"
     return f"the key '{leaf}' is not accepted{hint} {HELP}"

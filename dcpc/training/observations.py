@@ -1,21 +1,32 @@
-"""Whether there is something to learn from every datum of a batch."""
+"""Whether a model can be run on data, and learn from every datum."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcpc.divide.handlers import is_random, running
 from dcpc.divide.masking import element_mask
 from dcpc.divide.model import Model
-from dcpc.errors import DataError
-from dcpc.observed import Observed, as_arguments, num_data
+from dcpc.errors import DataError, DCPCError
+from dcpc.observed import Observed, as_arguments, named_tensors, num_data
 from dcpc.seeding import random_state_kept
 
-__all__ = ["check_observed"]
+__all__ = ["check_observed", "check_runs"]
+
+LIBRARIES = re.compile(
+    rf"site-packages|lib/python\d|^<|^{re.escape(str(Path(__file__).parents[1]))}"
+)
+"""Files that are not the user's own."""
+
+FAULTS = (RuntimeError, ValueError, TypeError, IndexError)
+"""Errors of torch and Pyro where data and a model have shapes that do not go together."""
 
 
 def check_observed(model: Model, data: Observed, index: Tensor, dim: int) -> None:
@@ -43,6 +54,48 @@ def check_observed(model: Model, data: Observed, index: Tensor, dim: int) -> Non
         f"datum {int(index[int((~has_any).nonzero()[0])])} of the training set has no observation: "
         f"the masks of {sorted(observed)} take all of it away; drop the datum"
     )
+
+
+def check_runs(model: nn.Module, data: Observed) -> None:
+    """Runs a model once, in evaluation mode.
+
+    Args:
+        model: The Pyro program.
+        data: A few data.
+
+    Raises:
+        DataError: It cannot be run on them.
+    """
+    args, kwargs = as_arguments(data)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with random_state_kept(), torch.no_grad(), running(model, args, kwargs):
+            pyro.poutine.trace(model).get_trace(*args, **kwargs).compute_log_prob()
+    except DCPCError:
+        raise
+    except FAULTS as error:
+        shapes = {name: list(values.shape[1:]) for name, values in named_tensors(data)}
+        shown = next(iter(shapes.values())) if isinstance(data, Tensor) else shapes
+        reason = str(error).strip().splitlines()
+        raise DataError(
+            f"model.model: {type(model).__name__} cannot be run on data of shape {shown} each: "
+            f"{reason[0] if reason else type(error).__name__}{_line_of(error)}; give the model "
+            "arguments that fit the data, or choose other data"
+        ) from error
+    finally:
+        for module, is_training in modes.items():
+            module.training = is_training
+
+
+def _line_of(error: BaseException) -> str:
+    """The innermost line of the user's own code that an error arose in; empty for none."""
+    own = [
+        f" ({Path(frame.filename).name}, line {frame.lineno})"
+        for frame in extract_tb(error.__traceback__)
+        if not LIBRARIES.search(frame.filename)
+    ]
+    return own[-1] if own else ""
 
 
 def _observes(site: Any, dim: int) -> Tensor:

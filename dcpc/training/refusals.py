@@ -20,7 +20,11 @@ __all__ = ["refusal"]
 CONSTRUCTORS = ("__init__", "__post_init__")
 NAMED = re.compile(r"-*(model|data|trainer|optimizer|lr_scheduler|ckpt_path)\b[.:]")
 """Begin of a message that names its key."""
-WRAPPED = re.compile(r"Does not validate against|Problem with given class_path|Parser key")
+MISSING = re.compile(r"Requirement '([^']+)' not met|No module named '([^']+)'")
+"""A package that a class needs."""
+WRAPPED = re.compile(
+    r"Does not validate against|Not a valid subclass|Problem with given class_path|Parser key"
+)
 """Begin of a message of jsonargparse around an error of a constructor."""
 
 
@@ -42,6 +46,12 @@ def refusal(error: BaseException, options: Namespace) -> DCPCError:
     causes = [cause for cause in _causes(error) if not WRAPPED.match(str(cause))] or [error]
     cause = next((e for e in causes if isinstance(e, DCPCError)), causes[0])
     message = " ".join(str(cause).split()) or type(cause).__name__
+    owner = ([*_constructing(cause)] or ["it"])[-1]
+    if package := MISSING.search(message):
+        message = (
+            f"{owner} needs the package {package[1] or package[2]}, which is not installed; "
+            "install it by pip, or choose another class"
+        )
     node, named = _node(cause, options), NAMED.match(message)
     if named and node is not None and not message.startswith(node.path):
         key = message[named.end() :]  # of a class that does not know that another one holds it
@@ -66,11 +76,16 @@ def _node(error: BaseException, options: Namespace) -> Node | None:
     """The class of the config, the innermost, in whose constructor an error arose."""
     nodes = [Node("trainer", "Trainer", _arguments(options.get("trainer"))), *_nodes(options, "")]
     found = None
+    for name in _constructing(error):
+        found = next((node for node in nodes if node.class_name == name), found)
+    return found
+
+
+def _constructing(error: BaseException) -> Iterator[str]:
+    """The classes in whose constructors an error arose, the innermost last."""
     for frame, _ in walk_tb(error.__traceback__):
         if frame.f_code.co_name in CONSTRUCTORS and "self" in frame.f_locals:
-            name = type(frame.f_locals["self"]).__name__
-            found = next((node for node in nodes if node.class_name == name), found)
-    return found
+            yield type(frame.f_locals["self"]).__name__
 
 
 def _nodes(value: Any, path: str) -> Iterator[Node]:

@@ -200,6 +200,24 @@ def test_rows_that_were_evaluated_at_both_ends_are_not_evaluated_anew():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def test_a_choice_of_proposals_in_another_order_of_memory_is_evaluated_as_it_was():
+    def function(settled, moving):
+        def evaluate(u: Tensor) -> Tensor:
+            return (u.contiguous().view(-1, 4) @ settled["matrix"]).view(6, 5, -1).sum(-1)
+
+        u = moving["u"]
+        proposal = moving["by_cell"].exp().permute(1, 0, 2)
+        accepted = torch.rand_like(u[..., 0]).log() < evaluate(proposal) - evaluate(u)
+        u = torch.where(accepted.unsqueeze(-1), proposal, u)
+        return u, evaluate(u)
+
+    moving = {"u": torch.randn(6, 5, 4), "by_cell": torch.randn(5, 6, 4)}
+    settled = {"matrix": torch.randn(4, 3)}
+    assert count(recorded(function, moving, settled), "mm") == 2
+    got, expected = both(function, moving, settled)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_choices_between_columns_are_no_choices_between_rows():
     def function(settled, moving):
         first, second = moving["u"], moving["u"] + 1.0

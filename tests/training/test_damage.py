@@ -19,7 +19,7 @@ from dcpc.evaluation.particles.particle_files import FrozenParticlesError
 from dcpc.networks import load_weights
 from dcpc.networks.weights import WeightsError
 from dcpc.training import ParticleModule
-from dcpc.training.command import ConfiguredCLI
+from dcpc.training.cli import ConfiguredCLI
 
 MORE = "--trainer.max_epochs=4"
 

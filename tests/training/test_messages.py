@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +12,10 @@ from fuzz_configs import STACKS, run, sample
 from jsonargparse.typing import PositiveInt
 from torch import nn
 
-from dcpc.training import command
-from dcpc.training.command import ConfiguredCLI, main
+from dcpc.training import cli
+from dcpc.training.cli import ConfiguredCLI
+from dcpc.training.command import main
+from dcpc.training.data import LabelledData
 from dcpc.training.type_words import describe_type, find_misfit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -24,7 +27,7 @@ Build = Callable[..., str]
 def error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Build:
     """The error line of a run with a layer and options on top of a shipped config."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "TrainingCLI", ConfiguredCLI)  # a mistake must not start a run
+    monkeypatch.setattr(cli, "TrainingCLI", ConfiguredCLI)  # a mistake must not start a run
 
     def build(
         layer: Any = None, *options: str, base: str = "digits", subcommand: str = "fit"
@@ -175,7 +178,7 @@ def test_a_wrong_value_of_a_layer_is_one_line(
         (["--optimizer=SGD", "--optimizer.momentu=1"], ".*did you mean 'optimizer.momentum'.*"),
         (["--trainer.max_epocs=3"], "trainer.max_epocs: .*did you mean 'trainer.max_epochs'.*"),
         (["--model=GenerativeModule"], "model: .*, got 'GenerativeModule' .an abstract class; .*"),
-        (["--config="], "--config: there is no file ''"),
+        (["--config="], "--config: there is no file ''; `dcpc` lists .*"),
         (["--ckpt_path=s3://runs/last.ckpt"], "--ckpt_path .*'s3://runs/last.ckpt'"),
     ],
 )
@@ -234,6 +237,32 @@ class Own(nn.Module):
 def test_an_error_of_a_users_own_class_keeps_its_words(error: Build, kind: Any, line: str) -> None:
     config = {"class_path": f"{__name__}.Own", "init_args": {"image_shape": [1], "kind": kind}}
     assert error(below("model.model", config)) == line
+
+
+class OwnData(LabelledData):
+    """Data of a user, of which no number is held out."""
+
+    def __init__(self, batch_size: int = 10, noise: float = 0.1) -> None:
+        super().__init__(batch_size, batch_size, 0)
+
+    def setup(self, stage: str) -> None:
+        """Nothing is set up before the error."""
+
+
+def test_a_key_that_a_users_own_data_lack_is_told_from_those_that_they_have(error: Build) -> None:
+    written = error(None, f"--data={__name__}.OwnData", "--data.num_held_out=3")
+    assert written.startswith(
+        "data.num_held_out: the key 'num_held_out' is not accepted, only batch_size, noise"
+    )
+
+
+@pytest.mark.parametrize("package", ["wandb", "mlflow", "comet"])
+def test_a_package_that_a_logger_needs_is_named(error: Build, package: str) -> None:
+    if find_spec(package) or find_spec(f"{package}_ml"):
+        pytest.skip(f"{package} is installed")
+    name = {"wandb": "WandbLogger", "mlflow": "MLFlowLogger", "comet": "CometLogger"}[package]
+    written = error(None, f"--trainer.logger={name}")
+    assert re.match(rf"trainer\.logger: {name} needs the package {package}\S+, which is", written)
 
 
 def test_a_value_of_several_lines_is_shown_in_one(error: Build) -> None:

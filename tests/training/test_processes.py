@@ -25,7 +25,7 @@ from resumable_runs import assert_same, run
 from dcpc.errors import OptionError
 from dcpc.parts import Adaptation
 from dcpc.training import ClassifierModule, DigitsData, ParticleModule, ParticleStore
-from dcpc.training.command import ConfiguredCLI
+from dcpc.training.cli import ConfiguredCLI
 from dcpc.training.data import EpochBatches
 from dcpc.training.processes import check_strategy
 

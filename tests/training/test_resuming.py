@@ -17,7 +17,7 @@ import torch
 from pytorch_lightning import Callback, Trainer
 from resumable_runs import NUM_STEPS, SCHEDULER, SETTINGS, assert_continues, run
 
-from dcpc.training import command
+from dcpc.training import cli
 
 UNMEASURED = "--trainer.limit_val_batches=0"
 """What a run learns does not depend on whether it is measured on the way."""
@@ -74,7 +74,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
 @pytest.fixture
 def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """Runs `dcpc fit` with a callback, and returns its checkpoint."""
-    make = command.TrainingCLI.instantiate_trainer
+    make = cli.TrainingCLI.instantiate_trainer
 
     def fit(
         name: str, folder: str, *options: str, callback: Callback | None = None
@@ -87,7 +87,7 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
 
         torch.manual_seed(len(options))  # nothing may depend on it
         with monkeypatch.context() as patched:
-            patched.setattr(command.TrainingCLI, "instantiate_trainer", with_callback)
+            patched.setattr(cli.TrainingCLI, "instantiate_trainer", with_callback)
             return run(tmp_path / folder, name, *options)
 
     return fit

@@ -21,11 +21,12 @@ import torch
 from PIL import Image
 
 from dcpc.training import ParticleModule
-from dcpc.training.command import TrainingCLI
+from dcpc.training.cli import TrainingCLI
 
 NUM_PARTICLES, BATCH_SIZE, NUM_TRAINING, NUM_EPOCHS = 2, 10, 30, 2
 LATENT_SIZES = {"z1": 3, "z2": 5}
 NUM_STEPS = NUM_EPOCHS * NUM_TRAINING // BATCH_SIZE
+GRID_SIZE = 8 * 9 + 1
 TIMEOUT = 60.0
 
 
@@ -131,10 +132,15 @@ def read(get: Callable[..., bytes], kind: str, tag: str) -> list:
 
 
 def picture(get: Callable[..., bytes], tag: str, position: int) -> np.ndarray:
-    """One of the grids of a tag, as bytes `(height, width)`."""
+    """One of the grids of a tag below its caption, as bytes `(73, 73)`, a byte for every square."""
     entry = read(get, "images", tag)[position]
     png = get("images/individualImage", **dict(parse_qsl(entry["query"])))
-    return np.asarray(Image.open(io.BytesIO(png)).convert("L"))
+    shown = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
+    factor = shown.shape[1] // GRID_SIZE
+    squares = shown[-factor * GRID_SIZE :].reshape(GRID_SIZE, factor, GRID_SIZE, factor)
+    assert factor >= 4  # a digit is large enough to be read
+    assert (squares == squares[:, :1, :, :1]).all()
+    return squares[:, 0, :, 0]
 
 
 def test_tags_are_grouped_with_the_headline_first(get: Callable[..., bytes]) -> None:
@@ -145,6 +151,47 @@ def test_tags_are_grouped_with_the_headline_first(get: Callable[..., bytes]) -> 
     assert groups["scalars"] == {"held_out", "sweep", "train"}
     assert groups["histograms"] == {"sweep"}
     assert groups["images"] == {"images"}
+
+
+def test_the_table_of_hyperparameters_has_the_run_with_its_last_measurements(
+    get: Callable[..., bytes], run: Run
+) -> None:
+    asked = {
+        "experimentName": "",
+        "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"],
+        "colParams": [{"metric": {"tag": "held_out/evidence_nll", "group": ""}}],
+        "startIndex": 0,
+        "sliceSize": 9,
+    }
+    told = json.loads(get("hparams/session_groups", request=json.dumps(asked)))
+    (row,) = told["sessionGroups"]
+    assert row["hparams"]["algorithm"] == "dcpc"
+    assert row["hparams"]["num_particles"] == NUM_PARTICLES
+    assert row["hparams"]["data.batch_size"] == BATCH_SIZE
+    assert row["hparams"]["model.latent_sizes"] == "[3, 5]"
+    values = {metric["name"]["tag"]: metric["value"] for metric in row["metricValues"]}
+    assert values["held_out/evidence_nll"] == pytest.approx(
+        run.module.measurements()["evidence_nll"], rel=1e-5
+    )
+
+
+def test_the_overview_has_a_chart_for_every_tag_that_matters(get: Callable[..., bytes]) -> None:
+    (category,) = json.loads(get("custom_scalars/layout"))["category"]
+    patterns = [chart["multiline"]["tag"][0] for chart in category["chart"]]
+    tags = list(json.loads(get("scalars/tags"))["digits/version_0"])
+    shown = [[tag for tag in tags if re.match(pattern, tag)] for pattern in patterns]
+    assert shown[:3] == [["held_out/evidence_nll"], ["train/loss"], ["held_out/reconstruction_mse"]]
+    assert sorted(shown[3]) == [f"sweep/acceptance/{unit}" for unit in LATENT_SIZES]
+    assert sorted(shown[4]) == [f"sweep/step_size/{unit}" for unit in LATENT_SIZES]
+
+
+def test_the_untrained_model_is_a_table_and_no_point_of_a_curve(get: Callable[..., bytes]) -> None:
+    steps = [step for _, step, _ in read(get, "scalars", "held_out/evidence_nll")]
+    assert steps == [NUM_STEPS // 2 - 1, NUM_STEPS - 1]
+    told = json.loads(get("text/text", run="digits/version_0", tag="held_out"))
+    assert [entry["step"] for entry in told] == [0, *steps]
+    assert ["Before training" in entry["text"] for entry in told] == [True, False, False]
+    assert all("<td>evidence NLL</td>" in entry["text"] for entry in told)
 
 
 def test_the_loss_is_what_the_module_returned_at_every_step(
@@ -210,7 +257,6 @@ def test_grids_show_the_held_out_images_in_rows_of_eight(
     get: Callable[..., bytes], run: Run, name: str
 ) -> None:
     grid = picture(get, f"images/{name}", position=-1)
-    assert grid.shape == (8 * 9 + 1, 8 * 9 + 1)
     images = getattr(run.module.evaluations[0], name)
     for index in (0, 1, 8, 63):
         row, column = 1 + 9 * (index // 8), 1 + 9 * (index % 8)
@@ -222,7 +268,7 @@ def test_grids_show_the_held_out_images_in_rows_of_eight(
 def test_every_evaluation_has_its_grids(get: Callable[..., bytes]) -> None:
     for name in ("originals", "reconstructions", "prior_samples"):
         steps = [entry["step"] for entry in read(get, "images", f"images/{name}")]
-        assert steps == [0, NUM_STEPS // 2, NUM_STEPS]
+        assert steps == [0, NUM_STEPS // 2 - 1, NUM_STEPS - 1]
     before, after = (picture(get, "images/reconstructions", position) for position in (0, -1))
     assert (before != after).any()
     assert (picture(get, "images/originals", 0) == picture(get, "images/originals", -1)).all()

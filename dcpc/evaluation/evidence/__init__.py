@@ -18,6 +18,7 @@ from dcpc.evaluation.evidence.held_out import (
     evaluate,
     format_table,
     held_out_inference,
+    per_datum,
     summarise,
 )
 from dcpc.evaluation.evidence.temperatures import Setting, TemperatureStudy, temperature_study
@@ -34,6 +35,7 @@ __all__ = [
     "forward_pass",
     "guide_bounds",
     "held_out_inference",
+    "per_datum",
     "prior_sample_estimate",
     "summarise",
     "temperature_study",

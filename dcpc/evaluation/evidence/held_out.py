@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,75 +15,31 @@ from dcpc.evaluation.batches import gradients_allowed
 from dcpc.evaluation.classes import class_probabilities
 from dcpc.evaluation.generation.samples import matching_site
 from dcpc.evaluation.intensities import IntensityRange, cross_entropy, to_unit
+from dcpc.evaluation.quantities import format_results, mean_error, results
 from dcpc.inference import DCPC
 from dcpc.observed import Observed, call, main_tensor, mapped
 from dcpc.problem import Problem
 from dcpc.sweep import SweepState
-from dcpc.tables import table
 
-__all__ = ["Evaluation", "evaluate", "format_table", "held_out_inference", "summarise"]
+__all__ = [
+    "Evaluation",
+    "evaluate",
+    "format_table",
+    "held_out_inference",
+    "per_datum",
+    "summarise",
+]
 
 LEAPFROG_STEPS = 4
 """Of every move while annealing: single steps wander too slowly for the ladder."""
 
-LABELS = {
-    "evidence_nll": "evidence NLL",
-    "reconstruction_cross_entropy": "reconstruction cross-entropy",
-    "reconstruction_mse": "reconstruction MSE",
-    "ess_percent": "ESS %",
-}
-OPTIONAL = {
-    "elbo": ("ELBO", "nats per datum, of the encoder: a lower bound of log p(x), in expectation"),
-    "importance_weighted_bound": (
-        "importance-weighted bound",
-        "nats per datum, of the encoder: a lower bound of log p(x), in expectation",
-    ),
-    "prior_sample_estimate": (
-        "prior-sample estimate",
-        "nats per datum, of samples of the prior: a lower bound of log p(x), far below it",
-    ),
-    "bits_per_symbol": (
-        "bits per symbol",
-        "the evidence NLL of discrete data, by symbol and to the base of 2",
-    ),
-    "prior_sample_bits_per_symbol": (
-        "prior-sample bits per symbol",
-        "the prior-sample estimate likewise: more than that of the evidence, in expectation",
-    ),
-    "forward_pass_bits_per_symbol": (
-        "forward-pass bits per symbol",
-        "of the network without noise, every latent at its mean: another model",
-    ),
-    "completion_cross_entropy": (
-        "completion cross-entropy",
-        "nats per datum, of the upper half of an image given its lower half",
-    ),
-    "completion_mse": ("completion MSE", "per pixel, of the same"),
-    "forecast_mse": ("forecast MSE", "per pixel, of the last frames given those before"),
-    "repeated_frame_mse": ("repeated frame MSE", "of the last frame seen, in their place"),
-    "error_percent": ("labels that are wrong", "percent, of the most probable classes"),
-    "expected_calibration_error": (
-        "expected calibration error",
-        "of the most probable class's probability, against the share that is right",
-    ),
-    "label_log_loss": ("log loss of labels", "nats per datum, minus their log-probability"),
-}
-"""What a table has besides, where it was measured: labels and explanations."""
-
-RMSE = "_rmse"
-"""Ends the name of the root mean square error of a site whose true values are known."""
-
-FOUR_PLACES = (
-    "bits_per_symbol",
-    "prior_sample_bits_per_symbol",
-    "forward_pass_bits_per_symbol",
-    "completion_mse",
-    "forecast_mse",
-    "repeated_frame_mse",
-    "expected_calibration_error",
-    "label_log_loss",
+AVERAGED = (
+    "evidence_nll",
+    "reconstruction_cross_entropy",
+    "reconstruction_mse",
+    "ess_percent",
 )
-"""Measurements that are shown with four decimal places, not with two."""
+"""Measurements of an `Evaluation` that `summarise` averages."""
 
 
 @dataclass(frozen=True)
@@ -215,46 +169,23 @@ def site_means(problem: Problem, state: SweepState, sites: Sequence[str]) -> dic
 
 def summarise(evaluations: Sequence[Evaluation]) -> dict[str, float]:
     """Means over all held-out data, and the standard error of the evidence NLL's mean."""
-    summary = {
-        name: float(torch.cat([getattr(e, name) for e in evaluations]).mean()) for name in LABELS
-    }
+    summary = {name: float(values.mean()) for name, values in per_datum(evaluations).items()}
     nll = torch.cat([e.evidence_nll for e in evaluations])
     # The noise of annealing is independent between data, so that their spread contains it.
-    error = float(nll.std()) / math.sqrt(len(nll)) if len(nll) > 1 else math.nan
-    return {**summary, "evidence_nll_se": error, "num_data": float(len(nll))}
+    return {**summary, "evidence_nll_se": mean_error(nll), "num_data": float(len(nll))}
+
+
+def per_datum(evaluations: Sequence[Evaluation]) -> dict[str, Tensor]:
+    """By name, the measurements of all held-out data that `summarise` averages, `(N,)`."""
+    return {name: torch.cat([getattr(e, name) for e in evaluations]) for name in AVERAGED}
 
 
 def format_table(summary: Mapping[str, float], num_particles: int, num_temperatures: int) -> str:
-    """The table that `dcpc test` prints; with `OPTIONAL` rows where they were measured."""
-    nll, error = summary["evidence_nll"], summary["evidence_nll_se"]
-    rows = [
-        ("evidence_nll", f"{nll:.2f} ± {error:.2f}", "nats per datum ± standard error"),
-        (
-            "reconstruction_cross_entropy",
-            f"{summary['reconstruction_cross_entropy']:.2f}",
-            "nats per datum, of the particle-averaged decoder mean",
-        ),
-        (
-            "reconstruction_mse",
-            f"{summary['reconstruction_mse']:.4f}",
-            "per pixel, of the same, in intensities from 0 to 1",
-        ),
-        ("ess_percent", f"{summary['ess_percent']:.0f}", "of the particles, after annealing"),
-    ]
-    rows += [
-        (name, f"{summary[name]:.{4 if name in FOUR_PLACES else 2}f}", what)
-        for name, (_, what) in OPTIONAL.items()
-        if name in summary
-    ]
-    errors = {name: f"{name.removesuffix(RMSE)} RMSE" for name in summary if name.endswith(RMSE)}
-    rows += [
-        (name, f"{summary[name]:.3f}", "of the posterior mean, against the truth")
-        for name in errors
-    ]
-    labels = LABELS | {name: label for name, (label, _) in OPTIONAL.items()} | errors
-    heading = (
-        f"{summary['num_data']:.0f} held-out data, {num_particles} particles annealed over "
-        f"{num_temperatures} temperatures"
-    )
-    lines = table((), [(labels[name], value, what) for name, value, what in rows], "plain", [1])
-    return f"{heading}\n{textwrap.indent(lines, '  ')}"
+    """The table that `dcpc test` prints of the measurements in a summary."""
+    conditions = {
+        "num_data": summary["num_data"],
+        "num_particles": num_particles,
+        "num_temperatures": num_temperatures,
+    }
+    errors = {"evidence_nll": summary["evidence_nll_se"]}
+    return format_results(results(summary, errors), conditions)

@@ -136,7 +136,7 @@ def load_parameters(model: nn.Module, parameters: Mapping[str, Tensor], path: st
     Raises:
         FrozenParticlesError: A parameter is missing or has another shape.
     """
-    misfit = describe_misfit(parameters, model)
+    misfit = describe_misfit(parameters, model.state_dict())
     if misfit is not None:
         raise FrozenParticlesError(
             f"'{path}' belongs to another model: {misfit}; make the model with the arguments that "

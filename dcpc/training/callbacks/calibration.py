@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch.utils.tensorboard import SummaryWriter
 
 from dcpc.evaluation import Calibration
-from dcpc.training.callbacks.monitors import num_batches, tensorboard
+from dcpc.training.callbacks.board import add_figure, tensorboard, tested_run
 from dcpc.training.modules import GenerativeModule
 
 __all__ = ["CalibrationCurve", "draw_calibration"]
@@ -25,17 +25,18 @@ class CalibrationCurve(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         writer, told = tensorboard(trainer), _calibration(pl_module)
         if writer is not None and told is not None:
-            canvas = FigureCanvasAgg(draw_calibration(told))
-            canvas.draw()
-            picture = np.asarray(canvas.buffer_rgba())[..., :3]
-            writer.add_image("labels/calibration", picture, num_batches(trainer), dataformats="HWC")
+            _show(writer, "images/calibration", told, pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         told = _calibration(pl_module)
-        if told is not None and trainer.is_global_zero:
-            path = Path(trainer.default_root_dir) / "calibration.png"
-            draw_calibration(told).savefig(path, dpi=150)
-            print(f"calibration curve: {path}")
+        if told is None or not trainer.is_global_zero:
+            return
+        path = Path(trainer.default_root_dir) / "calibration.png"
+        draw_calibration(told).savefig(path, dpi=150)
+        print(f"calibration curve: {path}")
+        with tested_run(trainer) as writer:
+            if writer is not None:
+                _show(writer, "images/test_calibration", told, pl_module)
 
 
 def draw_calibration(told: Calibration) -> Figure:
@@ -57,6 +58,11 @@ def draw_calibration(told: Calibration) -> Figure:
     histogram.bar(confidence, count, width=0.05)
     histogram.set(xlabel="probability of the most probable class", ylabel="data", yscale="log")
     return figure
+
+
+def _show(writer: SummaryWriter, tag: str, told: Calibration, module: LightningModule) -> None:
+    assert isinstance(module, GenerativeModule)
+    add_figure(writer, tag, draw_calibration(told), module.last_step)
 
 
 def _calibration(module: LightningModule) -> Calibration | None:

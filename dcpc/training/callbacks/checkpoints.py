@@ -10,6 +10,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
 from dcpc.io import remove_stale
+from dcpc.training.callbacks.board import CHECKPOINTS
 from dcpc.training.signals import Signals
 
 __all__ = ["RunCheckpoint"]
@@ -38,7 +39,7 @@ class RunCheckpoint(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Removes what killed runs have left of files that they were writing."""
         if trainer.is_global_zero:
-            for folder in Path(trainer.default_root_dir).glob("*/checkpoints"):
+            for folder in Path(trainer.default_root_dir).glob(f"*/{CHECKPOINTS}"):
                 remove_stale(folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -70,7 +71,7 @@ class RunCheckpoint(Checkpoint):
     def save(self, trainer: Trainer) -> None:
         """Saves the state of the run, and points the link to it."""
         folder = trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir)
-        self.path = Path(folder) / "checkpoints" / NAME
+        self.path = Path(folder) / CHECKPOINTS / NAME
         trainer.save_checkpoint(self.path)
         self.signals.have_saved = True
         if trainer.is_global_zero:

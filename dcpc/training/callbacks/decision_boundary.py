@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from dcpc.errors import OptionError
 from dcpc.observed import main_tensor
-from dcpc.training.callbacks.monitors import num_batches, tensorboard
+from dcpc.training.callbacks.board import add_figure, tensorboard
 from dcpc.training.data import LabelledData
 from dcpc.training.modules import ClassifierModule
 
@@ -35,15 +33,13 @@ class DecisionBoundary(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         writer = tensorboard(trainer)
         if writer is not None:
-            canvas = FigureCanvasAgg(self._draw(trainer, pl_module))
-            canvas.draw()
-            picture = np.asarray(canvas.buffer_rgba())[..., :3]
-            step = num_batches(trainer)
-            writer.add_image("images/decision_boundary", picture, step, dataformats="HWC")
+            assert isinstance(pl_module, ClassifierModule)
+            figure = self._draw(trainer, pl_module)
+            add_figure(writer, "images/decision_boundary", figure, pl_module.last_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = Path(trainer.default_root_dir) / "decision_boundary.png"
-        self._draw(trainer, pl_module).savefig(path)
+        self._draw(trainer, pl_module).savefig(path, dpi=150)
         print(f"decision boundary: {path}")
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> Figure:
@@ -74,7 +70,7 @@ def draw_decision_boundary(module: ClassifierModule, data: LabelledData) -> Figu
     across, up = (torch.linspace(float(low[i]), float(high[i]), RESOLUTION) for i in (0, 1))
     plane = torch.stack(torch.meshgrid(across, up, indexing="xy"), -1).reshape(-1, 2)
     classes = module.predict(plane.to(module.device, points.dtype)).argmax(1).cpu()
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(4.5, 3.5), layout="constrained")
     axes = figure.subplots()
     extent = (float(low[0]), float(high[0]), float(low[1]), float(high[1]))
     colours: dict[str, Any] = {"cmap": "coolwarm", "vmin": 0, "vmax": module.num_classes - 1}

@@ -6,17 +6,26 @@ import math
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from dcpc.evaluation import prior_samples
 from dcpc.observed import call, mapped
 from dcpc.sweep import SweepInfo
-from dcpc.training.callbacks.grids import NUM_SEQUENCES, film_strips, image_grid
+from dcpc.training.callbacks.board import add_grid, tensorboard
+from dcpc.training.callbacks.grids import film_strips, image_grid
 from dcpc.training.modules import GenerativeModule, ParticleModule
 
-__all__ = ["ImageGrids", "SweepMonitor", "num_batches", "tensorboard"]
+__all__ = ["ImageGrids", "SweepMonitor"]
+
+CAPTIONS = {
+    "originals": "held-out data",
+    "reconstructions": "their reconstructions: decoder means after inference",
+    "prior_samples": "samples of the prior: decoder means",
+}
+
+SHOWN_SEQUENCES = 4
+"""Sequences in TensorBoard, where pictures are small."""
 
 
 class SweepMonitor(Callback):
@@ -43,8 +52,10 @@ class SweepMonitor(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        step = num_batches(trainer) - 1
-        if not isinstance(pl_module, ParticleModule) or (step + 1) % self.every_n_steps:
+        if not isinstance(pl_module, ParticleModule):
+            return
+        step = pl_module.last_step
+        if (step + 1) % self.every_n_steps:
             return
         info = pl_module.last_sweep
         if info is None:  # the encoder is still warming up
@@ -84,7 +95,7 @@ class ImageGrids(Callback):
         first = pl_module.evaluations[0]
         originals = first.originals[: self.num_images]
         if originals.dim() == 5:
-            self._add_film_strips(writer, trainer, pl_module)
+            self._add_film_strips(writer, pl_module)
         if originals.dim() != 4:
             return
         shown = mapped(lambda values: values[: self.num_images], first.data)
@@ -98,38 +109,22 @@ class ImageGrids(Callback):
             ("prior_samples", generated),
         ):
             grid = image_grid(pictures, columns, pl_module.intensity_range)
-            writer.add_image(f"images/{name}", grid, num_batches(trainer))
+            add_grid(writer, f"images/{name}", grid, pl_module.last_step, CAPTIONS[name])
 
-    def _add_film_strips(
-        self, writer: SummaryWriter, trainer: Trainer, module: GenerativeModule
-    ) -> None:
+    def _add_film_strips(self, writer: SummaryWriter, module: GenerativeModule) -> None:
         first = module.evaluations[0]
-        kinds = [first.originals, first.reconstructions]
-        kinds += [told.frames for told in module.forecasts[:1]]
-        shown = mapped(lambda values: values[:NUM_SEQUENCES], first.data)
+        rows = {"originals": first.originals, "reconstructions": first.reconstructions}
+        if module.forecasts:
+            rows["forecasts"] = module.forecasts[0].frames
+        shown = mapped(lambda values: values[:SHOWN_SEQUENCES], first.data)
         _, means = prior_samples(module.model, shown, seed=0)
-        for name, strips in (
-            ("film_strips", [frames[:NUM_SEQUENCES] for frames in kinds]),
-            ("prior_samples", [means]),
+        caption = f"held-out sequences; of each, from the top: {', '.join(rows)}"
+        for name, strips, told in (
+            ("film_strips", [frames[:SHOWN_SEQUENCES] for frames in rows.values()], caption),
+            ("prior_samples", [means], CAPTIONS["prior_samples"]),
         ):
             picture = film_strips(strips, module.intensity_range)
-            writer.add_image(f"images/{name}", picture, num_batches(trainer))
-
-
-def num_batches(trainer: Trainer) -> int:
-    """Batches trained on: what TensorBoard calls a step.
-
-    Not the optimiser's steps, of which `ipc` and the incremental rules take several per batch.
-    """
-    return trainer.fit_loop.total_batch_idx + 1
-
-
-def tensorboard(trainer: Trainer) -> SummaryWriter | None:
-    """The writer of the first logger that is TensorBoard's."""
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            return logger.experiment
-    return None
+            add_grid(writer, f"images/{name}", picture, module.last_step, told)
 
 
 def _histograms(module: ParticleModule, info: SweepInfo, index: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Reports of a run: tables, files of predictions, the place of the checkpoint."""
+"""Reports of a run: progress in words, files of predictions, the place of the checkpoint."""
 
 from __future__ import annotations
 
@@ -17,19 +17,7 @@ from dcpc.training.callbacks.checkpoints import RunCheckpoint
 from dcpc.training.callbacks.grids import NUM_SEQUENCES, film_strips, image_grid, save_png
 from dcpc.training.modules import GenerativeModule, MeasuredModule
 
-__all__ = ["EvaluationTable", "PredictionWriter", "RunReport"]
-
-
-class EvaluationTable(Callback):
-    """Prints the measurements of `dcpc test` and `dcpc validate`."""
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, MeasuredModule)
-        trainer.print("\n" + pl_module.table(is_test=True))
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, MeasuredModule)
-        trainer.print("\n" + pl_module.table(is_test=False))
+__all__ = ["PredictionWriter", "RunReport"]
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -26,6 +26,7 @@ from dcpc.training.data.labelled import (
     LabelledSet,
     TensorSet,
     check_finite,
+    check_sets,
 )
 from dcpc.training.data.loading import EpochBatches, ResumableLoader
 from dcpc.training.data.moons import MoonsData
@@ -55,4 +56,5 @@ __all__ = [
     "TensorSet",
     "check_finite",
     "check_images",
+    "check_sets",
 ]

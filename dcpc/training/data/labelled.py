@@ -22,6 +22,7 @@ __all__ = [
     "SharedEpochSet",
     "TensorSet",
     "check_finite",
+    "check_sets",
 ]
 
 Batch = tuple[Observed, Tensor, Tensor]
@@ -46,6 +47,57 @@ def check_finite(batch: Batch) -> None:
             f"datum {int(index[row])} of the training set holds NaN or an infinity{where}; drop or "
             "repair it"
         )
+
+
+def check_sets(data: LabelledData) -> None:
+    """Checks that data that were set up can be trained on and measured.
+
+    Raises:
+        DataError: A set is missing or empty, or its batches are no tensors.
+    """
+    kind = type(data).__name__
+    for name in ("training_set", "held_out_set"):
+        made = getattr(data, name, None)
+        if made is None:
+            raise DataError(
+                f"data: {kind}.setup must make self.{name}, and {kind}.__init__ must call "
+                "super().__init__(batch_size, evaluation_batch_size, seed)"
+            )
+        if not isinstance(made, LabelledSet):
+            raise DataError(
+                f"data: {kind}.{name} must be a LabelledSet, such as TensorSet(data, labels), got "
+                f"{type(made).__name__}"
+            )
+        if not len(made):
+            option = "data.num_held_out: " if hasattr(data, "num_held_out") else ""
+            raise DataError(
+                f"{option}the {name} of {kind} is empty; hold out at least one datum, and fewer "
+                "than there are"
+            )
+        check_tensors(*made.first(1), f"a batch of {kind}.{name}")
+
+
+def check_tensors(observed: Any, labels: Any, index: Any, where: str) -> None:
+    """Checks that a batch, or a whole set, is of tensors with one row for every datum.
+
+    Raises:
+        DataError: Naming `where`.
+    """
+    if isinstance(observed, Mapping):
+        parts = list(observed.values())
+    else:
+        parts = list(observed) if isinstance(observed, tuple) else [observed]
+    for part in (*parts, labels, index):
+        if not isinstance(part, Tensor):
+            raise DataError(
+                f"data: {where} must be of tensors, got a {type(part).__name__}; convert it by "
+                "torch.as_tensor"
+            )
+        if part.dim() == 0 or len(part) != len(index):
+            raise DataError(
+                f"data: {where} must have a row for every datum, {len(index)}, got a tensor of "
+                f"shape {tuple(part.shape)}"
+            )
 
 
 class LabelledSet(Dataset[Batch], ABC):
@@ -119,9 +171,13 @@ class TensorSet(LabelledSet):
     Args:
         data: Tensors `(N, *shape)`.
         labels: `(N,)`.
+
+    Raises:
+        DataError: They are no tensors, or not of one length.
     """
 
     def __init__(self, data: Observed, labels: Tensor) -> None:
+        check_tensors(data, labels, labels, "a TensorSet")
         self.data, self.labels = data, labels
 
     def __len__(self) -> int:

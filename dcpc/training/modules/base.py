@@ -10,15 +10,16 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pytorch_lightning import LightningModule
-from pytorch_lightning.callbacks import Timer
 from torch import Tensor
 
 from dcpc.errors import OptionError
+from dcpc.evaluation import Result, format_results, held_out_tag, results
 from dcpc.seeding import derived_seed, seeded
 from dcpc.training.checkpoint import CheckpointError
-from dcpc.training.data import Batch, check_finite
+from dcpc.training.data import Batch, LabelledData, check_finite, check_sets
 from dcpc.training.divergence import Watch, failures_told
 from dcpc.training.processes import check_strategy
+from dcpc.training.run_length import fractions_done
 
 __all__ = ["LearningRateSchedule", "MeasuredModule"]
 
@@ -102,23 +103,58 @@ class MeasuredModule(LightningModule, ABC):
         """Measurements in a few words."""
 
     @abstractmethod
-    def table(self, is_test: bool) -> str:
-        """The measurements of this round in full."""
+    def standard_errors(self) -> dict[str, float]:
+        """Standard errors of the measurements by name, where they are known."""
+
+    @abstractmethod
+    def conditions(self, is_test: bool) -> dict[str, int]:
+        """Number of data of this round, as `num_data`, and the settings that it was measured by."""
+
+    @property
+    def charts(self) -> dict[str, str]:
+        """By title, regular expressions of the tags in charts of TensorBoard's overview."""
+        return {"training loss": "train/loss$"}
+
+    def settings(self) -> dict[str, str]:
+        """Settings that a resumed run shares with the first one, in words, by their keys."""
+        return {"model.class_path": type(self).__name__}
 
     # -- training ----------------------------------------------------------------------------
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the training; None before it."""
+        return self._seed
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it has learned from a batch."""
+        return self._num_steps > 0
+
+    @property
+    def last_step(self) -> int:
+        """Index of the last batch that was learned from: what TensorBoard calls a step.
+
+        Not the optimiser's steps, of which `ipc` and the incremental rules take several per batch.
+        """
+        return max(self._num_steps - 1, 0)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
     def setup(self, stage: str) -> None:
-        """Refuses precisions that captured programs are not certified in; applies the others.
+        """Refuses unusable data, and precisions that captured programs are not certified in.
 
-        Lightning would apply them only after it has loaded the weights of a checkpoint, and round
-        these to the model's precision before.
+        Lightning would apply double precision only after it has loaded the weights of a checkpoint,
+        and round these to the model's precision before.
 
         Raises:
+            DataError: There are no data to train on, or to measure by.
             OptionError: `trainer.precision` is neither single nor double.
         """
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, LabelledData):
+            check_sets(data)
         precision = str(self.trainer.precision)
         if precision not in PRECISIONS:
             raise OptionError(
@@ -175,26 +211,21 @@ class MeasuredModule(LightningModule, ABC):
         """Sets the learning rate, which is a function of how much of the run is done."""
         if self.learning_rate_schedule is None:
             return
-        factor = 0.5 * (1.0 + math.cos(math.pi * min(self._progress(), 1.0)))
+        done = max(fractions_done(self.trainer, self._num_steps), default=0.0)
+        factor = 0.5 * (1.0 + math.cos(math.pi * done))
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
 
-    def _progress(self) -> float:
-        """Fraction of the run that is done, by steps or by time."""
-        done = [0.0]
-        total = self.trainer.num_training_batches * (self.trainer.max_epochs or 0)
-        if 0 < total < math.inf:
-            done.append(self._num_steps / total)
-        if self.trainer.max_steps > 0:
-            done.append(self.trainer.global_step / self.trainer.max_steps)
-        for timer in (c for c in self.trainer.callbacks if isinstance(c, Timer)):  # type: ignore[attr-defined]
-            remaining, elapsed = timer.time_remaining(), timer.time_elapsed()
-            if remaining is not None and elapsed + remaining > 0:
-                done.append(elapsed / (elapsed + remaining))
-        return max(done)
-
     # -- held-out data -----------------------------------------------------------------------
+
+    def results(self) -> dict[str, Result]:
+        """The measurements of this round with standard errors, units and meanings, by name."""
+        return results(self.measurements(), self.standard_errors())
+
+    def table(self, is_test: bool, style: Literal["plain", "github"] = "plain") -> str:
+        """The measurements of this round in full, for a terminal or as Markdown."""
+        return format_results(self.results(), self.conditions(is_test), style)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.measure(batch, batch_idx, is_test=False)
@@ -216,10 +247,16 @@ class MeasuredModule(LightningModule, ABC):
 
     def _log_measurements(self) -> None:
         for name, value in self.measurements().items():
-            if name != "num_data":
-                shown = name == self.headline
+            if name == "num_data":
+                continue
+            self.log(
+                held_out_tag(name),
+                value,
+                prog_bar=name == self.headline,
+                batch_size=1,
                 # Every process measures all held-out data, so that all have the same value.
-                self.log(f"held_out/{name}", value, prog_bar=shown, batch_size=1, sync_dist=True)
+                sync_dist=True,
+            )
 
     # -- checkpoints -------------------------------------------------------------------------
 
@@ -229,7 +266,24 @@ class MeasuredModule(LightningModule, ABC):
             "seed": self._seed,
             "num_steps": self._num_steps,
             "watch": self.watch.state_dict(),
+            "settings": self.settings(),
         }
+
+    def check_settings(self, checkpoint: Mapping[str, Any]) -> None:
+        """Checks that this run may go on from a checkpoint.
+
+        Raises:
+            CheckpointError: It was trained with other settings.
+        """
+        saved = checkpoint.get(STATE_KEY, {}).get("settings", {})  # early checkpoints have none
+        for key, here in self.settings().items():
+            there = saved.get(key, here)
+            if there != here:
+                raise CheckpointError(
+                    f"--ckpt_path: the checkpoint was trained with {key} {there}, and this run has "
+                    f"{here}; resume with the settings of the first run, or start from its weights "
+                    "alone, with --init_from in the place of --ckpt_path"
+                )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores it.
@@ -241,6 +295,8 @@ class MeasuredModule(LightningModule, ABC):
             raise CheckpointError(
                 f"the checkpoint has no entry {STATE_KEY!r}, so it was not written by dcpc fit"
             )
+        if self.trainer.state.fn == "fit":
+            self.check_settings(checkpoint)
         saved = checkpoint[STATE_KEY]
         self._seed = saved["seed"]
         self._num_steps = saved["num_steps"]

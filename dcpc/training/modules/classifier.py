@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcpc.errors import DataError, require_at_least
+from dcpc.evaluation import mean_error
 from dcpc.evaluation.batches import gradients_allowed
 from dcpc.networks import EnergyNetwork, LearningRule
 from dcpc.observed import main_tensor
@@ -62,6 +63,16 @@ class ClassifierModule(MeasuredModule):
         self.flatten = flatten
         self.automatic_optimization = False
         self._is_right: list[Tensor] = []
+
+    def settings(self) -> dict[str, str]:
+        return super().settings() | {"model.rule": type(self.rule).__name__}
+
+    @property
+    def charts(self) -> dict[str, str]:
+        return {
+            "held-out accuracy": "held_out/accuracy$",
+            "energy before and after inference": "train/.*energy.*",
+        }
 
     def setup(self, stage: str) -> None:
         """Looks at the labels, and predicts a datum: data that do not fit are an error at once.
@@ -137,9 +148,11 @@ class ClassifierModule(MeasuredModule):
     def describe(self, measurements: Mapping[str, float]) -> str:
         return f"accuracy {100 * measurements['accuracy']:.2f} %"
 
-    def table(self, is_test: bool) -> str:
-        measured = self.measurements()
-        return f"{measured['num_data']:.0f} held-out data\n  {self.describe(measured)}"
+    def standard_errors(self) -> dict[str, float]:
+        return {"accuracy": mean_error(torch.cat(self._is_right).float())}
+
+    def conditions(self, is_test: bool) -> dict[str, int]:
+        return {"num_data": sum(map(len, self._is_right))}
 
     def _input(self, x: Tensor) -> Tensor:
         return x.flatten(1) if self.flatten else x

@@ -24,9 +24,10 @@ from dcpc.evaluation import (
     complete,
     evaluate,
     forecast,
-    format_table,
     forward_pass,
     held_out_inference,
+    mean_error,
+    per_datum,
     prior_samples,
     summarise,
 )
@@ -40,6 +41,7 @@ from dcpc.observed import (
 )
 from dcpc.training.data import Batch, LabelledData, LabelledSet
 from dcpc.training.modules.base import LearningRateSchedule, MeasuredModule
+from dcpc.training.observations import check_runs
 
 __all__ = ["GenerativeModule", "Guide", "HeldOut"]
 
@@ -56,8 +58,8 @@ class HeldOut:
         num_temperatures: Length of the annealing ladder while training.
         test_temperatures: Its length for `test` and `predict`. A short ladder overstates the
             evidence NLL, by Jensen's inequality; lengthen it until the figure stands still.
-        bound_samples: Samples of the guide per datum of the importance-weighted bound.
-        prior_samples: Samples of the prior per datum of the prior-sample estimate, by `test`.
+        bound_samples: Samples of the guide per datum of the importance-weighted NLL.
+        prior_samples: Samples of the prior per datum of the prior-sample NLL, by `test`.
         completion: Whether `test` also completes the upper half of images from the lower one,
             which takes as long again.
         forecast: Number of last frames of sequences `(T, channels, height, width)` that are also
@@ -89,7 +91,8 @@ class GenerativeModule(MeasuredModule):
 
     Held-out data are inferred from scratch, by annealing, whatever the algorithm that trains: the
     evidence is a property of the model alone. Where there is a guide, two bounds of its own are
-    measured beside it; `test` adds the prior-sample estimate, which is far too low.
+    measured beside it; `test` adds the prior-sample NLL, which is far too high. All of them are
+    minus logarithms, so that lower is better.
 
     Args:
         model: The Pyro program, a torch module; called with a batch of data, with all latents in
@@ -149,6 +152,14 @@ class GenerativeModule(MeasuredModule):
         self._prior_sampler = ImportanceSampler(model)
         self._guide_sampler = None if guide is None else ImportanceSampler(model, self.guide)
 
+    @property
+    def charts(self) -> dict[str, str]:
+        told = {"held-out evidence NLL": "held_out/evidence_nll$"}
+        if self.label_site is not None:
+            told["held-out labels that are wrong, in percent"] = "held_out/error_percent$"
+        told |= super().charts
+        return told | {"held-out reconstruction MSE": "held_out/reconstruction_mse$"}
+
     def negative_elbo(
         self, x: Observed, model: Callable[..., Any] | None = None, num_samples: int = 1
     ) -> Tensor:
@@ -181,6 +192,7 @@ class GenerativeModule(MeasuredModule):
             shape = tuple(main_tensor(first).shape[1:])
             for name in ("image_shape", "frames_shape"):
                 check_image_shape(shape, getattr(self.model, name, shape), name)
+            check_runs(self.model, data.held_out_set.first(2)[0])
             if self.held_out.forecast:
                 images_alone(f"forecast={self.held_out.forecast}", first)
                 check_forecast(self.held_out.forecast, shape)
@@ -244,6 +256,32 @@ class GenerativeModule(MeasuredModule):
             else None
         )
 
+    def standard_errors(self) -> dict[str, float]:
+        values = per_datum(self.evaluations)
+        values |= {name: torch.cat(parts) for name, parts in self._estimates.items()}
+        errors = {name: mean_error(of_data) for name, of_data in values.items()}
+        for name, parts in self._squared_errors.items():
+            squares = torch.cat(parts)
+            # Of a root, by its slope 1 / (2 root).
+            slope = 0.5 / squares.mean().sqrt()
+            errors[f"{name}_rmse"] = float(slope) * mean_error(squares)
+        told = self.calibration
+        if told is not None:
+            errors["error_percent"] = 100.0 * told.error_rate_se
+            errors["label_log_loss"] = told.log_loss_se
+        return errors
+
+    def conditions(self, is_test: bool) -> dict[str, int]:
+        how = self.held_out
+        told = {
+            "num_data": sum(len(e.evidence_nll) for e in self.evaluations),
+            "num_particles": how.num_particles,
+            "num_temperatures": self._ladder(is_test),
+        }
+        if self._guide_sampler is not None:
+            told["bound_samples"] = how.bound_samples
+        return told | ({"prior_samples": how.prior_samples} if is_test else {})
+
     def _label_measurements(self) -> dict[str, float]:
         told = self.calibration
         if told is None:
@@ -263,10 +301,6 @@ class GenerativeModule(MeasuredModule):
             told += f", {measurements['bits_per_symbol']:.3f} bits per symbol"
         return told
 
-    def table(self, is_test: bool) -> str:
-        num_particles, ladder = self.held_out.num_particles, self._ladder(is_test)
-        return format_table(self.measurements(), num_particles, ladder)
-
     def _estimate(self, x: Observed, batch_idx: int, is_test: bool) -> dict[str, Tensor]:
         """Measurements beside the evidence, `(B,)` by name; none for data that are tied."""
         if not call(self.held_out_inference.division, x).population:
@@ -274,10 +308,11 @@ class GenerativeModule(MeasuredModule):
         found = {}
         if self._guide_sampler is not None:
             bounds = self._guide_sampler.bounds(x, self.held_out.bound_samples, seed=batch_idx)
-            found["elbo"], found["importance_weighted_bound"] = bounds
+            found["negative_elbo"] = -bounds.elbo
+            found["importance_weighted_nll"] = -bounds.importance_weighted
         if is_test:
             weighed = self._prior_sampler.bounds(x, self.held_out.prior_samples, seed=batch_idx)
-            found["prior_sample_estimate"] = weighed.importance_weighted
+            found["prior_sample_nll"] = -weighed.importance_weighted
         if is_test and self.held_out.completion:
             completed = complete(
                 self.model,
@@ -322,8 +357,8 @@ class GenerativeModule(MeasuredModule):
             return {}
         in_bits = 1.0 / (x[0].numel() * math.log(2.0))
         found = {"bits_per_symbol": in_bits * evaluation.evidence_nll}
-        if "prior_sample_estimate" in estimates:
-            nll = -estimates["prior_sample_estimate"]
+        if "prior_sample_nll" in estimates:
+            nll = estimates["prior_sample_nll"]
             found["prior_sample_bits_per_symbol"] = in_bits * nll
         if call(self.held_out_inference.division, x).population:
             found["forward_pass_bits_per_symbol"] = -in_bits * forward_pass(

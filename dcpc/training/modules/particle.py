@@ -169,6 +169,26 @@ class ParticleModule(GenerativeModule):
         self._guide_losses = guide_objective(start, self.guide is not None, self.restarts)
         self._saved_particles: Mapping[str, Any] | None = None
 
+    def settings(self) -> dict[str, str]:
+        algorithm = self.inference.algorithm
+        return super().settings() | {
+            "model.algorithm": algorithm.name,
+            "model.num_particles": str(self.inference.num_particles),
+            "model.schedule": _in_words(algorithm.schedule),
+            "model.move": _in_words(algorithm.parts.move),
+            "model.correction": _in_words(algorithm.parts.correction),
+            "model.preconditioner": _in_words(algorithm.parts.preconditioner),
+            "model.blocks": str([list(block) for block in self.inference.blocks]),
+        }
+
+    @property
+    def charts(self) -> dict[str, str]:
+        return super().charts | {
+            "acceptance rate of every unit": "sweep/acceptance/.*",
+            "step size of every unit": "sweep/step_size/.*",
+            "ESS of the particles, in percent": "train/ess_percent$",
+        }
+
     def on_train_start(self) -> None:
         """Opens the particle store, with the checkpoint's particles if there are any."""
         super().on_train_start()
@@ -272,7 +292,7 @@ class ParticleModule(GenerativeModule):
         self.adaptation = average(state.adaptation, weight)
         self.last_sweep, self.last_state = info, state
         ess = 100.0 * info.ess.mean() / state.num_particles
-        self.log("train/ess_percent", ess, prog_bar=True, batch_size=num_data(x), sync_dist=True)
+        self.log("train/ess_percent", ess, batch_size=num_data(x), sync_dist=True)
         return losses
 
     def _count_sweeps(self) -> dict[int, int]:
@@ -327,8 +347,6 @@ class ParticleModule(GenerativeModule):
         """Adds the particles and what the proposals have learned."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[STATE_KEY] |= {
-            "algorithm": self.inference.algorithm.name,
-            "num_particles": self.inference.num_particles,
             "adaptation": {name: asdict(learned) for name, learned in self.adaptation.items()},
             "particles": self._particles(),
         }
@@ -347,9 +365,6 @@ class ParticleModule(GenerativeModule):
         """
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint[STATE_KEY]
-        if self.trainer.state.fn == "fit":
-            self._check_same("algorithm", saved, self.inference.algorithm.name)
-            self._check_same("num_particles", saved, self.inference.num_particles)
         self.adaptation = {name: Adaptation(**kept) for name, kept in saved["adaptation"].items()}
         self._is_resuming = bool(self.adaptation)
         self._saved_particles = saved["particles"]
@@ -370,14 +385,6 @@ class ParticleModule(GenerativeModule):
                 "first run, or start afresh without --ckpt_path"
             )
 
-    def _check_same(self, key: str, saved: Mapping[str, Any], here: object) -> None:
-        there = saved.get(key, here)  # early checkpoints lack it
-        if there != here:
-            raise CheckpointError(
-                f"the checkpoint has model.{key}={there!r}, and this run {here!r}; resume with "
-                "the settings of the first run, or start afresh without --ckpt_path"
-            )
-
 
 class _Closing(Callback):
     """Closes the store: the checkpoint has the particles."""
@@ -390,6 +397,12 @@ class _Closing(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self.on_fit_end(trainer, pl_module)
+
+
+def _in_words(part: object) -> str:
+    """A part with its settings, or its class alone where it does not show them."""
+    shows = type(part).__repr__ is not object.__repr__
+    return repr(part) if shows else type(part).__name__
 
 
 def _total(losses: Mapping[str, Tensor]) -> Tensor:
