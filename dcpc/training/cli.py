@@ -65,6 +65,13 @@ LOST_PROCESS = re.compile("Connection (closed|reset) by peer|NCCL|gloo", re.IGNO
 REFUSED_ELSEWHERE = re.compile(r"^dcpc\.[\w.]+Error: (?P<message>.+)\s*\Z", re.MULTILINE)
 """End of the traceback of a process that has refused something."""
 
+LIGHTNING_PARTS = {
+    "pytorch_lightning.callbacks.": "trainer.callbacks",
+    "pytorch_lightning.loops.": "trainer",
+    "pytorch_lightning.trainer.": "trainer",
+}
+"""Modules whose errors are about options, and the keys of these."""
+
 LIGHTNING_REMARKS = (
     ".*does not have many workers",
     ".*configure_optimizers` will be overridden",
@@ -95,6 +102,7 @@ class TrainingCLI(LightningCLI):
     def __init__(self, args: Sequence[str] | None = None, signals: Signals | None = None) -> None:
         self.signals = signals
         self.num_batches = 0  # that the checkpoint had learned from
+        self._steps_before: int | None = None
         _quieten_lightning()
         super().__init__(
             MeasuredModule,
@@ -229,6 +237,7 @@ class TrainingCLI(LightningCLI):
             checkpoint = read_checkpoint(options.ckpt_path)
             if self.subcommand == "fit":
                 self.model.check_settings(checkpoint)
+                self._steps_before = checkpoint.get("global_step")
             check_parameters(checkpoint, self.model, options.ckpt_path)
         if self.subcommand == "fit" and options.init_from is not None:
             parts = load_initial_weights(options.init_from, self.model)
@@ -249,6 +258,11 @@ class TrainingCLI(LightningCLI):
         if report.is_outdated and self.trainer.limit_val_batches:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         report.compare(self.trainer)
+        if self.trainer.global_step == self._steps_before and self.trainer.is_global_zero:
+            print(
+                "nothing was trained: the checkpoint is at the end of the run already; raise "
+                "trainer.max_epochs, max_steps or max_time to go on"
+            )
 
 
 class ConfiguredCLI(TrainingCLI):
@@ -279,8 +293,7 @@ def one_line_errors() -> Iterator[None]:
             raise
         fail(refused["message"])
     except RuntimeError as error:
-        if _is_of_callback(error):
-            fail(f"trainer.callbacks: {' '.join(str(error).split())}")
+        _fail_if_lightning_refuses(error)
         if not (distributed.is_initialized() and LOST_PROCESS.search(str(error))):
             raise
         if is_first_to_fail() is False:
@@ -292,12 +305,21 @@ def one_line_errors() -> Iterator[None]:
         print(f"dcpc: error: {error}", file=sys.stderr)
         let_others_fail()
         raise SystemExit(2) from error
+    except ValueError as error:
+        _fail_if_lightning_refuses(error)
+        raise
 
 
-def _is_of_callback(error: BaseException) -> bool:
-    """Whether a callback of Lightning has raised an error, as where its metric does not exist."""
+def _fail_if_lightning_refuses(error: BaseException) -> None:
+    """Fails in one line where Lightning refuses an option that it has looked at too late.
+
+    That is a callback whose metric does not exist, for example.
+    """
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-    return str(frames[-1].f_globals.get("__name__")).startswith("pytorch_lightning.callbacks.")
+    module = str(frames[-1].f_globals.get("__name__"))
+    key = next((key for begin, key in LIGHTNING_PARTS.items() if module.startswith(begin)), None)
+    if key is not None:
+        fail(f"{key}: {' '.join(str(error).split())}")
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -167,7 +167,8 @@ def _value(text: str) -> Any:
     if below := BELOW.fullmatch(text):
         return {below["key"]: _value(str(_value(below["value"])))}
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
+        return text if isinstance(value, tuple) and text[0] != "(" else value  # as in 10,32
     except (SyntaxError, TypeError, ValueError):
         return text
 

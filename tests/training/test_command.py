@@ -478,3 +478,30 @@ def test_callbacks_follow_the_measurements_and_name_one_that_does_not_exist(
     assert (tmp_path / "last.ckpt").exists()
     message = error_of(capsys, main, watching("held_out/evidence"))
     assert "trainer.callbacks: Early stopping conditioned on metric" in message
+
+
+def test_a_run_that_has_ended_says_that_nothing_is_left_to_train(
+    run: Path, command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    command("fit", f"--ckpt_path={run / 'last.ckpt'}", folder)
+    assert "nothing was trained" in capsys.readouterr().out
+    command("fit", f"--ckpt_path={run / 'last.ckpt'}", folder, "--trainer.max_epochs=3")
+    assert "nothing was trained" not in capsys.readouterr().out
+
+
+def test_a_run_with_another_optimiser_does_not_go_on_with_a_checkpoint(
+    run: Path, command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    options = ("--optimizer=SGD", "--optimizer.lr=0.1", "--trainer.max_epochs=3", folder)
+    message = error_of(capsys, command, "fit", f"--ckpt_path={run / 'last.ckpt'}", *options)
+    assert "optimizer: the checkpoint was trained with another one than SGD" in message
+
+
+def test_an_option_that_lightning_refuses_late_is_one_line(
+    command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = (f"--trainer.default_root_dir={tmp_path}", "--trainer.val_check_interval=1000")
+    message = error_of(capsys, command, "fit", *options)
+    assert "trainer: `val_check_interval` (1000) must be less than or equal to" in message

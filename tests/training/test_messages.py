@@ -169,6 +169,10 @@ def test_a_wrong_value_of_a_layer_is_one_line(
             ["--model.step_size.pgd=fast"],
             "model.step_size.pgd: expected a number, got 'fast'",
         ),
+        (
+            ["--model.model.latent_sizes=10,32"],
+            "model.model.latent_sizes: expected a list, each element a whole number, got '10,32'",
+        ),
         (["--model.num_particles=2.5"], "model.num_particles: expected a whole number, got 2.5"),
         (
             ["--optimizer=SGD", "--optimizer.lr=x"],

@@ -18,10 +18,11 @@ from dcpc.training.modules import GenerativeModule, ParticleModule
 
 __all__ = ["ImageGrids", "SweepMonitor"]
 
+SAMPLES = "prior_samples"
 CAPTIONS = {
     "originals": "held-out data",
     "reconstructions": "their reconstructions: decoder means after inference",
-    "prior_samples": "samples of the prior: decoder means",
+    SAMPLES: "samples of the prior: decoder means",
 }
 
 SHOWN_SEQUENCES = 4
@@ -101,15 +102,17 @@ class ImageGrids(Callback):
         shown = mapped(lambda values: values[: self.num_images], first.data)
         drawn = prior_samples(pl_module.model, shown, seed=0)
         # Symbols are shown as such: their means are those of one symbol given the drawn ones.
-        generated = drawn.means if originals.is_floating_point() else drawn.samples
+        has_symbols = not originals.is_floating_point()
+        generated = drawn.samples if has_symbols else drawn.means
         columns = math.isqrt(max(len(originals) - 1, 0)) + 1
         for name, pictures in (
             ("originals", originals),
             ("reconstructions", first.reconstructions[: self.num_images]),
-            ("prior_samples", generated),
+            (SAMPLES, generated),
         ):
             grid = image_grid(pictures, columns, pl_module.intensity_range)
-            add_grid(writer, f"images/{name}", grid, pl_module.last_step, CAPTIONS[name])
+            caption = "samples of the prior" if name == SAMPLES and has_symbols else CAPTIONS[name]
+            add_grid(writer, f"images/{name}", grid, pl_module.last_step, caption)
 
     def _add_film_strips(self, writer: SummaryWriter, module: GenerativeModule) -> None:
         first = module.evaluations[0]
@@ -121,7 +124,7 @@ class ImageGrids(Callback):
         caption = f"held-out sequences; of each, from the top: {', '.join(rows)}"
         for name, strips, told in (
             ("film_strips", [frames[:SHOWN_SEQUENCES] for frames in rows.values()], caption),
-            ("prior_samples", [means], CAPTIONS["prior_samples"]),
+            (SAMPLES, [means], CAPTIONS[SAMPLES]),
         ):
             picture = film_strips(strips, module.intensity_range)
             add_grid(writer, f"images/{name}", picture, module.last_step, told)

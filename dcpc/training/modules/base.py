@@ -165,6 +165,21 @@ class MeasuredModule(LightningModule, ABC):
             self.double()
 
     def on_train_start(self) -> None:
+        """Refuses to go on with the state of another optimiser.
+
+        Raises:
+            CheckpointError: The checkpoint has that of another kind.
+        """
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:  # those of the checkpoint, if there is one
+                lacking = sorted(optimizer.defaults.keys() - group.keys())
+                if lacking:
+                    raise CheckpointError(
+                        "optimizer: the checkpoint was trained with another one than "
+                        f"{type(optimizer).__name__}, without '{lacking[0]}'; resume with that of "
+                        "the first run, or start from its weights alone, with --init_from in the "
+                        "place of --ckpt_path"
+                    )
         has_guide = getattr(self, "guide", None) is not None
         check_strategy(self.trainer, has_guide, self.averages_gradients)
         if self._seed is None:
