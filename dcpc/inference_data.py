@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from dcpc.chains import Draws, arranged, thinned
 from dcpc.divide import Arguments, axis_names, read_sites
 from dcpc.divide.sites import Deterministic, Site, Sites
 from dcpc.errors import DCPCError, OptionError, require_at_least
@@ -41,39 +40,8 @@ GROUPS = (
 WITHOUT_MODEL = ("posterior", "sample_stats")
 """Groups that need nothing but the draws."""
 
-MAX_CHAINS = 16
-"""Particles that are exported as one chain each."""
-
-NUM_CHAINS = 4
-"""Chains into which more particles are put end to end."""
-
-MAX_BYTES = 1 << 28
-"""Size of the likelihoods and predictions, beyond which fewer draws are exported: 256 MiB."""
-
 Values = dict[str, Tensor]
 Groups = dict[str, Values]
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Draws in chains, with where they come from.
-
-    Attributes:
-        values: `(chains, draws, *batch, *event)` by site.
-        particle: Index of each draw's particle, `(chains, draws)`.
-        sweep: Index of the sweep that was kept, `(chains, draws)`.
-        arrangement: What the chains are, in words.
-    """
-
-    values: Values
-    particle: Tensor
-    sweep: Tensor
-    arrangement: str
-
-    @property
-    def shape(self) -> torch.Size:
-        """Numbers of chains and of draws."""
-        return self.particle.shape
 
 
 def inference_data(
@@ -120,19 +88,19 @@ def _content(
         data = observed_values(origin.engine.model, arguments)
     left_out = dict(_missing(origin, sites, data))
     wanted = _wanted(groups, left_out)
-    arranged = _thinned(_arranged(posterior), num_draws, data if _runs_model(wanted) else {})
-    content: Groups = {"posterior": arranged.values, "sample_stats": _sources(arranged)}
+    draws = thinned(arranged(posterior), num_draws, data if _runs_model(wanted) else {})
+    content: Groups = {"posterior": draws.values, "sample_stats": _sources(draws)}
     axes = dict(posterior.axis_names)
     if origin is not None:
         assert sites is not None
         assert arguments is not None
-        content |= _of_model(origin.engine.model, arguments, sites, arranged, wanted, num_prior)
+        content |= _of_model(origin.engine.model, arguments, sites, draws, wanted, num_prior)
         content["observed_data"] = data
         everything: dict[str, Site | Deterministic] = {**sites.deterministic, **sites}
-        shapes = {n: z.dim() - 2 for n, z in arranged.values.items()}
+        shapes = {n: z.dim() - 2 for n, z in draws.values.items()}
         shapes |= {n: z.dim() for n, z in data.items()}
         axes |= {n: axis_names(everything[n], k) for n, k in shapes.items() if n in everything}
-    notes = _notes(posterior, arranged, left_out if groups is None else {})
+    notes = _notes(posterior, draws, left_out if groups is None else {})
     return {group: content[group] for group in GROUPS if group in wanted}, axes, notes
 
 
@@ -140,24 +108,24 @@ def _of_model(
     model: Any,
     arguments: Arguments,
     sites: Sites,
-    arranged: Draws,
+    draws: Draws,
     wanted: Collection[str],
     num_prior: int,
 ) -> Groups:
     """The groups for which the model has to be run."""
     content: Groups = {}
-    latents = {name: z.flatten(0, 1) for name, z in arranged.values.items() if name in sites}
+    latents = {name: z.flatten(0, 1) for name, z in draws.values.items() if name in sites}
     if {"log_likelihood", "sample_stats"} & set(wanted):
         likelihood, joint = log_densities(model, arguments, latents)
-        content["log_likelihood"] = _in_chains(likelihood, arranged.shape)
-        lp = _in_chains({"lp": joint}, arranged.shape)
-        content["sample_stats"] = {**lp, **_sources(arranged)}
+        content["log_likelihood"] = _in_chains(likelihood, draws.shape)
+        lp = _in_chains({"lp": joint}, draws.shape)
+        content["sample_stats"] = {**lp, **_sources(draws)}
     if "posterior_predictive" in wanted:
         drawn = posterior_predictions(model, arguments, latents)
-        content["posterior_predictive"] = _in_chains(drawn, arranged.shape)
+        content["posterior_predictive"] = _in_chains(drawn, draws.shape)
     if {"prior", "prior_predictive"} & set(wanted):
         values, data = prior_predictions(model, arguments, num_prior)
-        kept = {name: z for name, z in values.items() if name in arranged.values}
+        kept = {name: z for name, z in values.items() if name in draws.values}
         content["prior"] = _in_chains(kept, (1, num_prior))
         content["prior_predictive"] = _in_chains(data, (1, num_prior))
     return content
@@ -205,67 +173,6 @@ def _wanted(groups: Sequence[str] | None, left_out: Mapping[str, str]) -> tuple[
 
 def _runs_model(wanted: Collection[str]) -> bool:
     return bool({"log_likelihood", "posterior_predictive"} & set(wanted))
-
-
-# -- which draws -------------------------------------------------------------------------------
-
-
-def _arranged(posterior: Posterior) -> Draws:
-    """All draws that can be exported, in chains."""
-    history = posterior.history
-    if not history:
-        values = posterior.resample()
-        index = _scattered(posterior, posterior.num_particles)
-        text = "particles, resampled where their weights differ, in random order"
-        return Draws(_rows(values, index), index, torch.zeros_like(index), text)
-    count, kept = next(iter(history.values())).shape[:2]
-    flat = {name: z.flatten(0, 1) for name, z in history.items()}
-    if not posterior.is_chains:
-        index = _scattered(posterior, count * kept)
-        text = (
-            "draws of all particles and sweeps in random order, as many as they are worth: "
-            "particles are no chains where they were resampled"
-        )
-    elif count <= MAX_CHAINS:
-        index = torch.arange(count * kept).view(count, kept)
-        text = "every chain is a particle"
-    else:
-        index = torch.arange(count // NUM_CHAINS * NUM_CHAINS * kept).view(NUM_CHAINS, -1)
-        text = f"every chain is {count // NUM_CHAINS} particles, one after the other"
-    return Draws(_rows(flat, index), index // kept, index % kept, text)
-
-
-def _scattered(posterior: Posterior, count: int) -> Tensor:
-    """One chain `(1, n)` of indices of draws that are no chain: as many as the effective ones.
-
-    The effective ones are those of the value for which they are fewest.
-    """
-    about = posterior.statistics().values()
-    ess = torch.cat([each["ess_bulk"].flatten().double() for each in about])
-    fewest = ess[ess.isfinite()].min().item() if bool(ess.isfinite().any()) else count
-    return torch.randperm(count)[None, : max(1, min(count, round(fewest)))]
-
-
-def _rows(values: Mapping[str, Tensor], index: Tensor) -> Values:
-    return {name: z[index.to(z.device)] for name, z in values.items()}
-
-
-def _thinned(draws: Draws, num_draws: int | None, data: Mapping[str, Tensor]) -> Draws:
-    """Evenly spaced draws of every chain: `num_draws` in all, or what memory allows."""
-    chains, length = draws.shape
-    most = length if num_draws is None else max(1, num_draws // chains)
-    size = 2 * sum(z.numel() * max(z.element_size(), 4) for z in data.values())
-    if size:
-        most = min(most, max(1, MAX_BYTES // (size * chains)))
-    if most >= length:
-        return draws
-    rows = torch.arange(most) * length // most
-    return Draws(
-        {name: z[:, rows.to(z.device)] for name, z in draws.values.items()},
-        draws.particle[:, rows],
-        draws.sweep[:, rows],
-        f"{draws.arrangement}; thinned from {length} draws",
-    )
 
 
 # -- names -------------------------------------------------------------------------------------

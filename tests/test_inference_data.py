@@ -225,7 +225,7 @@ def test_fewer_draws_are_evenly_spaced(schools: Posterior) -> None:
 def test_likelihoods_and_predictions_are_kept_small(
     schools: Posterior, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dcpc.inference_data.MAX_BYTES", 2 * 8 * 8 * 40)
+    monkeypatch.setattr("dcpc.chains.MAX_BYTES", 2 * 8 * 8 * 40)
     assert schools.to_arviz().log_likelihood["effect"].shape == (4, 10, 8)
     assert schools.to_arviz(groups=["sample_stats"]).posterior["mu"].shape == (4, 1000)
 
