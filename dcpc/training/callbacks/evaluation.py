@@ -58,7 +58,8 @@ class EvaluationTable(Callback):
         if checkpoint is not None:
             content["checkpoint"] = os.path.relpath(Path(checkpoint).resolve(), folder.resolve())
         write_json(content | _contents(module, is_test), path)
-        trainer.print(f"results: {path}")
+        shown = os.path.relpath(path) if path.absolute().is_relative_to(Path.cwd()) else path
+        trainer.print(f"results: {shown}")
         with tested_run(trainer) as writer:
             if writer is not None:
                 group = f"held_out_{command}"
