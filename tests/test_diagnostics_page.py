@@ -16,7 +16,7 @@ from pages import ROOT
 
 from dcpc import DCPC, advice, convergence
 from dcpc.divide import dividing
-from dcpc.evaluation.evidence.held_out import LABELS, OPTIONAL
+from dcpc.evaluation.quantities import QUANTITIES
 from dcpc.filtering import posterior as filtered
 from dcpc.training import divergence
 
@@ -81,7 +81,6 @@ def test_every_number_of_the_tables_has_a_place_on_the_page() -> None:
     shown = {
         *posterior.statistics()["a"],
         *posterior.diagnostics()["a"],
-        *LABELS.values(),
-        *(label for label, _ in OPTIONAL.values()),
+        *(quantity.label for quantity in QUANTITIES.values()),
     }
     assert [name for name in shown if name not in PAGE] == []
