@@ -17,7 +17,7 @@ MAX_R_HAT = 1.01
 """R-hat above which parts of the draws disagree (Vehtari et al. 2021)."""
 
 MIN_ESS = 400.0
-"""Bulk ESS below which the estimates of quality are not to be trusted either (ibid.)."""
+"""ESS, of bulk or tails, below which estimates of quality are not to be trusted either (ibid.)."""
 
 MOVED = 1.1
 """Independent draws that every particle must be worth; one that never moves is worth one."""
@@ -97,6 +97,7 @@ class _Mixing:
 
     r_hat: float
     ess: float
+    tail_ess: float
     design_effect: float
 
     @property
@@ -155,6 +156,9 @@ def _draws(
         what, enough = "the effective number of final particles", MIN_ESS
     apart = {name: f"{about.r_hat:.3f}" for name, about in found.items() if about.is_apart}
     slow = {name: f"{about.ess:.0f}" for name, about in found.items() if about.ess < enough}
+    thin = {
+        name: f"{about.tail_ess:.0f}" for name, about in found.items() if about.tail_ess < MIN_ESS
+    }
     few = _few_families(
         posterior, min((about.chain_ess for about in found.values()), default=math.inf)
     )
@@ -165,9 +169,15 @@ def _draws(
         )
     if slow:
         yield f"{what} is {_list(slow)} (less than {enough:.0f})"
+    if thin:
+        yield (
+            f"tail ESS is {_list(thin)} (less than {MIN_ESS:.0f}): few draws tell how much mass "
+            "the tails have, or a mode far off; quantiles, and the sd, may be off by more than "
+            "they seem"
+        )
     if few:
         yield few
-    if apart or slow or few:
+    if apart or slow or thin or few:
         yield f"what to do: {advise(posterior, record.num_sweeps, bool(few))}"
 
 
@@ -176,7 +186,7 @@ def _mixing(posterior: Posterior, name: str, active: Tensor | None) -> _Mixing:
     if not posterior.describes_history:
         ess = posterior.statistics()[name]["ess_bulk"]
         ess = ess[active] if _fits(active, ess) else ess
-        return _Mixing(math.nan, _worst(ess, torch.amin, math.inf), 1.0)
+        return _Mixing(math.nan, _worst(ess, torch.amin, math.inf), math.inf, 1.0)
     draws = posterior.draws(name)
     families = posterior.families_of(name) if posterior.is_chains else None
     shape = posterior.samples[name].shape[1:]
@@ -188,14 +198,13 @@ def _mixing(posterior: Posterior, name: str, active: Tensor | None) -> _Mixing:
     if len(rows) > count:
         rows = rows[weakest(draws[rows], count, posterior.is_chains)]
     if not len(rows):
-        return _Mixing(math.nan, math.inf, 1.0)
-    r_hat, ess, effect = mixing(
-        draws[rows], None if families is None else families[rows], posterior.is_chains
-    )
+        return _Mixing(math.nan, math.inf, math.inf, 1.0)
+    about = mixing(draws[rows], None if families is None else families[rows], posterior.is_chains)
     return _Mixing(
-        _worst(r_hat, torch.amax, math.nan),
-        _worst(ess, torch.amin, math.inf),
-        _worst(effect, torch.amax, 1.0),
+        _worst(about.r_hat, torch.amax, math.nan),
+        _worst(about.ess_bulk, torch.amin, math.inf),
+        _worst(about.ess_tail, torch.amin, math.inf),
+        _worst(about.design_effect, torch.amax, 1.0),
     )
 
 

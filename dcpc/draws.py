@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -63,18 +64,37 @@ def describe(
     return {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
 
 
-def mixing(
-    draws: Tensor, families: Tensor | None = None, is_chains: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """R-hat, bulk ESS, and the design effect of families that is a part of it, each `(n)`."""
+class Mixing(NamedTuple):
+    """How well values mix, `(n)` each.
+
+    Attributes:
+        r_hat: R-hat.
+        ess_bulk: Bulk ESS.
+        ess_tail: Tail ESS; NaN of an indicator that is the same for all draws.
+        design_effect: Design effect of families, which is a part of the bulk ESS.
+    """
+
+    r_hat: Tensor
+    ess_bulk: Tensor
+    ess_tail: Tensor
+    design_effect: Tensor
+
+
+def mixing(draws: Tensor, families: Tensor | None = None, is_chains: bool = True) -> Mixing:
+    """R-hat, bulk and tail ESS, and the design effect of families, of every value."""
     parts = []
     for rows in _chunks(draws):
-        z = rank_normalised(draws[rows])
+        z, ordered = _ranked(draws[rows])
         family = None if families is None else families[rows]
-        effect = design_effect(z.mean(2), family)
-        ess = effective_sample_size(z, family, is_chains)
-        parts.append((r_hat(draws[rows], is_chains, z), ess, effect))
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
+        parts.append(
+            Mixing(
+                r_hat(draws[rows], is_chains, z),
+                effective_sample_size(z, family, is_chains),
+                _tail_ess(draws[rows], ordered, family, is_chains),
+                design_effect(z.mean(2), family),
+            )
+        )
+    return Mixing(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def effective_sample_size(
@@ -235,18 +255,16 @@ def _describe(
     constant = flat.amax(1) == flat.amin(1)
     std = std.masked_fill(constant, 0.0)
     z, ordered = _ranked(draws)
-    low, high = _interpolated(ordered, TAILS)
 
     def ess(value: Tensor) -> Tensor:
         return effective_sample_size(value, families, is_chains)
 
-    tails = [ess((draws <= q[:, None, None]).to(draws.dtype)) for q in (low, high)]
     numbers = {
         "mean": mean,
         "std": std,
         "mcse": (std / ess(draws - mean[:, None, None].to(draws.dtype)).sqrt()),
         "ess_bulk": ess(z),
-        "ess_tail": torch.fmin(*tails),
+        "ess_tail": _tail_ess(draws, ordered, families, is_chains),
         "r_hat": r_hat(draws, is_chains, z),
     }
     numbers["mcse"] = numbers["mcse"].masked_fill(constant, 0.0)
@@ -254,6 +272,12 @@ def _describe(
         numbers[name] = numbers[name].masked_fill(constant, math.nan)
     numbers = {name: value.to(draws.dtype) for name, value in numbers.items()}
     return {**numbers, "quantiles": _interpolated(ordered, probabilities)}
+
+
+def _tail_ess(draws: Tensor, ordered: Tensor, families: Tensor | None, is_chains: bool) -> Tensor:
+    """The smaller ESS of the shares of draws below the outer quantiles, `(n)`."""
+    below = [(draws <= q[:, None, None]).to(draws.dtype) for q in _interpolated(ordered, TAILS)]
+    return torch.fmin(*(effective_sample_size(share, families, is_chains) for share in below))
 
 
 def _argsort(values: Tensor) -> Tensor:

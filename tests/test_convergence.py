@@ -272,6 +272,17 @@ def test_particles_that_never_moved_are_flagged_however_many(num_kept):
     assert "at 'z' (less than 2200)" in found(cloud(still))
 
 
+def test_a_light_mode_that_particles_never_enter_or_leave_is_told_by_the_tails():
+    """Its mass is known from as many draws as there are particles: 200, or 2,000."""
+    for num_particles, is_told in ((200, True), (2000, False)):
+        draws = torch.randn(num_particles, 50)
+        draws[::25] += 20.0  # 4 % of the particles, in all parts of the cloud
+        problems = found(cloud(draws))
+        assert ("tail ESS is" in problems) == is_told
+        assert "bulk ESS" not in problems
+        assert "R-hat" not in problems
+
+
 def test_a_drift_of_the_whole_cloud_is_flagged():
     drift = torch.linspace(0.0, 1.0, 50)[:, None]
     assert "R-hat" in found(cloud(torch.randn(100, 50, 3) + drift))

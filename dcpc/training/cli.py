@@ -237,6 +237,7 @@ class TrainingCLI(LightningCLI):
             checkpoint = read_checkpoint(options.ckpt_path)
             if self.subcommand == "fit":
                 self.model.check_settings(checkpoint)
+                self._check_epochs(checkpoint.get("epoch", 0))
                 self._steps_before = checkpoint.get("global_step")
             check_parameters(checkpoint, self.model, options.ckpt_path)
         if self.subcommand == "fit" and options.init_from is not None:
@@ -246,6 +247,15 @@ class TrainingCLI(LightningCLI):
                 advice = self.model.advice_with_initial_weights()
                 if advice:
                     print(advice)
+
+    def _check_epochs(self, epoch: int) -> None:
+        """Refuses to resume a run that has trained for longer already, which Lightning words so."""
+        most = self.trainer.max_epochs
+        if most is not None and 0 <= most < epoch:
+            raise OptionError(
+                f"trainer.max_epochs: the checkpoint has trained for more than {epoch} epochs, got "
+                f"{most}; the number counts from the first epoch of the run: give a larger one"
+            )
 
     def before_fit(self) -> None:
         """Measures the untrained model, so that learning shows."""
@@ -261,10 +271,17 @@ class TrainingCLI(LightningCLI):
         if report.is_outdated and self.trainer.limit_val_batches:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         report.compare(self.trainer)
-        if self.trainer.global_step == self._steps_before and self.trainer.is_global_zero:
+        if not self.trainer.is_global_zero:
+            return
+        if self.trainer.global_step == self._steps_before:
             print(
                 "nothing was trained: the checkpoint is at the end of the run already; raise "
                 "trainer.max_epochs, max_steps or max_time to go on"
+            )
+        elif self.trainer.checkpoint_callback is not None:
+            print(
+                "next, with the same --config: dcpc predict draws pictures, dcpc test measures "
+                f"closely; curves: tensorboard --logdir {self.config.fit.trainer.default_root_dir}"
             )
 
 

@@ -67,7 +67,7 @@ OPTIONS = (
     Option("ckpt_path", "FILE", "checkpoint to resume from, exactly", None, FIT),
     Option("ckpt_path", "FILE", "checkpoint; else the run's last.ckpt", None, ALL - FIT),
     Option("init_from", "FILE", "checkpoint to take the weights of", None, FIT),
-    Option("trainer.max_epochs", "N", "epochs of training", None, FIT),
+    Option("trainer.max_epochs", "N", "epochs, those before a resume too", None, FIT),
     Option("trainer.max_time", "DD:HH:MM:SS", "longest time of it", None, FIT),
     Option("trainer.accelerator", "NAME", "auto, cpu or gpu", "auto"),
     Option("trainer.default_root_dir", "DIR", "folder of the run"),

@@ -489,7 +489,12 @@ def test_a_run_that_has_ended_says_that_nothing_is_left_to_train(
     command("fit", f"--ckpt_path={run / 'last.ckpt'}", folder)
     assert "nothing was trained" in capsys.readouterr().out
     command("fit", f"--ckpt_path={run / 'last.ckpt'}", folder, "--trainer.max_epochs=3")
-    assert "nothing was trained" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "nothing was trained" not in told
+    assert "next, with the same --config: dcpc predict" in told
+    longer = f"--ckpt_path={tmp_path / 'last.ckpt'}"
+    message = error_of(capsys, command, "fit", longer, folder, "--trainer.max_epochs=1")
+    assert "trainer.max_epochs: the checkpoint has trained for more than 2 epochs, got 1" in message
 
 
 def test_a_run_with_another_optimiser_does_not_go_on_with_a_checkpoint(

@@ -204,9 +204,12 @@ def dcpc(*arguments: str) -> list[str]:
     return [sys.executable, "-c", main, *arguments]
 
 
-def test_a_terminal_shows_the_reports_of_a_run_and_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [(40, 100), (0, 0)], ids=["of 100 columns", "of unknown size"])
+def test_a_terminal_shows_the_reports_of_a_run_and_one_line(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
     master, slave = pty.openpty()
-    termios.tcsetwinsize(slave, (40, 100))
+    termios.tcsetwinsize(slave, size)
     command = dcpc("fit", *OPTIONS, f"--trainer.default_root_dir={tmp_path}")
     with subprocess.Popen(command, stdout=slave, stderr=slave) as process:
         os.close(slave)
@@ -221,11 +224,12 @@ def test_a_terminal_shows_the_reports_of_a_run_and_one_line(tmp_path: Path) -> N
             written += part
     os.close(master)
     assert process.returncode == 0
-    *reports, line, checkpoint, comparison = shown(written.decode())
+    *reports, line, checkpoint, comparison, advice = shown(written.decode())
     assert [report[:19] for report in reports] == [f"epoch   {n}: held-out" for n in range(4)]
     assert re.match(r"epoch 3/3 100%\|█+\| \[\d\d:\d\d<00:00, loss \S+", line)
     assert checkpoint.startswith("checkpoint: ")
     assert comparison.startswith("held-out evidence NLL")
+    assert advice.startswith("next, with the same --config: dcpc predict")
 
 
 def test_a_pipe_gets_no_line(tmp_path: Path) -> None:

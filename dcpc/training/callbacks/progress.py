@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from typing import Any
+from typing import Any, TextIO
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ProgressBar
@@ -149,7 +150,7 @@ class RunProgress(ProgressBar):
             self._terminal = sys.stdout
             self._streams.enter_context(redirect_stdout(_Above(sys.stdout)))
             self._streams.enter_context(redirect_stderr(_Above(sys.stderr)))
-        return tqdm(file=self._terminal, dynamic_ncols=True, smoothing=0, **options)
+        return tqdm(file=self._terminal, smoothing=0, **_size(self._terminal), **options)
 
     def _close(self) -> None:
         for line in (self._round, self._run):
@@ -169,6 +170,15 @@ class _Above(DummyTqdmFile):
         return self._wrapped is getattr(other, "_wrapped", other)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _size(terminal: TextIO) -> dict[str, Any]:
+    """Options of tqdm; a terminal that tells no size has 80 columns, where tqdm would take none."""
+    try:
+        columns = os.get_terminal_size(terminal.fileno()).columns
+    except (OSError, ValueError):  # no terminal
+        columns = None
+    return {"ncols": 80, "nrows": 24} if columns == 0 else {"dynamic_ncols": True}
 
 
 def _epoch(trainer: Trainer) -> str:
