@@ -397,7 +397,7 @@ FAULTS = [
     Fault("a class is read off the embedding with another noise",
           "z + scale * noise", "z + noise"),
     Fault("the learning rate ends at a half",
-          "done.append(self._num_steps / total)", "done.append(0.5 * self._num_steps / total)"),
+          "done.append(num_batches / total)", "done.append(0.5 * num_batches / total)"),
     Fault("every step draws the same numbers",
           "derived_seed(self._seed, *key, *(", "derived_seed(self._seed, *("),
     Fault("processes draw the same numbers",

@@ -44,7 +44,7 @@ def test_weights_of_another_architecture_are_refused_and_change_nothing(tmp_path
     with pytest.raises(WeightsError, match=r"'layers\.0\.bias' has shape \(4,\) there and \(3,\)"):
         load_weights(one, path)
     longer = PredictiveCodingNetwork(*network(4).layers, nn.Linear(4, 1), SquaredErrorNode())
-    with pytest.raises(WeightsError, match=r"'layers\.3\.bias' has shape None there and \(1,\)"):
+    with pytest.raises(WeightsError, match=r"'layers\.3\.bias' of this model is not in"):
         load_weights(longer, path)
     for name, value in one.state_dict().items():
         assert torch.equal(value, before[name]), name
