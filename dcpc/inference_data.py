@@ -61,6 +61,7 @@ def inference_data(
     require_at_least("num_prior", num_prior, 1)
     if num_draws is not None:
         require_at_least("num_draws", num_draws, 1)
+    _check_labels(coords, dims)
     with exclusive("to_arviz"), seeded(seed):
         content, axes, notes = _content(posterior, groups, num_draws, num_prior)
     names = _dimensions(content, axes, dims)
@@ -178,6 +179,19 @@ def _runs_model(wanted: Collection[str]) -> bool:
 # -- names -------------------------------------------------------------------------------------
 
 
+def _check_labels(coords: Any, dims: Any) -> None:
+    """Checks that both are mappings to lists, and that dimensions are no variables of ArviZ."""
+    for option, example, value in (
+        ("coords", '{"school": ["A", "B"]}', coords),
+        ("dims", '{"theta": ["school"]}', dims),
+    ):
+        entries = value.values() if isinstance(value, Mapping) else [value]
+        wrong = next((e for e in entries if isinstance(e, str) or not hasattr(e, "__len__")), None)
+        if wrong is not None or not isinstance(value, Mapping):
+            got = value if wrong is None else wrong
+            raise OptionError(f"{option} must map names to lists, as in {example}, got {got!r}")
+
+
 def _dimensions(
     content: Groups, axes: Mapping[str, tuple[str, ...]], given: Mapping[str, Sequence[str]]
 ) -> dict[str, list[str]]:
@@ -189,9 +203,19 @@ def _dimensions(
     sizes: dict[str, int] = {}
     shapes = dict(_shapes(content))
     result: dict[str, list[str]] = {}
-    for name in given:
+    taken = {"chain", "draw", *shapes}
+    for name in {"chain", "draw"} & shapes.keys():
+        raise OptionError(
+            f"site '{name}' has the name of a dimension of ArviZ; give it another one in the model"
+        )
+    for name, names in given.items():
         if name not in shapes:
             raise OptionError(f"dims names '{name}', but the sites are {sorted(shapes)}")
+        if clash := taken & set(names):
+            raise OptionError(
+                f"dims['{name}'] gives an axis the name '{min(clash)}', which a site or ArviZ has; "
+                "choose another one"
+            )
     for name, shape in shapes.items():
         names = list(given.get(name, ()))
         if name in given and len(names) != len(shape):

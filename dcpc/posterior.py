@@ -419,7 +419,8 @@ class Posterior:
         as the least known value has effective ones. `sample_stats.arrangement` tells.
 
         Log-likelihoods are those of single elements of observed sites given the latents, discrete
-        ones included; masked elements have zero. What a `pyro.factor` adds is in `lp` only.
+        ones included; masked elements have zero, and are to be left out before `az.loo`. What a
+        `pyro.factor` adds is in `lp` only.
 
         Args:
             groups: Those to make beside `posterior`; None for all that can be made. Those that

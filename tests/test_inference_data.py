@@ -410,6 +410,11 @@ def test_axes_that_are_no_plates_and_plates_that_a_value_does_not_vary_in_have_n
         ({"coords": {"schools": ["A"]}}, r"coords\['schools'\] must have 8 labels, .* got 1"),
         ({"dims": {"beta": ["a"]}}, r"dims names 'beta', but the sites are \['effect', 'mu'"),
         ({"dims": {"theta": ["a", "b"]}}, r"dims\['theta'\] must name 1 axes, .* \(8,\)"),
+        ({"dims": {"theta": ["mu"]}}, r"dims\['theta'\] gives an axis the name 'mu'"),
+        ({"dims": {"theta": ["chain"]}}, r"dims\['theta'\] gives an axis the name 'chain'"),
+        ({"dims": {"theta": "school"}}, "dims must map names to lists, .* got 'school'"),
+        ({"coords": ["A"]}, r"coords must map names to lists, .* got \['A'\]"),
+        ({"coords": {"schools": "ABCDEFGH"}}, "coords must map names to lists, .* got 'ABCDEFGH'"),
         ({"num_draws": 0}, "num_draws must be at least 1"),
         ({"num_prior": 0}, "num_prior must be at least 1"),
     ],
@@ -417,6 +422,14 @@ def test_axes_that_are_no_plates_and_plates_that_a_value_does_not_vary_in_have_n
 def test_wrong_options_are_named(schools: Posterior, options: dict, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         schools.to_arviz(**options)
+
+
+def test_a_site_that_is_named_like_arvizs_own_dimensions_is_refused() -> None:
+    def model(x: torch.Tensor) -> None:
+        pyro.sample("x", dist.Normal(pyro.sample("draw", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    with pytest.raises(OptionError, match="site 'draw' has the name of a dimension of ArviZ"):
+        run(model, torch.tensor(1.0)).to_arviz()
 
 
 def test_dimensions_of_the_user_take_the_place_of_plates(schools: Posterior) -> None:

@@ -133,6 +133,8 @@ def _complaint(expected_type: Any, message: str) -> str:
     if found := next(filter(None, (pattern.search(message) for pattern in CLASSES)), None):
         reason = KINDS.get(found["reason"], found["reason"])
         path = found["path"] or _given(message)
+        if missing := re.fullmatch(r"No module named '([^'.]+)'", reason):
+            reason += f"; start dcpc in the folder of {missing[1]}.py, or put that on PYTHONPATH"
         return f"{expected}, got '{path}' ({reason})"
     text = _given(message)
     if text is None:

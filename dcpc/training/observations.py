@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dcpc.divide.handlers import is_random, running
 from dcpc.divide.masking import element_mask
 from dcpc.divide.model import Model
-from dcpc.errors import DataError, DCPCError
+from dcpc.errors import DataError, DCPCError, ModelError
 from dcpc.observed import Observed, as_arguments, named_tensors, num_data
 from dcpc.seeding import random_state_kept
 
@@ -65,13 +65,15 @@ def check_runs(model: nn.Module, data: Observed) -> None:
 
     Raises:
         DataError: It cannot be run on them.
+        ModelError: It has a parameter that no module holds, which training would leave as it is.
     """
     args, kwargs = as_arguments(data)
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
         with random_state_kept(), torch.no_grad(), running(model, args, kwargs):
-            pyro.poutine.trace(model).get_trace(*args, **kwargs).compute_log_prob()
+            trace = pyro.poutine.trace(model).get_trace(*args, **kwargs)
+            trace.compute_log_prob()
     except DCPCError:
         raise
     except FAULTS as error:
@@ -86,6 +88,19 @@ def check_runs(model: nn.Module, data: Observed) -> None:
     finally:
         for module, is_training in modes.items():
             module.training = is_training
+    held = [name.removesuffix("_unconstrained") for name, _ in model.named_parameters()]
+    loose = [
+        name
+        for name, node in trace.nodes.items()
+        if node["type"] == "param"
+        and "$$$" not in name  # what pyro.module names
+        and not any(f".{name}".endswith(f".{own}") for own in held)
+    ]
+    if loose:
+        raise ModelError(
+            f"model.model: pyro.param '{loose[0]}' of {type(model).__name__} would not be trained, "
+            "since no module holds it; make it a torch.nn.Parameter, or of a PyroModule a PyroParam"
+        )
 
 
 def _line_of(error: BaseException) -> str:

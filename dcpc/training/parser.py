@@ -101,7 +101,8 @@ class ConfigParser(LightningArgumentParser):
     """Reads JSON; says in one line what is wrong with a config, and exits with status 2."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"parser_mode": "json", "formatter_class": _HelpFormatter, **kwargs})
+        given = {"parser_mode": "json", "formatter_class": _HelpFormatter, **kwargs}
+        super().__init__(**given, allow_abbrev=False)  # in a config they are no keys either
 
     def dump(self, *args: Any, **kwargs: Any) -> str:
         """A config as text that can be read, also by `--print_config`."""

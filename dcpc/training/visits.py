@@ -107,6 +107,18 @@ def datum_axes(division: Division, num_data: int) -> dict[str, int]:
     plates = [plate for plate in sites[0].plates if all(plate in site.plates for site in sites)]
     sizes = [plate.size for plate in plates]
     if sizes != [num_data]:
+        whole = {p.name for site in sites for p in site.plates if p.size == num_data}
+        outside = [
+            name
+            for name, site in zip(division.latents, sites, strict=True)
+            if not whole & {plate.name for plate in site.plates}
+        ]
+        if whole and outside:
+            raise StoreError(
+                f"training keeps particles per datum, so all latents must be in the plate over the "
+                f"{num_data} data of a batch; {outside} are outside of it. Make each a parameter "
+                "(torch.nn.Parameter, PyroParam), which is learned, or draw it within the plate"
+            )
         raise StoreError(
             f"training keeps particles per datum, so all latents must be in one plate over the "
             f"{num_data} data of a batch; the plates around every latent of this model have "

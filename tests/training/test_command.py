@@ -482,6 +482,20 @@ def test_callbacks_follow_the_measurements_and_name_one_that_does_not_exist(
     assert "trainer.callbacks: Early stopping conditioned on metric" in message
 
 
+def test_the_beginning_of_a_key_is_not_the_key(
+    command: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    message = error_of(capsys, command, "fit", "--trainer.max_epoch=5")
+    assert "did you mean 'trainer.max_epochs'?" in message
+
+
+def test_a_class_in_a_file_of_another_folder_says_where_to_start(
+    command: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    message = error_of(capsys, command, "fit", "--model.model=gratings_elsewhere.Model")
+    assert "start dcpc in the folder of gratings_elsewhere.py" in message
+
+
 def test_a_run_that_has_ended_says_that_nothing_is_left_to_train(
     run: Path, command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

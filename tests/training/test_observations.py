@@ -6,9 +6,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
-from dcpc.errors import DataError
+from dcpc.errors import DataError, ModelError
 from dcpc.training.observations import check_runs
 
 
@@ -28,6 +29,26 @@ class Pixels(nn.Module):
 class Convolution(Pixels):
     def forward(self, x: Tensor) -> None:
         super().forward(torch.conv2d(x, torch.ones(1, 1, 3, 3), padding=1))
+
+
+class Loose(Pixels):
+    def forward(self, x: Tensor) -> None:
+        super().forward(x * pyro.param("gain", torch.tensor(1.0)))
+
+
+class Held(PyroModule):
+    """Parameters that modules hold, of both kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = PyroParam(torch.tensor(1.0), dist.constraints.positive)
+        self.decoder = nn.Linear(3, 64)
+
+    def forward(self, x: Tensor) -> None:
+        decoder = pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), self.scale).to_event(1), obs=x.flatten(1))
 
 
 class Faulty(Pixels):
@@ -50,6 +71,13 @@ def test_a_model_is_run_once_and_stays_as_it_was() -> None:
 def test_data_of_another_shape_are_named_with_the_reason() -> None:
     with pytest.raises(DataError, match=r"^model\.model: Pixels .* shape \[3, 8, 8\] each: .*192"):
         check_runs(Pixels(), torch.zeros(2, 3, 8, 8))
+
+
+def test_a_parameter_that_no_module_holds_is_refused_since_training_would_leave_it() -> None:
+    pyro.clear_param_store()
+    with pytest.raises(ModelError, match=r"pyro\.param 'gain' of Loose would not be trained"):
+        check_runs(Loose(), torch.zeros(2, 1, 8, 8))
+    check_runs(Held(), torch.zeros(2, 1, 8, 8))
 
 
 def test_the_line_of_the_users_own_code_is_named() -> None:

@@ -4,9 +4,12 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
+from dcpc import DCPC
 from dcpc.recombine import LogWeights
 from dcpc.sweep import SweepState
 from dcpc.training.store import ParticleStore, StoreError
@@ -58,3 +61,15 @@ def test_a_model_whose_data_are_not_one_plate_is_refused() -> None:
     division = SimpleNamespace(sites={"z": SimpleNamespace(plates=())}, latents=["z"])
     with pytest.raises(StoreError, match="one plate over the 8 data"):
         datum_axes(division, 8)
+
+
+def test_a_latent_outside_of_the_plate_over_the_data_is_named_with_what_to_do() -> None:
+    def model(x: torch.Tensor) -> None:
+        spread = pyro.sample("spread", dist.HalfNormal(1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, spread), obs=x)
+
+    division = DCPC(model, num_particles=2).division(torch.zeros(B))
+    with pytest.raises(StoreError, match=r"\['spread'\] are outside of it. Make each a parameter"):
+        datum_axes(division, B)

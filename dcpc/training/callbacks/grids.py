@@ -27,13 +27,15 @@ def image_grid(
     """Arranges images row by row, with a grey line between them.
 
     Args:
-        images: `(N, channels, height, width)`; intensities beyond the range are clamped to it.
+        images: `(N, channels, height, width)`; intensities beyond the range are clamped to it. Of
+            other channels than grey or colours the mean is shown.
         columns: Images per row.
         intensity_range: The intensities of black and of white.
 
     Returns:
         `(channels, rows * (height + 1) + 1, columns * (width + 1) + 1)`, in [0, 1].
     """
+    images = _visible(images)
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     cell_height, cell_width = height + GAP, width + GAP
@@ -43,6 +45,11 @@ def image_grid(
         left = GAP + position % columns * cell_width
         grid[:, top : top + height, left : left + width] = picture
     return grid
+
+
+def _visible(images: Tensor) -> Tensor:
+    """Images of one or three channels; the mean over others, which have no colours of a screen."""
+    return images if images.shape[1] in (1, 3) else images.float().mean(1, keepdim=True)
 
 
 def film_strips(strips: Sequence[Tensor], intensity_range: IntensityRange = (0.0, 1.0)) -> Tensor:

@@ -78,7 +78,13 @@ class ArrayData(ImageData):
         if not is_byte and images.dtype.kind != "f":
             raise DataError(
                 f"data.folder: '{self.folder / 'images.npy'}' must hold bytes (uint8) or floats in "
-                f"[0, 1], got {images.dtype}; convert it, for example by images.astype(np.uint8)"
+                f"[0, 1], got {images.dtype}; convert it: ones and zeros by "
+                "images.astype(np.float32), levels from 0 to 255 by images.astype(np.uint8)"
+            )
+        if is_byte and 0 < images.max(initial=0) <= 1:
+            raise DataError(
+                f"data.folder: '{self.folder / 'images.npy'}' holds bytes of 0 and 1, which would "
+                "be intensities of 0 and 1/255; convert them, by images.astype(np.float32)"
             )
         wide = images.dtype.itemsize > 4
         native = np.ascontiguousarray(images, dtype=np.float64 if wide else np.float32)

@@ -147,6 +147,12 @@ def test_a_grid_shows_every_image_in_reading_order() -> None:
     assert bool((grid[:, 0] == 0.5).all())
 
 
+def test_a_grid_of_images_of_many_channels_shows_their_mean() -> None:
+    images = torch.rand(2, 5, 2, 3)
+    grid = image_grid(images, columns=2)
+    torch.testing.assert_close(grid[0, 1:3, 1:4], images[0].mean(0))
+
+
 def test_intensities_of_any_range_are_compared_on_the_scale_from_zero_to_one(
     shifted_gaussian: type,
 ) -> None:

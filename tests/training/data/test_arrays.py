@@ -76,6 +76,14 @@ def test_pixels_of_other_types_are_named(dtype: str, tmp_path: Path) -> None:
     assert re.search(expected, error_of(tmp_path))
 
 
+def test_bytes_of_zeros_and_ones_are_no_levels_of_grey(tmp_path: Path) -> None:
+    save(tmp_path, (IMAGES > 0.5).astype(np.uint8))
+    assert "holds bytes of 0 and 1" in error_of(tmp_path)
+    assert "images.astype(np.float32)" in error_of(tmp_path)
+    save(tmp_path, (IMAGES > 0.5).astype(bool))
+    assert "ones and zeros by images.astype(np.float32)" in error_of(tmp_path)
+
+
 @pytest.mark.parametrize(
     "shape", [(), (6,), (6, 4), (6, 1, 1, 4, 3), (0, 4, 3), (6, 0, 3), (6, 4, 0)]
 )
