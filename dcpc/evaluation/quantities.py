@@ -196,7 +196,7 @@ def mean_error(values: Tensor) -> float:
 
 
 def describe_conditions(conditions: Mapping[str, float]) -> str:
-    """What was measured on, and how, in words."""
+    """Number of data, and of particles and temperatures of annealing, in words."""
     told = f"{conditions['num_data']:.0f} held-out data"
     if "num_temperatures" in conditions:
         told += (

@@ -31,10 +31,10 @@ CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints, in the folder of its log."""
 
 WIDTH, HEIGHT = 384, 768
-"""Of a magnified picture in pixels, at most: TensorBoard shows pictures some 350 wide."""
+"""Largest magnified picture, in pixels: TensorBoard shows pictures some 350 wide."""
 
 DPI, FONT_SIZE, LINE_HEIGHT, LETTER_WIDTH = 100, 8, 15, 6.2
-"""Of captions: dots per inch, points, pixels of a line and of a letter."""
+"""Font of captions: dots per inch, points, pixels of a line and of a letter."""
 
 
 def tensorboard(trainer: Trainer) -> SummaryWriter | None:

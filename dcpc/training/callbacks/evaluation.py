@@ -1,4 +1,4 @@
-"""What was measured on held-out data: as a table, in TensorBoard, and as a file."""
+"""Measurements of held-out data: as a table, in TensorBoard, and as a file."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-import dcpc
 from dcpc.evaluation import held_out_tag
 from dcpc.evaluation.quantities import sign_rule
 from dcpc.io import write_json
 from dcpc.training.callbacks.board import add_text, log_folder, tensorboard, tested_run
 from dcpc.training.modules import MeasuredModule
+from dcpc.version import __version__
 
 __all__ = ["EvaluationTable", "HeldOutTables"]
 
@@ -54,7 +54,7 @@ class EvaluationTable(Callback):
         log = None if checkpoint is None else log_folder(checkpoint)
         folder = log or Path(trainer.default_root_dir)
         path = folder / f"{command}.json"
-        content = {"dcpc": dcpc.__version__, "command": command}
+        content = {"dcpc": __version__, "command": command}
         if checkpoint is not None:
             content["checkpoint"] = os.path.relpath(Path(checkpoint).resolve(), folder.resolve())
         write_json(content | _contents(module, is_test), path)

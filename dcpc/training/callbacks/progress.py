@@ -22,7 +22,7 @@ __all__ = ["RunProgress"]
 REFRESH_SECONDS = 0.2
 
 WITH_END = "{desc} {percentage:3.0f}%|{bar:10}| [{elapsed}<{remaining}{postfix}]"
-"""Of a run that has an end; `elapsed<remaining` are of the whole run."""
+"""Line of a run that has an end; `elapsed<remaining` are of the whole run."""
 
 WITHOUT_END = "{desc} [{elapsed}{postfix}]"
 
