@@ -29,7 +29,10 @@ __all__ = ["log_densities", "observed_values", "posterior_predictions", "prior_p
 Values = Mapping[str, Tensor]
 
 DRAWS_AT_ONCE = 4096
-"""Draws that the model is run at together."""
+"""Draws that the model is run at together, at most."""
+
+NUMBERS_AT_ONCE = 1 << 24
+"""Numbers of these draws and of their copies of the data, beyond which they are fewer."""
 
 LOG_JOINT = "log joint"
 """Key of the joint density beside those of the sites, whose names have no blank."""
@@ -74,7 +77,7 @@ def log_densities(
                     result[name] = log_prob
         return {**result, LOG_JOINT: joint}
 
-    found = _in_parts(densities, draws)
+    found = _in_parts(densities, draws, arguments)
     return found, found.pop(LOG_JOINT)
 
 
@@ -86,7 +89,7 @@ def posterior_predictions(model: Model, arguments: Arguments, draws: Values) -> 
         arguments: Its arguments; the values of observed sites do not matter.
         draws: Constrained values of all latents, `(N, *batch, *event)`.
     """
-    return _in_parts(lambda values: _draw(model, arguments, values)[1], draws)
+    return _in_parts(lambda values: _draw(model, arguments, values)[1], draws, arguments)
 
 
 def prior_predictions(
@@ -110,7 +113,7 @@ def prior_predictions(
         return {**values, **data}
 
     data_names: set[str] = set()
-    drawn = _in_parts(draw, {"": torch.zeros(count)})
+    drawn = _in_parts(draw, {"": torch.zeros(count)}, arguments)
     values = {name: value for name, value in drawn.items() if name not in data_names}
     return values, {name: value for name, value in drawn.items() if name in data_names}
 
@@ -130,13 +133,15 @@ def _draw(
 
 
 def _in_parts(
-    function: Callable[[dict[str, Tensor]], dict[str, Tensor]], draws: Values
+    function: Callable[[dict[str, Tensor]], dict[str, Tensor]], draws: Values, arguments: Arguments
 ) -> dict[str, Tensor]:
-    """A function of one draw, mapped over draws `(N, ...)`, some thousand at a time."""
+    """A function of one draw, mapped over draws `(N, ...)`, as many at a time as memory allows."""
     count = len(next(iter(draws.values())))
+    size = sum(z[0].numel() for z in draws.values()) + sum(t.numel() for t in arguments.tensors)
+    step = max(1, min(DRAWS_AT_ONCE, NUMBERS_AT_ONCE // size))
     parts = [
-        map_particles(function, {n: z[first : first + DRAWS_AT_ONCE] for n, z in draws.items()})
-        for first in range(0, count, DRAWS_AT_ONCE)
+        map_particles(function, {n: z[first : first + step] for n, z in draws.items()})
+        for first in range(0, count, step)
     ]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

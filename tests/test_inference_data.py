@@ -230,6 +230,15 @@ def test_likelihoods_and_predictions_are_kept_small(
     assert schools.to_arviz(groups=["sample_stats"]).posterior["mu"].shape == (4, 1000)
 
 
+def test_draws_that_are_evaluated_in_parts_are_the_same(
+    schools: Posterior, exported: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dcpc.replay.NUMBERS_AT_ONCE", 26 * 150)  # of 10 latents and 16 data
+    again = schools.to_arviz(groups=["log_likelihood", "sample_stats"])
+    for group, name in (("log_likelihood", "effect"), ("sample_stats", "lp")):
+        np.testing.assert_allclose(again[group][name].values, exported[group][name].values)
+
+
 def test_a_posterior_from_a_file_has_draws_and_plates_and_the_rest_with_its_model(
     schools: Posterior, exported: Any, tmp_path: Any
 ) -> None:
