@@ -9,7 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+import pytest
+import torch
+
 SILENCE = Path(os.devnull)
+
+
+def skip_without_autograd() -> None:
+    """Skips a test whose children learn, where torch refuses that in a forked process."""
+    if torch.backends.cuda.is_built():
+        pytest.skip("torch's builds for CUDA refuse autograd in a process forked after its use")
 
 
 def child(call: Callable[[], object], out: Path = SILENCE, err: Path | None = None) -> int:

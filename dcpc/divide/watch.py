@@ -15,6 +15,7 @@ import pathlib
 import re
 import sys
 import types
+import typing
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,9 @@ _CONSTANT = (
     datetime.timedelta,
     np.generic,
     np.dtype,
+    typing.TypeVar,
+    typing.ParamSpec,
+    typing.TypeVarTuple,
 )
 _KINDS: dict[str, tuple[type, ...]] = {
     "class": (type,),
@@ -282,7 +286,8 @@ def _kind(cls: Hashable) -> str:
 
 def _is_python(cls: type) -> bool:
     """Whether all state of a class's instances is in their `__dict__`."""
-    return cls.__dictoffset__ != 0 and all(
+    has_state = any("__dict__" in vars(base) for base in cls.__mro__)
+    return has_state and all(
         base in (object, types.SimpleNamespace)
         or (base.__flags__ & _HEAP_TYPE and "__slots__" not in vars(base))
         for base in cls.__mro__

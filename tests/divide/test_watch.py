@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import types
+from typing import Generic, ParamSpec, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,10 @@ from dcpc.models import PGDGenerator
 
 GLOBAL_SCALE = 1.0
 SETTINGS = types.SimpleNamespace(scale=1.0)
+
+
+Item = TypeVar("Item")
+Options = ParamSpec("Options")
 
 
 class Config:
@@ -394,6 +399,19 @@ def test_objects_among_the_arguments_follow_their_contents(make):
     assert float(dcpc.loss(state, data)) == pytest.approx(loss_of(state, first, 1.0))
     other, _ = make(second, 3.0)
     assert float(dcpc.loss(state, other)) == pytest.approx(loss_of(state, second, 3.0))
+
+
+def test_type_variables_stay_what_they_are():
+    """They have no attributes that can be listed from Python 3.12 on."""
+
+    class Box(Generic[Item]):
+        def __init__(self, item):
+            self.item = item
+
+    def model(x):
+        return Box[Item](x), Options
+
+    assert Snapshot(model).is_complete
 
 
 def test_a_data_frame_that_was_changed_in_place_is_seen():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import child, wait
+from forks import child, skip_without_autograd, wait
 from resumable_runs import assert_continues, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, kills and /dev/shm")
@@ -44,6 +44,7 @@ def attempt(folder: Path, seconds: float | None, elsewhere: bool) -> int:
 def test_killed_runs_go_on_bit_for_bit_and_leave_nothing_behind(
     num_kills: int, tmp_path: Path
 ) -> None:
+    skip_without_autograd()
     started = time.perf_counter()
     assert wait(child(lambda: run(tmp_path / "whole", "dcpc", *OPTIONS))) == 0
     duration = time.perf_counter() - started

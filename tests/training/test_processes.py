@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from forks import child, wait
+from forks import child, skip_without_autograd, wait
 from pytorch_lightning.strategies import DDPStrategy
 from resumable_runs import assert_same, run
 
@@ -57,6 +57,7 @@ class Program:
         program = folder / "program.py"
         program.write_text(PROGRAM.format(tests=str(ROOT / "tests")))
         self.out, self.err = folder / "out", folder / "err"
+        skip_without_autograd()
         arguments = [str(folder), name, "--trainer.limit_val_batches=0", *options]
 
         def begin() -> None:
