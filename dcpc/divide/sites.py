@@ -30,6 +30,7 @@ from dcpc.divide.handlers import (
 from dcpc.divide.masking import is_masked, selected
 from dcpc.divide.supports import transform_of
 from dcpc.divide.supports.discrete import DiscreteSupport, discrete_support, is_discrete
+from dcpc.divide.supports.standardised import Standardised
 from dcpc.errors import DataError, ModelError
 
 NUM_RUNS = 4
@@ -64,6 +65,7 @@ class Site:
         is_rescaled: Whether a handler raises the density to a power (`poutine.scale`).
         is_masked: Whether a tensor masks out elements of a latent.
         is_unbounded: Whether a latent is its own unconstrained value.
+        is_standardised: Whether a latent's unconstrained value is standardised.
         discrete: Support of a discrete latent's components; None of a continuous one.
         is_enumerated: Whether the author wants a discrete latent summed out.
         support: Support of the distribution, for tables.
@@ -79,6 +81,7 @@ class Site:
     is_rescaled: bool = False
     is_masked: bool = False
     is_unbounded: bool = False
+    is_standardised: bool = False
     discrete: DiscreteSupport | None = None
     is_enumerated: bool = False
     support: str = field(default="", compare=False)
@@ -336,6 +339,7 @@ def _latent_site(msg: Any, again: Runs) -> Site:
         is_rescaled=rescaled,
         is_masked=is_masked(msg),
         is_unbounded=is_identity(transform),
+        is_standardised=isinstance(fn, Standardised),
         discrete=discrete,
         is_enumerated=discrete is not None and bool(msg["infer"].get("enumerate")),
         support=str(fn.support).removesuffix("()"),

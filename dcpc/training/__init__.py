@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         GenerativeModule,
         HeldOut,
         MeasuredModule,
+        Parameterization,
         ParticleModule,
         Start,
     )
@@ -49,6 +50,7 @@ __all__ = [
     "LabelledData",
     "MeasuredModule",
     "MoonsData",
+    "Parameterization",
     "ParticleModule",
     "ParticleStore",
     "Start",
@@ -73,6 +75,7 @@ __getattr__, __dir__ = exported(
             "GenerativeModule",
             "HeldOut",
             "MeasuredModule",
+            "Parameterization",
             "ParticleModule",
             "Start",
         ],

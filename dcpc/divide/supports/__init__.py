@@ -22,20 +22,23 @@ from dcpc.divide.supports.circular import WrapAngle, draw_angle, is_circular
 from dcpc.divide.supports.discrete import counted, is_discrete
 from dcpc.divide.supports.families import FAMILIES, Family, exponential_variate
 from dcpc.divide.supports.jacobians import elementary_parts, is_parameter_free, log_abs_det
+from dcpc.divide.supports.standardised import Standardised
 
 
 def transform_of(fn: Any) -> Transform:
     """Bijection from unconstrained space onto the support of a distribution.
 
     It is torch's `biject_to(support)`, except for angles, which are wrapped, for mixtures of one
-    family, which have the bijection of their components, and for discrete values, which are held
-    as floating-point numbers.
+    family, which have the bijection of their components, for discrete values, which are held as
+    floating-point numbers, and for what is held in standardised coordinates.
 
     Raises:
         NotImplementedError: No bijection onto the support is known.
     """
     if is_discrete(fn):
         return counted(fn)
+    if isinstance(fn, Standardised):
+        return fn.transform
     inner = fn
     while isinstance(inner, td.Independent | ExpandedDistribution | MaskedDistribution):
         inner = inner.base_dist
@@ -49,11 +52,12 @@ def transform_of(fn: Any) -> Transform:
     return biject_to(fn.support)
 
 
-def log_density(fn: Any, u: Tensor) -> tuple[Tensor, Tensor] | None:
+def log_density(fn: Any, u: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Log-density of `T(u)`, and the log-determinant of the Jacobian, from `u` alone.
 
     The density of `u` is the sum of the two. They come apart because Pyro's scales and masks act on
-    the first only; masks within the distribution are applied to it.
+    the first only; masks within the distribution are applied to it. Standardised coordinates are
+    neither scaled nor masked, and have their density as a whole.
 
     Args:
         fn: Distribution of a latent.
@@ -63,6 +67,8 @@ def log_density(fn: Any, u: Tensor) -> tuple[Tensor, Tensor] | None:
         `log p(T(u))` and `log |det dT/du|`, each `(*batch_shape)`; None for a distribution for
         which `fn.log_prob(T(u))` is as good, or that is not known here.
     """
+    if isinstance(fn, Standardised):
+        return fn.standard.log_prob(u).expand(fn.batch_shape), None
     log_prob = None if is_discrete(fn) else _log_prob(fn, u)
     if log_prob is None:
         return None
@@ -88,6 +94,8 @@ def draw(fn: Any) -> Tensor | None:
     if is_discrete(fn):
         return None
     with torch.no_grad():
+        if isinstance(fn, Standardised):
+            return _sample(fn.standard, fn.batch_shape)
         return _draw(fn, fn.batch_shape)
 
 

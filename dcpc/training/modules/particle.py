@@ -14,10 +14,10 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from dcpc.conquer import Move, Preconditioner
+from dcpc.coordinates import transported
 from dcpc.errors import ModelError, OptionError, require_at_least
 from dcpc.graphs.tiers import Mode
-from dcpc.inference import DCPC
-from dcpc.observed import Observed, call, num_data
+from dcpc.observed import Observed, num_data
 from dcpc.parts import Adaptation
 from dcpc.presets import PRESETS, lookup
 from dcpc.problem import Problem
@@ -29,6 +29,7 @@ from dcpc.training.data import Batch, EpochBatches, check_finite
 from dcpc.training.divergence import failures_told
 from dcpc.training.modules.base import STATE_KEY, LearningRateSchedule
 from dcpc.training.modules.generative import GenerativeModule, Guide, HeldOut
+from dcpc.training.modules.parameterization import Parameterization, Views
 from dcpc.training.modules.warm_start import Start, annealed, guide_objective
 from dcpc.training.observations import check_observed
 from dcpc.training.paths import local_path
@@ -80,6 +81,8 @@ class ParticleModule(GenerativeModule):
         correction: Correction of the proposal, likewise.
         preconditioner: Scale of the proposal, likewise.
         blocks: Lists of latents to move jointly, as one unit each; null for one unit per latent.
+        parameterization: Whether particles are kept, moved and learned from by the values of
+            latents, or by their standardised prediction errors.
         compile: Whether sweeps and the gradient of the loss run as compiled code: `auto` where the
             steps of the whole run, by `trainer.max_epochs` and `trainer.max_steps`, make up for
             the time that compiling takes.
@@ -119,6 +122,7 @@ class ParticleModule(GenerativeModule):
         correction: Correction | str | None = None,
         preconditioner: Preconditioner | str | None = None,
         blocks: list[list[str]] | None = None,
+        parameterization: Parameterization = Parameterization(),
         compile: Mode = "auto",
         start: Start = Start(),
         held_out: HeldOut = HeldOut(),
@@ -143,9 +147,10 @@ class ParticleModule(GenerativeModule):
         self.start = start
         self.restarts = self.guide is not None and restart
         self.store_folder = store_folder and str(local_path("model.store_folder", store_folder))
-        self.inference = DCPC(
+        self.parameterization = parameterization
+        self._engines = parameterization.engines(
             model,
-            self.guide,
+            guide=self.guide,
             num_particles=num_particles,
             particle_batch_size=particle_batch_size,
             algorithm=algorithm,
@@ -157,6 +162,7 @@ class ParticleModule(GenerativeModule):
             blocks=blocks or (),
             compile=compile,
         )
+        self.inference = self._engines[parameterization.move]
         start.check(self.guide is not None, self.inference.parts.correction.is_exact)
         self.automatic_optimization = not preset.step_parameters_every_sweep
 
@@ -179,6 +185,7 @@ class ParticleModule(GenerativeModule):
             "model.correction": _in_words(algorithm.parts.correction),
             "model.preconditioner": _in_words(algorithm.parts.preconditioner),
             "model.blocks": str([list(block) for block in self.inference.blocks]),
+            "model.parameterization": str(self.parameterization),
         }
 
     def advice_with_initial_weights(self) -> str:
@@ -230,8 +237,11 @@ class ParticleModule(GenerativeModule):
         x, _, index = batch
         told = failures_told(self._num_steps)
         with precision.train_step_context(), self.stream(self._num_steps, 3), told:
-            problem = call(self.inference.bind, x)
+            problem = self._views(x).keep
             self._visit_of(problem, index).reserve(problem.blank())
+
+    def _views(self, x: Observed) -> Views:
+        return self.parameterization.views(self._engines, x)
 
     def _visit_of(self, problem: Problem, index: Tensor) -> Visit:
         assert self.store is not None
@@ -279,26 +289,29 @@ class ParticleModule(GenerativeModule):
 
     def _visit(self, x: Observed, index: Tensor) -> dict[str, Tensor]:
         """Sweeps the particles of a batch; the losses after the last sweep."""
-        problem = call(self.inference.bind, x)
-        here = self._visit_of(problem, index)
-        if here.is_first and problem.division.population:
-            check_observed(self.model, x, index, problem.division.population[0].dim)
+        views = self._views(x)
+        keep, move, learn = views.keep, views.move, views.learn
+        here = self._visit_of(keep, index)
+        if here.is_first and keep.division.population:
+            check_observed(self.model, x, index, keep.division.population[0].dim)
         weight = share(x)
         num_sweeps = self.sweeps_per_step + (self.start.first_sweeps if here.is_first else 0)
-        draw = partial(self._draw, problem)
+        draw = partial(self._draw, keep)
         if self._is_resuming:
-            self._check_adaptation(problem)
-        state = draw() if self.restarts else here.recall(draw)
-        state = replace(state, adaptation=self.adaptation)
+            self._check_adaptation(move)
+        recalled = draw() if self.restarts else here.recall(draw)
+        state = replace(transported(recalled, keep, move), adaptation=self.adaptation)
         for remaining in reversed(range(num_sweeps)):
             with self.inference.expecting(self._num_sweeps.get(num_data(x), 0), self.print):
-                state, info = problem.sweep(state, learns=True)
+                state, info = move.sweep(state, learns=learn is move)
+            kept = transported(state, move, keep)
             if remaining == 0 or self._steps_after(remaining):
+                taught = transported(state, move, learn)
                 losses = {
-                    name: weight * loss for name, loss in self._losses(problem, state, x).items()
+                    name: weight * loss for name, loss in self._losses(learn, taught, x).items()
                 }
                 self._step_parameters(losses)
-        here.keep(state)
+        here.keep(kept)
         self.adaptation = average(state.adaptation, weight)
         self.last_sweep, self.last_state = info, state
         ess = 100.0 * info.ess.mean() / state.num_particles

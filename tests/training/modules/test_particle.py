@@ -19,7 +19,7 @@ from dcpc.graphs.runner import CompileWarning
 from dcpc.models import DeepLatentGaussian, MLPEncoder
 from dcpc.presets import PRESETS
 from dcpc.problem import Problem
-from dcpc.training import HeldOut, ParticleModule, Start
+from dcpc.training import HeldOut, Parameterization, ParticleModule, Start
 from dcpc.training.checkpoint import CheckpointError, check_parameters, read_checkpoint
 from dcpc.training.store import StoreError
 
@@ -46,7 +46,20 @@ def assert_same(one: object, other: object, where: str = "") -> None:
         assert one == other, where
 
 
-@pytest.mark.parametrize("parts", [{}, {"move": "underdamped"}], ids=str)
+ERRORS = Parameterization("noncentred", "noncentred", "noncentred")
+UNITS = Parameterization("noncentred", "centred", "noncentred")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"move": "underdamped"},
+        {"parameterization": ERRORS},
+        {"parameterization": UNITS, "move": "underdamped"},
+    ],
+    ids=str,
+)
 def test_a_resumed_run_continues_bit_for_bit(
     deep_module: Callable, images: type, trainer: Callable, tmp_path: Path, parts: dict
 ) -> None:
@@ -70,7 +83,7 @@ def test_a_resumed_run_continues_bit_for_bit(
     assert_same(uninterrupted.model.store.state_dict(), particles)
     for kept in particles["memory"].values():
         assert all(bool((kept[name] != 0).all()) for name in particles["latents"])
-    assert set(particles["memory"]) == ({"momentum"} if parts else set())
+    assert set(particles["memory"]) == ({"momentum"} if "move" in parts else set())
     checkpoints: list[dict] = [{}, {}]
     for run, checkpoint in zip((uninterrupted, resumed), checkpoints, strict=True):
         run.model.on_save_checkpoint(checkpoint)
