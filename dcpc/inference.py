@@ -117,10 +117,10 @@ class DCPC:
         particle_batch_size: Particles that the model is evaluated for at once: fewer take less
             memory, and more time; None for all of them. The draws are the same, and the results up
             to rounding.
-        algorithm: A preset: `dcpc`, `dcpc-smc`, `sgld`, `dcpc-paper`, `pgd`, `lpc`, `mcpc`, `pc`,
-            `ipc`.
+        algorithm: A preset: `dcpc`, `dcpc-smc`, `sgld`, `dcpc-paper`, `pgd`, `mpgd`, `lpc`, `mcpc`,
+            `pc`, `ipc`.
         schedule: `sequential`, `coloured` or `joint`; None for the preset's.
-        move: `langevin`, `underdamped`, `barker` or `gradient`, or a `Move`, as in
+        move: `langevin`, `underdamped`, `barker`, `kinetic` or `gradient`, or a `Move`, as in
             `Langevin(leapfrog_steps=4)`.
         correction: `metropolis`, `weight`, `resample` or `none`, or a `Correction`.
         preconditioner: `adapted`, `dense`, `second_moment`, `identity` or `particle_variance`, or
@@ -131,9 +131,11 @@ class DCPC:
             particles show to be correlated, `()` nothing.
         resampling: `systematic`, `stratified`, `multinomial` or `residual`.
         resample_threshold: Whole particles are resampled where ESS / K is below it.
-        reparam: Coordinates of latents: `auto` for Pyro's own `AutoReparam`, which writes
-            hierarchies non-centred (a cure for funnels); reparameterisations by site or a strategy,
-            as for `pyro.poutine.reparam`; None for the model as it is written.
+        reparam: Coordinates of latents: `noncentred` to hold them by their standardised errors, `e`
+            in `z = loc + scale e` (a cure for funnels; `dcpc.reparam.NonCentred` for some of them),
+            under the names and with the values of the model as it is written; `auto` for Pyro's own
+            `AutoReparam`; reparameterisations by site or a strategy, as for `pyro.poutine.reparam`;
+            None for the model as it is written.
         backend: `auto`, `graph`, `vmap` or `loop`.
         certify: Whether divided programs are compared with plain runs of the model.
         compile: Whether sweeps are recorded as graphs and compiled; `auto` compiles them where the

@@ -10,6 +10,7 @@ from dcpc.conquer import (
     MOVES,
     PRECONDITIONERS,
     Covariance,
+    Kinetic,
     Langevin,
     Move,
     NoisyMoment,
@@ -49,7 +50,7 @@ class Preset:
 
     Attributes:
         schedule: Order in which units move.
-        move: Proposal.
+        move: Proposal; a name or an object.
         correction: Correction of the proposal.
         preconditioner: Scale of the proposal; a name or an object.
         single_particle: Whether the method has one particle per datum.
@@ -63,7 +64,7 @@ class Preset:
     """
 
     schedule: str
-    move: str
+    move: str | Move
     correction: str | Correction
     preconditioner: str | Preconditioner
     source: str
@@ -96,6 +97,7 @@ PRESETS: dict[str, Preset] = {
         "Sennesh, Wu & Salvatori (2024), Algorithm 1; its posterior is too narrow",
     ),
     "pgd": Preset("joint", "langevin", "none", "identity", "Kuntz, Lim & Johansen (2023)"),
+    "mpgd": Preset("joint", Kinetic(), "none", "identity", "Lim, Kuntz, Power & Johansen (2024)"),
     "lpc": Preset(
         "joint",
         "langevin",
@@ -172,8 +174,8 @@ class Algorithm:
             )
         if parts.correction.compares and not parts.move.is_reversible:
             raise OptionError(
-                f"move {_name(parts.move, MOVES)} draws no noise and has no way back, so "
-                f"correction {correction} cannot weigh it; use move='langevin' or correction='none'"
+                f"move {_name(parts.move, MOVES)} has no way back, so that correction "
+                f"{correction} cannot weigh it; use move='langevin' or correction='none'"
             )
         if parts.correction.needs_density and not parts.move.has_density:
             raise OptionError(

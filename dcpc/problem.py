@@ -145,7 +145,7 @@ class Problem:
             raise OptionError(
                 f"algorithm {self.algorithm.name!r} weighs particles by the density that they were "
                 "drawn from, which a start at means does not have; start from the prior, or use "
-                "pgd, lpc, mcpc, pc or ipc"
+                "pgd, mpgd, lpc, mcpc, pc or ipc"
             )
         return self._at_rest(place_at_means(self.division, self.arguments, self.num_particles))
 

@@ -200,7 +200,7 @@ class Recorder:
             sizes={unit.name: unit.size for unit in division.units},
             adapts_step_size=parts.adapts_step_size,
             is_preconditioned=parts.preconditioner.is_scaled,
-            is_random=parts.move.is_reversible,
+            is_random=parts.move.is_random,
             bad_share=sums.num_bad / proposals,
             undefined=self._undefined(state) if sums.num_bad else (),
             # Particles that are no chains share ancestors that their series may not show.

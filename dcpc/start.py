@@ -280,6 +280,36 @@ def guide_loss(
     return -(state.log_weight.normalized() * torch.stack(log_guide)).sum()
 
 
+def log_weight(model: Model, guide: Model, division: Division, arguments: Arguments) -> Tensor:
+    """`log p(x, z) - log q(z | x)` of one draw `z` of a guide, by population cell.
+
+    With gradients, through the draw.
+
+    Args:
+        model: The Pyro program.
+        guide: The guide.
+        division: The model divided.
+        arguments: The model's arguments.
+
+    Raises:
+        OptionError: A draw of the guide has no gradient.
+    """
+    args, kwargs = arguments.rebuild(arguments.tensors)
+    active = division.activity(arguments.tensors).latents
+    drawn = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
+    nodes: dict[str, Any] = drawn.nodes
+    fixed = [name for name in division.latents if not nodes[name]["fn"].has_rsample]
+    if fixed:
+        raise OptionError(
+            f"the guide's draws of {fixed} have no gradient (no rsample), through which it is to "
+            "learn; draw them from a distribution that has"
+        )
+    replayed = pyro.poutine.replay(pyro.poutine.block(model, hide=division.barren), drawn)
+    joint = pyro.poutine.trace(replayed).get_trace(*args, **kwargs)
+    of_guide = _log_density(drawn, division, active, observed=False)
+    return _log_density(joint, division, active, observed=True) - of_guide
+
+
 def _log_density(
     trace: pyro.poutine.Trace, division: Division, active: Mapping[str, Tensor], *, observed: bool
 ) -> Tensor:

@@ -258,7 +258,7 @@ def move_units(
         unit = density.conditional(group, latents, active.get(group.name))
         own = parts.of(group)
         if group.is_discrete:
-            drawn = draw_from_conditional(unit, greedy=not parts.move.is_reversible)
+            drawn = draw_from_conditional(unit, greedy=not parts.move.is_random)
             info.add_draw(drawn, log_weight, density.division)
             outcome = parts.correction.keep(unit, drawn, parts.resampler)
         else:

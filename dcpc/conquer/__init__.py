@@ -4,6 +4,7 @@ from dcpc.conquer.barker import Barker
 from dcpc.conquer.gibbs import ConditionalDraw, draw_from_conditional
 from dcpc.conquer.gradient import Gradient
 from dcpc.conquer.jump import Jump
+from dcpc.conquer.kinetic import Kinetic
 from dcpc.conquer.langevin import Langevin
 from dcpc.conquer.move import Move, Proposal, Start, WayBack
 from dcpc.conquer.preconditioner import (
@@ -27,6 +28,7 @@ MOVES: dict[str, type[Move]] = {
     "langevin": Langevin,
     "barker": Barker,
     "underdamped": Underdamped,
+    "kinetic": Kinetic,
     "gradient": Gradient,
 }
 """Moves by name; a new one is a line here."""
@@ -45,6 +47,7 @@ __all__ = [
     "Gradient",
     "Identity",
     "Jump",
+    "Kinetic",
     "Langevin",
     "Metric",
     "Move",

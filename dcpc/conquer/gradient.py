@@ -17,6 +17,7 @@ class Gradient(Move):
     Rao & Ballard (1999). It has no noise, hence no way back, and finds a mode.
     """
 
+    is_random = False
     is_reversible = False
 
     def propose(self, start: Start) -> Proposal:

@@ -62,12 +62,14 @@ class Proposal:
         way_back: The way back, given the score at `u'`.
         log_density: `log q(u' | u)`, `(K, *plates, n)`; None of moves that have none.
         memory_if_rejected: Memory where the proposal is rejected.
+        memory: Memory where the proposal is accepted, of moves that know it without the way back.
     """
 
     value: Tensor
     way_back: Callable[[Tensor], WayBack]
     log_density: Tensor | None = None
     memory_if_rejected: Memory = field(default_factory=dict)
+    memory: Memory = field(default_factory=dict)
 
 
 class Move(ABC):
@@ -76,10 +78,12 @@ class Move(ABC):
     Attributes:
         target_acceptance: Acceptance rate that its step size is adapted to under a Metropolis
             correction.
-        is_reversible: Whether noise is drawn, so that the way back makes an exact sampler of it.
+        is_random: Whether noise is drawn.
+        is_reversible: Whether there is a way back, which makes an exact sampler of it.
     """
 
     target_acceptance: float = 0.574
+    is_random: ClassVar[bool] = True
     is_reversible: ClassVar[bool] = True
 
     @property

@@ -4,7 +4,12 @@ from dcpc.models.bouncing_digit import BouncingDigit
 from dcpc.models.classifiers import Perceptron
 from dcpc.models.convolutional_generator import ConvolutionalGenerator, PGDGenerator
 from dcpc.models.deep_latent_gaussian import DeepLatentGaussian
-from dcpc.models.encoders import ConvolutionalEncoder, EmbeddingEncoder, MLPEncoder
+from dcpc.models.encoders import (
+    ConvolutionalEncoder,
+    EmbeddingEncoder,
+    MLPEncoder,
+    TopDownEncoder,
+)
 from dcpc.models.labelled_embedding import LabelledEmbedding
 from dcpc.models.labelled_style import LabelledStyle
 from dcpc.models.latent_transformer import CausalBlock, LatentTransformer
@@ -24,4 +29,5 @@ __all__ = [
     "PGDGenerator",
     "Perceptron",
     "SequenceMemory",
+    "TopDownEncoder",
 ]

@@ -9,8 +9,8 @@ Normalisation. `group` (Wu & He, 2018) and `none` leave the images independent g
 particle by itself, in training and in evaluation alike. It ties `log p(x_i | z)` to the latents of
 the whole batch, so that the images of a batch are *one* inference problem: where an algorithm
 accepts, weighs or resamples, it does so per batch and not per image, which in so many
-dimensions moves little and leaves one particle. `pgd`, `lpc`, `mcpc`, `pc` and `ipc`, which do
-none of that, sweep as usual. (There are no running averages: a program under `torch.vmap`
+dimensions moves little and leaves one particle. `pgd`, `mpgd`, `lpc`, `mcpc`, `pc` and `ipc`,
+which do none of that, sweep as usual. (There are no running averages: a program under `torch.vmap`
 cannot update them in place, and with them evaluation would be of another model.)
 """
 

@@ -44,6 +44,9 @@ class DeepLatentGaussian(nn.Module):
         z_{l+1} ~ N(W_l relu(z_l) + b_l, L_l L_l^T)
         x       ~ ContinuousBernoulli(logits = W relu(z_L) + b)
 
+    With hidden layers a map is that of a network on `z_l` itself, with SiLU between its layers,
+    whose slopes are smooth, so that moves along scores can be long.
+
     Args:
         latent_sizes: Sizes of `z_1, ..., z_L`, top layer first.
         image_shape: Shape of one image, for example `[1, 8, 8]`.
@@ -51,6 +54,8 @@ class DeepLatentGaussian(nn.Module):
             whose log-probability of an intensity is a cross-entropy and no density.
         min_scale: Floor of the diagonals of the `L_l`. Point estimates of latents (`pc`, `ipc`)
             need one: residuals that vanish under scales that vanish have an unbounded density.
+        hidden_sizes: Widths of hidden layers below each of `z_1, ..., z_L`, for example
+            `[[], [400, 400]]` for two of them between `z_2` and the pixels; null for none.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class DeepLatentGaussian(nn.Module):
         image_shape: Sequence[int],
         likelihood: Likelihood = "continuous_bernoulli",
         min_scale: float = 0.0,
+        hidden_sizes: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         if not latent_sizes or min(latent_sizes) < 1:
@@ -70,12 +76,20 @@ class DeepLatentGaussian(nn.Module):
         check_likelihood(likelihood)
         if not 0.0 <= min_scale < 1.0:
             raise ValueError(f"min_scale must be at least 0 and below 1, got {min_scale}")
+        hidden = [[] for _ in latent_sizes] if hidden_sizes is None else hidden_sizes
+        if len(hidden) != len(latent_sizes) or any(size < 1 for own in hidden for size in own):
+            raise ValueError(
+                f"hidden_sizes must be null or a list of positive widths for each of the "
+                f"{len(latent_sizes)} latents, top layer first, got {hidden_sizes}; [] is a linear "
+                "map"
+            )
         self.latent_sizes = tuple(latent_sizes)
         self.image_shape = tuple(image_shape)
         self.likelihood = likelihood
         sizes = (*latent_sizes, math.prod(image_shape))
         self.layers = nn.ModuleList(
-            nn.Linear(above, below) for above, below in itertools.pairwise(sizes)
+            _network((above, *own, below)) if own else nn.Linear(above, below)
+            for (above, below), own in zip(itertools.pairwise(sizes), hidden, strict=True)
         )
         self.scales = nn.ModuleList(ScaleTril(size, min_scale) for size in latent_sizes[1:])
 
@@ -95,11 +109,24 @@ class DeepLatentGaussian(nn.Module):
             loc = next(self.parameters()).new_zeros(num_images, self.latent_sizes[0])
             z = pyro.sample("z1", dist.Normal(loc, 1.0).to_event(1))
             for index, scale in enumerate(self.scales):
-                loc = self.layers[index](torch.relu(z))
+                loc = self._below(index, z)
                 z = pyro.sample(f"z{index + 2}", SharedScaleNormal(loc, scale()))
-            likelihood = pixels(self.layers[-1](torch.relu(z)), self.likelihood)
+            likelihood = pixels(self._below(len(self.scales), z), self.likelihood)
             return pyro.sample("x", likelihood, obs=None if x is None else x.flatten(1))
 
     def encoder(self) -> MLPEncoder:
         """A guide for this model, with its shapes."""
         return MLPEncoder(self.latent_sizes, self.image_shape)
+
+    def _below(self, index: int, z: Tensor) -> Tensor:
+        """What a latent says of the layer below it."""
+        layer = self.layers[index]
+        return layer(torch.relu(z) if isinstance(layer, nn.Linear) else z)
+
+
+def _network(sizes: Sequence[int]) -> nn.Sequential:
+    """Linear layers with SiLU between them."""
+    layers: list[nn.Module] = []
+    for above, below in itertools.pairwise(sizes):
+        layers += [nn.Linear(above, below), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])

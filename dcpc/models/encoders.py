@@ -9,14 +9,20 @@ Bayes", ICLR 2014.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ConvolutionalEncoder", "EmbeddingEncoder", "GaussianHead", "MLPEncoder"]
+__all__ = [
+    "ConvolutionalEncoder",
+    "EmbeddingEncoder",
+    "GaussianHead",
+    "MLPEncoder",
+    "TopDownEncoder",
+]
 
 MIN_SCALE = 1e-4
 """Floor of every scale: a latent that collapses onto a point has no usable density."""
@@ -40,18 +46,10 @@ class GaussianHead(nn.Module):
         return dist.Normal(self.loc(features), scale).to_event(1)
 
 
-class MLPEncoder(nn.Module):
-    """Draws `z1, ..., zL` of a `DeepLatentGaussian`, from the bottom up.
+class _LayeredEncoder(nn.Module):
+    """An encoder with a hidden layer for each latent, from the image up."""
 
-        h_L     = relu(V_L x + c_L)
-        h_{l-1} = relu(V_{l-1} h_l + c_{l-1})
-        z_l     ~ N(m_l(h_l), diag s_l(h_l)^2),   all independent given x
-
-    Args:
-        latent_sizes: Sizes of `z_1, ..., z_L`, top layer first, as the model has them.
-        image_shape: Shape of one image, for example `[1, 28, 28]`.
-        hidden_size: Width of every hidden layer.
-    """
+    activation: Callable[[Tensor], Tensor]
 
     def __init__(
         self, latent_sizes: Sequence[int], image_shape: Sequence[int], hidden_size: int = 256
@@ -64,6 +62,34 @@ class MLPEncoder(nn.Module):
         self.image_shape = tuple(image_shape)
         widths = [math.prod(image_shape)] + [hidden_size] * (len(latent_sizes) - 1)
         self.layers = nn.ModuleList(nn.Linear(width, hidden_size) for width in widths)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Hidden layers `(B, hidden_size)`, the one next to the image first."""
+        found = [x.flatten(1)]
+        for layer in self.layers:
+            found.append(self.activation(layer(found[-1])))
+        return found[1:]
+
+
+class MLPEncoder(_LayeredEncoder):
+    """Draws `z1, ..., zL` of a `DeepLatentGaussian`, from the bottom up.
+
+        h_L     = relu(V_L x + c_L)
+        h_{l-1} = relu(V_{l-1} h_l + c_{l-1})
+        z_l     ~ N(m_l(h_l), diag s_l(h_l)^2),   all independent given x
+
+    Args:
+        latent_sizes: Sizes of `z_1, ..., z_L`, top layer first, as the model has them.
+        image_shape: Shape of one image, for example `[1, 28, 28]`.
+        hidden_size: Width of every hidden layer.
+    """
+
+    activation = staticmethod(torch.relu)
+
+    def __init__(
+        self, latent_sizes: Sequence[int], image_shape: Sequence[int], hidden_size: int = 256
+    ) -> None:
+        super().__init__(latent_sizes, image_shape, hidden_size)
         self.heads = nn.ModuleList(GaussianHead(hidden_size, size) for size in latent_sizes[::-1])
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -76,12 +102,59 @@ class MLPEncoder(nn.Module):
             By name, `z1` to `zL`, each `(B, size)`.
         """
         pyro.module("encoder", self)
-        hidden, latents = x.flatten(1), {}
+        hidden, latents = self.features(x), {}
         with pyro.plate("images", len(x)):
-            for depth, (layer, head) in enumerate(zip(self.layers, self.heads, strict=True)):
-                hidden = torch.relu(layer(hidden))
+            for depth, (feature, head) in enumerate(zip(hidden, self.heads, strict=True)):
                 name = f"z{len(self.latent_sizes) - depth}"
-                latents[name] = pyro.sample(name, head(hidden))
+                latents[name] = pyro.sample(name, head(feature))
+        return latents
+
+
+class TopDownEncoder(_LayeredEncoder):
+    """Draws `z1, ..., zL` of a `DeepLatentGaussian` from the top down, as the model does.
+
+        h_L     = silu(V_L x + c_L)
+        h_{l-1} = silu(V_{l-1} h_l + c_{l-1})
+        z_1     ~ N(m_1(h_1), diag s_1(h_1)^2)
+        z_l     ~ N(m_l(h_l, z_{l-1}), diag s_l(h_l, z_{l-1})^2)
+
+    Given the image, a latent then depends on the one above it, as in the posterior. Sonderby,
+    Raiko, Maaloe, Sonderby & Winther, "Ladder variational autoencoders", NeurIPS 2016, without
+    weights that are shared with the model.
+
+    Args:
+        latent_sizes: Sizes of `z_1, ..., z_L`, top layer first, as the model has them.
+        image_shape: Shape of one image, for example `[1, 28, 28]`.
+        hidden_size: Width of every hidden layer.
+    """
+
+    activation = staticmethod(nn.functional.silu)
+
+    def __init__(
+        self, latent_sizes: Sequence[int], image_shape: Sequence[int], hidden_size: int = 256
+    ) -> None:
+        super().__init__(latent_sizes, image_shape, hidden_size)
+        above = [0, *latent_sizes[:-1]]
+        self.joints = nn.ModuleList(nn.Linear(hidden_size + size, hidden_size) for size in above)
+        self.heads = nn.ModuleList(GaussianHead(hidden_size, size) for size in latent_sizes)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """The Pyro program.
+
+        Args:
+            x: Images `(B, *image_shape)`.
+
+        Returns:
+            By name, `z1` to `zL`, each `(B, size)`.
+        """
+        pyro.module("encoder", self)
+        features, latents = self.features(x), {}
+        with pyro.plate("images", len(x)):
+            given = x.new_zeros(len(x), 0)
+            parts = zip(features[::-1], self.joints, self.heads, strict=True)
+            for number, (feature, joint, head) in enumerate(parts, start=1):
+                both = self.activation(joint(torch.cat([feature, given], -1)))
+                given = latents[f"z{number}"] = pyro.sample(f"z{number}", head(both))
         return latents
 
 

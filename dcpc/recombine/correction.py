@@ -369,7 +369,8 @@ class Uncorrected(Correction):
     scores_proposal: ClassVar[bool] = False
 
     def apply(self, proposed: ProposedMove) -> Outcome:
-        proposal, memory = proposed.proposal, {}
+        proposal = proposed.proposal
+        memory = proposal.memory
         if proposal.memory_if_rejected:
             memory = proposal.way_back(proposed.unit.score(proposal.value)).memory
         return Outcome(

@@ -18,6 +18,7 @@ from dcpc.conquer import (
     Dense,
     Diagonal,
     Gradient,
+    Kinetic,
     Langevin,
     Move,
     Start,
@@ -244,6 +245,9 @@ def name(move) -> str:
 def test_the_registry_is_what_the_tests_look_at():
     assert {type(move) for move in EXACT} == {Langevin, Barker, Underdamped}
     assert not Gradient().is_reversible
+    assert not Gradient().is_random
+    assert not Kinetic().is_reversible
+    assert Kinetic().is_random
 
 
 @pytest.mark.parametrize("move", EXACT, ids=name)
@@ -425,3 +429,57 @@ def test_barker_noise_leans_to_the_score():
     share = float((step > 0).double().mean())
     assert share == pytest.approx(up, abs=4 * (up * (1 - up) / count) ** 0.5)
     assert float(step.square().mean()) == pytest.approx(2 * eta, rel=4 * (2 / count) ** 0.5)
+
+
+@pytest.mark.parametrize("persistence", [0.05, math.exp(-1), 0.9, 0.999])
+def test_the_kinetic_move_solves_its_equations(persistence):
+    """Mean and covariance by matrix exponentials of the linear equations, as Van Loan (1978)."""
+    eta, score, metric = 0.3, 1.7, Diagonal(torch.full((1, 1), 2.0))
+    factor, eps = float(metric.colour(torch.ones(1, 1, 1))), math.sqrt(2 * eta)
+    friction = -math.log(persistence) / eps
+    drift = torch.tensor([[0.0, factor], [0.0, -friction]])
+    noise = torch.tensor([[0.0, 0.0], [0.0, 2 * friction]])
+    blocks = torch.zeros(4, 4)
+    blocks[:2, :2], blocks[:2, 2:], blocks[2:, 2:] = -drift, noise, drift.mT
+    both = torch.matrix_exp(eps * blocks)
+    covariance = both[2:, 2:].mT @ both[:2, 2:]
+    with_force = torch.zeros(3, 3)
+    with_force[:2, :2], with_force[1, 2] = drift, factor * score
+    u, m, count = 0.7, -1.1, 400_000
+    mean = (torch.matrix_exp(eps * with_force) @ torch.tensor([u, m, 1.0]))[:2]
+
+    shape = (count, 1, 1)
+    start = Start(
+        torch.full(shape, u),
+        torch.full(shape, score),
+        torch.tensor([eta]),
+        metric,
+        lambda value: value,
+        {"momentum": torch.full(shape, m)},
+    )
+    proposal = Kinetic(persistence).propose(start)
+    drawn = torch.stack([proposal.value, proposal.memory["momentum"]], -1).reshape(count, 2)
+    error = 5 * (covariance.diagonal() / count).sqrt()
+    assert bool(((drawn.mean(0) - mean).abs() < error).all())
+    scale = covariance.diagonal().sqrt()
+    ratio = drawn.mT.cov() / scale / scale[:, None]
+    torch.testing.assert_close(ratio, covariance / scale / scale[:, None], atol=0.012, rtol=0.0)
+
+
+def test_kinetic_particles_find_a_gaussian_posterior_in_the_limit_of_small_steps():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    engine = DCPC(model, num_particles=4000, algorithm="mpgd", step_size=0.01)
+    x = torch.tensor(1.0)
+    state = engine.init(x)
+    for _ in range(150):
+        state, _ = engine.sweep(state, x)
+    z, count = state.latents["z"], 4000
+    assert abs(float(z.mean()) - 0.5) < 4.5 * math.sqrt(0.5 / count)
+    assert float(z.var()) == pytest.approx(0.5, rel=0.01 + 4.5 * math.sqrt(2 / count))
+    with pytest.raises(OptionError, match="persistence must lie in"):
+        Kinetic(0.0)
+    with pytest.raises(OptionError, match="move 'kinetic' has no way back"):
+        DCPC(model, num_particles=2, move="kinetic")

@@ -49,6 +49,27 @@ def test_the_joint_density_is_that_of_the_formula(
     assert torch.allclose(ours, expected, atol=1e-3)
 
 
+def test_hidden_layers_are_networks_on_the_latents_themselves() -> None:
+    model = DeepLatentGaussian([3, 4], [1, 2, 3], "bernoulli", hidden_sizes=[[], [7, 6]])
+    x = torch.rand(5, 1, 2, 3)
+    trace = pyro.poutine.trace(model).get_trace(x)
+    z1, z2 = (trace.nodes[name]["value"] for name in ("z1", "z2"))
+    loc = functional.linear(z1.clamp(min=0), *model.layers[0].parameters())
+    assert torch.allclose(trace.nodes["z2"]["fn"].mean, loc, atol=1e-6)
+    first, _, second, _, last = model.layers[1]
+    hidden = functional.silu(functional.linear(z2, first.weight, first.bias))
+    hidden = functional.silu(functional.linear(hidden, second.weight, second.bias))
+    logits = functional.linear(hidden, last.weight, last.bias)
+    pixels = x.flatten(1)
+    expected = -functional.binary_cross_entropy_with_logits(logits, pixels, reduction="none")
+    trace.compute_log_prob()
+    assert torch.allclose(trace.nodes["x"]["log_prob"], expected.sum(-1), atol=1e-5)
+    DCPC(model, num_particles=2).sweep(DCPC(model, num_particles=2).init(x), x)
+    for wrong in ([[3]], [[], [0]], [[], [], []]):
+        with pytest.raises(ValueError, match="hidden_sizes must be null or a list of positive"):
+            DeepLatentGaussian([3, 4], [1, 2, 3], hidden_sizes=wrong)
+
+
 def test_the_prior_can_be_sampled_with_pyros_predictive(model: DeepLatentGaussian) -> None:
     drawn = Predictive(model, num_samples=2000)(None, 3)
     assert drawn["x"].shape == (2000, 3, 6)

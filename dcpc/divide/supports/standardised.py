@@ -174,13 +174,13 @@ def _shared(fn: Any) -> Tensor:
     return getattr(fn, "_unbroadcasted_scale_tril", fn.scale_tril)
 
 
-_NORMAL = frozenset((dist.Normal, td.Normal))
+_NORMAL: frozenset[type] = frozenset((dist.Normal, td.Normal))
 
-_MULTIVARIATE_NORMAL = frozenset(
+_MULTIVARIATE_NORMAL: frozenset[type] = frozenset(
     (dist.MultivariateNormal, td.MultivariateNormal, SharedScaleNormal)
 )
 
-_LOCATION_SCALE = frozenset(
+_LOCATION_SCALE: frozenset[type] = frozenset(
     (
         dist.Laplace,
         dist.SoftLaplace,

@@ -6,10 +6,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from dcpc.errors import require_at_least
-from dcpc.observed import num_data
+from dcpc.errors import OptionError, require_at_least
+from dcpc.observed import Observed, call, num_data
 from dcpc.training.data import Batch
 from dcpc.training.modules.base import LearningRateSchedule
+from dcpc.training.modules.bounds import negative_importance_weighted_bound, rising_share
 from dcpc.training.modules.generative import GenerativeModule, HeldOut
 from dcpc.training.processes import share
 
@@ -20,8 +21,9 @@ class AmortisedModule(GenerativeModule):
     """Trains a Pyro model and an encoder by stochastic variational inference.
 
     A step descends minus the evidence lower bound per datum, `E_q[log q(z | x) - log p(x, z)]`,
-    by Pyro's `Trace_ELBO` (Kingma & Welling 2014). Beside the annealed evidence of the model,
-    which is the figure to compare, two bounds of the encoder are measured on held-out data.
+    by Pyro's `Trace_ELBO` (Kingma & Welling 2014), or minus the importance-weighted bound (Burda,
+    Grosse & Salakhutdinov 2016). Beside the annealed evidence of the model, which is the figure to
+    compare, two bounds of the encoder are measured on held-out data.
 
     Args:
         model: The Pyro program, a torch module; called with a batch of data, with all latents in
@@ -29,6 +31,9 @@ class AmortisedModule(GenerativeModule):
         guide: The encoder: a Pyro program, a torch module, that draws the same latents from a
             batch of data; `encoder` for the one that `model.encoder()` makes.
         num_samples: Samples of the guide per datum and step.
+        objective: `elbo`, or `iwae` for the importance-weighted bound of the `num_samples`.
+        kl_warm_up_epochs: Epochs at the start in which the divergence of guide and prior counts by
+            a share that rises to one; of `elbo`.
         held_out: How held-out data are measured.
         learning_rate: Adam learning rate; ignored when `--optimizer` is given.
         learning_rate_schedule: `cosine` lowers the rate to zero over the run, by
@@ -48,6 +53,8 @@ class AmortisedModule(GenerativeModule):
         model: nn.Module,
         guide: Literal["encoder"] | nn.Module = "encoder",
         num_samples: int = 1,
+        objective: Literal["elbo", "iwae"] = "elbo",
+        kl_warm_up_epochs: int = 0,
         held_out: HeldOut = HeldOut(),
         learning_rate: float = 1e-3,
         learning_rate_schedule: LearningRateSchedule | None = None,
@@ -64,12 +71,33 @@ class AmortisedModule(GenerativeModule):
             label_site,
         )
         require_at_least("model.num_samples", num_samples, 1)
+        require_at_least("model.kl_warm_up_epochs", kl_warm_up_epochs, 0)
+        if objective not in ("elbo", "iwae"):
+            raise OptionError(f"model.objective must be 'elbo' or 'iwae', got {objective!r}")
+        if objective == "iwae" and (num_samples == 1 or kl_warm_up_epochs):
+            raise OptionError(
+                "model.objective='iwae' weighs samples against each other, all of its divergence "
+                f"included: it needs model.num_samples of at least 2, got {num_samples}, and "
+                f"model.kl_warm_up_epochs=0, got {kl_warm_up_epochs}; use 'elbo' otherwise"
+            )
         self.num_samples = num_samples
+        self.objective = objective
+        self.kl_warm_up_epochs = kl_warm_up_epochs
 
     def learn(self, batch: Batch) -> Tensor:
-        """Returns minus the evidence lower bound per datum, in nats."""
+        """Returns minus the bound per datum, in nats."""
         x = batch[0]
         weight = share(x)
-        loss = weight * self.negative_elbo(x, num_samples=self.num_samples)
+        loss = weight * self._negative_bound(x)
         self.log("train/loss", loss, prog_bar=True, batch_size=num_data(x), sync_dist=True)
         return loss
+
+    def _negative_bound(self, x: Observed) -> Tensor:
+        if self.objective == "iwae":
+            division = call(self.held_out_inference.division, x)
+            assert self.guide is not None
+            return negative_importance_weighted_bound(
+                self.model, self.guide, division, x, self.num_samples
+            )
+        share_of_kl = rising_share(self.current_epoch, self.kl_warm_up_epochs)
+        return self.negative_elbo(x, num_samples=self.num_samples, kl_weight=share_of_kl)

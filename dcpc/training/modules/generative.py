@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import pyro
 import torch
-from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from dcpc.errors import DataError, OptionError, require_at_least
@@ -37,10 +36,10 @@ from dcpc.observed import (
     check_signature,
     main_tensor,
     named_tensors,
-    num_data,
 )
 from dcpc.training.data import Batch, LabelledData, LabelledSet
 from dcpc.training.modules.base import LearningRateSchedule, MeasuredModule
+from dcpc.training.modules.bounds import negative_elbo
 from dcpc.training.observations import check_runs
 
 __all__ = ["GenerativeModule", "Guide", "HeldOut"]
@@ -161,7 +160,11 @@ class GenerativeModule(MeasuredModule):
         return told | {"held-out reconstruction MSE": "held_out/reconstruction_mse$"}
 
     def negative_elbo(
-        self, x: Observed, model: Callable[..., Any] | None = None, num_samples: int = 1
+        self,
+        x: Observed,
+        model: Callable[..., Any] | None = None,
+        num_samples: int = 1,
+        kl_weight: float = 1.0,
     ) -> Tensor:
         """Minus the evidence lower bound of a batch per datum, in nats, by Pyro's `Trace_ELBO`.
 
@@ -172,12 +175,13 @@ class GenerativeModule(MeasuredModule):
             x: The model's arguments, `(B, *shape)`.
             model: Takes the place of the module's.
             num_samples: Samples of the guide per datum.
+            kl_weight: Share by which the divergence of guide and prior counts.
         """
         if self._barren is None:
             self._barren = call(self.held_out_inference.division, x).barren
-        bound = Trace_ELBO(num_particles=num_samples)
         program = pyro.poutine.block(model or self.model, hide=self._barren)
-        return call(bound.differentiable_loss, x, program, self.guide) / num_data(x)
+        assert self.guide is not None
+        return negative_elbo(program, self.guide, x, num_samples, kl_weight)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

@@ -28,6 +28,7 @@ from dcpc.training.contents import describe_difference
 from dcpc.training.data import Batch, EpochBatches, check_finite
 from dcpc.training.divergence import failures_told
 from dcpc.training.modules.base import STATE_KEY, LearningRateSchedule
+from dcpc.training.modules.bounds import rising_share
 from dcpc.training.modules.generative import GenerativeModule, Guide, HeldOut
 from dcpc.training.modules.parameterization import Parameterization, Views
 from dcpc.training.modules.warm_start import Start, annealed, guide_objective
@@ -69,7 +70,7 @@ class ParticleModule(GenerativeModule):
             on held-out data; null for all of them. The model's activations then take the memory of
             so many particles, and the loss is evaluated once more in the backward pass; the draws
             are the same, and the results up to rounding.
-        algorithm: Preset of `DCPC`: dcpc, dcpc-smc, dcpc-paper, pgd, lpc, mcpc, pc or ipc.
+        algorithm: Preset of `DCPC`: dcpc, dcpc-smc, dcpc-paper, pgd, mpgd, lpc, mcpc, pc or ipc.
         sweeps_per_step: Sweeps per batch and step of the parameters.
         step_size: Step size of the sweeps, or step sizes by algorithm; null, like an algorithm
             that is not among them, adapts it where the algorithm can.
@@ -283,7 +284,8 @@ class ParticleModule(GenerativeModule):
         return self.current_epoch < self.start.warm_up_epochs
 
     def _warm_up(self, x: Observed) -> dict[str, Tensor]:
-        losses = {"negative_elbo": share(x) * self.negative_elbo(x)}
+        share_of_kl = rising_share(self.current_epoch, self.start.kl_warm_up_epochs)
+        losses = {"negative_elbo": share(x) * self.negative_elbo(x, kl_weight=share_of_kl)}
         self._step_parameters(losses)
         return losses
 
@@ -363,7 +365,7 @@ class ParticleModule(GenerativeModule):
                 "layer normalised over the batch?), so that algorithm "
                 f"{self.inference.algorithm.name!r} would weigh whole batches, and particles per "
                 "datum have no weights of their own. Normalise otherwise (norm='group'), or train "
-                "with an algorithm that does not weigh: pgd, lpc, mcpc, pc or ipc"
+                "with an algorithm that does not weigh: pgd, mpgd, lpc, mcpc, pc or ipc"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -29,6 +29,8 @@ class Start:
     Args:
         warm_up_epochs: Epochs at the start in which model and guide descend minus the evidence
             lower bound, as with `AmortisedModule`, and there are no particles yet.
+        kl_warm_up_epochs: Among these, epochs at their start in which the divergence of guide and
+            prior counts by a share that rises to one.
         restart: Whether particles start from the guide at every visit, instead of where the last
             visit left them; null for what the algorithm does: `lpc` restarts.
         first_sweeps: Further sweeps where a batch holds data that have no particles yet.
@@ -46,6 +48,7 @@ class Start:
     """
 
     warm_up_epochs: int = 0
+    kl_warm_up_epochs: int = 0
     restart: bool | None = None
     first_sweeps: int = 0
     temperatures: int = 0
@@ -53,6 +56,12 @@ class Start:
 
     def __post_init__(self) -> None:
         require_at_least("model.start.warm_up_epochs", self.warm_up_epochs, 0)
+        require_at_least("model.start.kl_warm_up_epochs", self.kl_warm_up_epochs, 0)
+        if self.kl_warm_up_epochs > self.warm_up_epochs:
+            raise OptionError(
+                f"model.start.kl_warm_up_epochs={self.kl_warm_up_epochs} are a part of the "
+                f"warm-up, which has model.start.warm_up_epochs={self.warm_up_epochs}; have fewer"
+            )
         require_at_least("model.start.first_sweeps", self.first_sweeps, 0)
         require_at_least("model.start.temperatures", self.temperatures, 0)
         if self.afresh not in (None, "prior", "means"):
@@ -81,8 +90,8 @@ class Start:
             "leave it at null, and set model.start.restart to start from the guide at every "
             "visit": self.afresh is not None and has_guide,
             "model.start.afresh='means' gives particles no density, by which dcpc and dcpc-smc "
-            "weigh them; use 'prior', or an algorithm that does not weigh: pgd, lpc, mcpc, pc or "
-            "ipc": self.afresh == "means" and is_exact,
+            "weigh them; use 'prior', or an algorithm that does not weigh: pgd, mpgd, lpc, mcpc, "
+            "pc or ipc": self.afresh == "means" and is_exact,
             f"{annealing} anneals particles from the prior, but model.guide gives them another "
             "start; leave one of the two out": self.temperatures and has_guide,
             f"{annealing} needs an algorithm that leaves posteriors invariant, dcpc or dcpc-smc; "

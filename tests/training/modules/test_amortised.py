@@ -45,6 +45,84 @@ def test_at_the_posterior_the_loss_is_minus_the_evidence(
     torch.testing.assert_close(loss, -evidence(data[0]).mean(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_samples", [2, 8])
+def test_importance_weights_are_weighed_datum_by_datum(
+    shifted_gaussian: Callable[..., nn.Module],
+    linear_encoder: Callable[..., nn.Module],
+    num_samples: int,
+) -> None:
+    """Loss and gradients of the bound, written out for the same draws; its place by many draws."""
+    model, guide = shifted_gaussian(), linear_encoder(slope=0.2, offset=0.1, scale=1.1)
+    data = batch(512)
+    rows = data[0].flatten(1)
+    made = module(model, guide, objective="iwae", num_samples=num_samples)
+    torch.manual_seed(7)
+    loss = made.learn(data)
+    found = torch.autograd.grad(loss, [*model.parameters(), *guide.parameters()])
+
+    torch.manual_seed(7)
+    scale, logs = guide.log_scale.exp(), []
+    for _ in range(num_samples):
+        proposal = dist.Normal(guide.slope * rows + guide.offset, scale)
+        z = proposal.rsample()
+        joint = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(model.shift + z, 1.0).log_prob(rows)
+        logs.append((joint - proposal.log_prob(z)).sum(1))
+    by_hand = -(torch.stack(logs).logsumexp(0) - math.log(num_samples)).mean()
+    torch.testing.assert_close(loss, by_hand)
+    torch.testing.assert_close(
+        found, torch.autograd.grad(by_hand, [*model.parameters(), *guide.parameters()])
+    )
+
+    def mean(options: dict) -> float:
+        tried = module(model, guide, **options)
+        with torch.no_grad():
+            return float(torch.stack([tried.learn(data) for _ in range(30)]).mean())
+
+    bound = mean({"objective": "iwae", "num_samples": num_samples})
+    assert -float(evidence(data[0]).mean()) < bound < mean({}) - 0.05
+
+
+def test_iwae_is_refused_where_it_is_none(
+    shifted_gaussian: Callable[..., nn.Module], linear_encoder: Callable[..., nn.Module]
+) -> None:
+    for options in ({}, {"num_samples": 4, "kl_warm_up_epochs": 2}):
+        with pytest.raises(OptionError, match=r"objective='iwae' .*num_samples of at least 2"):
+            module(shifted_gaussian(), linear_encoder(), objective="iwae", **options)
+    with pytest.raises(OptionError, match="objective must be 'elbo' or 'iwae', got 'vi'"):
+        module(shifted_gaussian(), linear_encoder(), objective="vi")
+
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> None:
+            rows = x.flatten(1)
+            with pyro.plate("data", len(rows)):
+                draw = dist.Normal(torch.zeros_like(rows), 1.0).has_rsample_(False)
+                pyro.sample("z", draw.to_event(1))
+
+    made = module(shifted_gaussian(), Fixed(), objective="iwae", num_samples=2)
+    with pytest.raises(OptionError, match=r"draws of \['z'\] have no gradient"):
+        made.learn(batch())
+
+
+def test_the_divergence_counts_by_its_share(
+    shifted_gaussian: Callable[..., nn.Module], linear_encoder: Callable[..., nn.Module]
+) -> None:
+    """`E_q[-log p(x | z)] + b KL`, both in closed form."""
+    model, guide = shifted_gaussian(), linear_encoder(slope=0.3, offset=0.2, scale=0.7)
+    data = batch(2000)
+    rows = data[0].flatten(1)
+    loc = 0.3 * rows + 0.2
+    kl = 0.5 * (loc.square() + 0.49 - 1.0 - 2.0 * math.log(0.7)).sum(1).mean()
+    fit = 0.5 * ((rows - loc).square() + 0.49 + math.log(2 * math.pi)).sum(1).mean()
+    made = module(model, guide, num_samples=50, kl_warm_up_epochs=4)
+    for epoch, share in ((0, 0.25), (2, 0.75), (3, 1.0), (9, 1.0)):
+        type(made).current_epoch = epoch
+        try:
+            loss = float(made.learn(data).detach())
+        finally:
+            del type(made).current_epoch
+        assert loss == pytest.approx(float(fit + share * kl), abs=0.02)
+
+
 class LabelledGaussian(nn.Module):
     """A standard normal `z`, seen as `x = z + e`, that classes are read from."""
 

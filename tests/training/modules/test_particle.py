@@ -319,7 +319,7 @@ def test_data_that_a_batch_ties_are_refused_where_weights_matter(
     images: type, trainer: Callable
 ) -> None:
     module = ParticleModule(Tied(), num_particles=3, held_out=HeldOut(2))
-    with pytest.raises(ModelError, match=r"algorithm 'dcpc' would weigh.*pgd, lpc, mcpc, pc or"):
+    with pytest.raises(ModelError, match=r"algorithm 'dcpc' would weigh.*pgd, mpgd, lpc, mcpc"):
         trainer().fit(module, datamodule=images())
 
 
