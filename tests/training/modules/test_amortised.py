@@ -91,12 +91,14 @@ def test_iwae_is_refused_where_it_is_none(
     with pytest.raises(OptionError, match="objective must be 'elbo' or 'iwae', got 'vi'"):
         module(shifted_gaussian(), linear_encoder(), objective="vi")
 
+    class WithoutGradient(dist.Normal):
+        has_rsample = False
+
     class Fixed(nn.Module):
         def forward(self, x: Tensor) -> None:
             rows = x.flatten(1)
             with pyro.plate("data", len(rows)):
-                draw = dist.Normal(torch.zeros_like(rows), 1.0).has_rsample_(False)
-                pyro.sample("z", draw.to_event(1))
+                pyro.sample("z", WithoutGradient(torch.zeros_like(rows), 1.0).to_event(1))
 
     made = module(shifted_gaussian(), Fixed(), objective="iwae", num_samples=2)
     with pytest.raises(OptionError, match=r"draws of \['z'\] have no gradient"):
