@@ -16,11 +16,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from dcpc.divide import Arguments, Density, Division, Reference, prior_particles
-from dcpc.divide.handlers import Until, layers, running, transform_of
+from dcpc.divide.handlers import layers, running
 from dcpc.divide.masking import masked
 from dcpc.divide.model import Model, constrained_shapes, sample_prior, unconstrain
 from dcpc.divide.program import map_particles
+from dcpc.divide.transport import coordinates_of, values_of
 from dcpc.divide.unit import sum_to_plates
+from dcpc.divide.vectorised import drawing
 from dcpc.errors import ModelError, OptionError
 from dcpc.recombine import LogWeights
 from dcpc.seeding import random_state_kept
@@ -180,13 +182,20 @@ def draw_from_guide(
     Values that are masked out in the model are no part of either density.
 
     Raises:
-        OptionError: The guide does not sample all latents.
+        OptionError: The guide does not sample all latents, or their coordinates are relative to
+            latents that are summed out.
     """
+    standardised = [name for name in division.latents if division.sites[name].is_standardised]
+    if standardised and set(division.summed_out) - set(division.barren):
+        raise OptionError(
+            f"sites {standardised} are non-centred in a model that sums {division.summed_out} out, "
+            "so that draws of a guide have no coordinates of their own; leave either out"
+        )
     args, kwargs = arguments.rebuild(arguments.tensors)
     active = division.activity(arguments.tensors).latents
 
     def draw(_: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad(), running(guide, args, kwargs):
+        with torch.no_grad(), running(guide, args, kwargs), drawing():
             trace = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
             missing = set(division.latents) - set(trace.nodes)
             if missing:
@@ -194,26 +203,45 @@ def draw_from_guide(
                     f"the guide does not sample latent site(s) {sorted(missing)}; it samples "
                     f"{list(trace.stochastic_nodes)}"
                 )
-            until_drawn = Until(division.latents)(division.program.model)
-            replayed = pyro.poutine.trace(pyro.poutine.replay(until_drawn, trace))
-            nodes = replayed.get_trace(*args, **kwargs).nodes
-            terms = [_log_density(trace, division, active, observed=False)]
-        drawn = {}
-        for name in division.latents:
-            transform, value = transform_of(nodes[name]["fn"]), nodes[name]["value"]
-            drawn[name] = transform.inv(value)
-            log_det = transform.log_abs_det_jacobian(drawn[name], value)
-            batch_dims = len(division.sites[name].batch_shape)
-            if log_det.dim() > batch_dims:
-                log_det = log_det.flatten(batch_dims).sum(-1)
-            terms.append(_by_cell(_of_active(log_det, active.get(name)), division))
-        return {**drawn, "_log_guide": torch.stack(torch.broadcast_tensors(*terms)).sum(0)}
+            nodes: dict[str, Any] = trace.nodes
+            values = {name: nodes[name]["value"] for name in division.latents}
+            drawn, log_dets = coordinates_of(division.program.model, values, args, kwargs)
+            log_guide = _with_log_dets(
+                _log_density(trace, division, active, observed=False), log_dets, division, active
+            )
+        return {**drawn, "_log_guide": log_guide}
 
     with running(guide, args, kwargs):
         guide(*args, **kwargs)  # an autoguide sets itself up in its first call
     latents = map_particles(draw, torch.zeros(num_particles))
     log_guide = latents.pop("_log_guide")
     return SweepState(latents, LogWeights(torch.zeros_like(log_guide)), log_guide)
+
+
+def guide_log_density(
+    guide: Model, division: Division, arguments: Arguments, latents: Mapping[str, Tensor]
+) -> Tensor:
+    """Log-density of particles under a guide, `(K, *population)`.
+
+    That of unconstrained values, as `draw_from_guide` has it.
+
+    Args:
+        latents: Unconstrained values `(K, *batch, *event)` of all latents.
+    """
+    args, kwargs = arguments.rebuild(arguments.tensors)
+    active = division.activity(arguments.tensors).latents
+
+    def evaluate(particle: dict[str, Tensor]) -> dict[str, Tensor]:
+        values, log_dets = values_of(division.program.model, particle, args, kwargs)
+        with torch.no_grad(), running(guide, args, kwargs):
+            given = pyro.poutine.block(
+                pyro.poutine.condition(guide, values), expose=division.latents
+            )
+            trace = pyro.poutine.trace(given).get_trace(*args, **kwargs)
+            log_guide = _log_density(trace, division, active, observed=True)
+        return {"": _with_log_dets(log_guide, log_dets, division, active)}
+
+    return map_particles(evaluate, dict(latents))[""]
 
 
 def guide_refusal(guide: Model, division: Division, arguments: Arguments) -> str:
@@ -331,6 +359,20 @@ def _log_density(
         and name not in division.summed_out
     ]
     return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
+
+
+def _with_log_dets(
+    log_density: Tensor,
+    log_dets: Mapping[str, Tensor],
+    division: Division,
+    active: Mapping[str, Tensor],
+) -> Tensor:
+    """One particle's log-density of values as that of coordinates, by population cell."""
+    terms = [
+        _by_cell(_of_active(log_det, active.get(name)), division)
+        for name, log_det in log_dets.items()
+    ]
+    return torch.stack(torch.broadcast_tensors(log_density, *terms)).sum(0)
 
 
 def _masked(node: Any) -> Tensor:

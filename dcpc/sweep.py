@@ -20,6 +20,7 @@ from dcpc.errors import DegenerateWeightsError
 from dcpc.parts import Adaptation, Parts
 from dcpc.recombine import LogWeights, take_particles
 from dcpc.recombine.correction import ProposedMove
+from dcpc.recombine.resampling import along_population
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,8 @@ def mean_over_particles(
         weights: The particles' weights, `(K, *population)`.
         division: The divided model.
     """
-    axes = division.population_axes(name)
     mass = weights.normalized().to(value)
-    shape = [mass.shape[0]] + [1] * (value.dim() - 1)
-    for axis, plate in zip(axes, division.population, strict=True):
-        shape[axis] = plate.size
-    order = [0, *(1 + i for i in sorted(range(len(axes)), key=lambda i: axes[i]))]
-    return (mass.permute(order).reshape(shape) * value).sum(0)
+    return (along_population(mass, value, division.population_axes(name)) * value).sum(0)
 
 
 @dataclass(frozen=True)

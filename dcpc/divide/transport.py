@@ -16,13 +16,13 @@ from torch.distributions.transforms import Transform
 from dcpc.divide import capture
 from dcpc.divide.division import Division
 from dcpc.divide.handlers import Substitute, Until, running, transform_of
-from dcpc.divide.model import Latents
+from dcpc.divide.model import Latents, Model
 from dcpc.divide.program import Arguments, GraphProgram, map_particles
 from dcpc.divide.unit import sum_terms, sum_to_plates
 from dcpc.divide.vectorised import vectorised
 from dcpc.errors import ModelError
 
-__all__ = ["transport"]
+__all__ = ["coordinates_of", "transport", "values_of"]
 
 
 def transport(
@@ -46,6 +46,28 @@ def transport(
     if target not in known:
         known[target] = _Transport(source, target)
     return known[target](source, latents, arguments)
+
+
+def values_of(
+    model: Model, latents: Latents, args: tuple, kwargs: dict
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Constrained values of one particle, and `log |dz/du|` of batch shape, by latent."""
+    return _run(model, _Outward(latents), args, kwargs)
+
+
+def coordinates_of(
+    model: Model, values: Latents, args: tuple, kwargs: dict
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Unconstrained values of one particle, the inverse of `values_of`, and `log |dz/du|`."""
+    return _run(model, _Inward(values), args, kwargs)
+
+
+def _run(
+    model: Model, handler: _Coordinates, args: tuple, kwargs: dict
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    with torch.no_grad(), running(model, args, kwargs), handler:
+        Until(list(handler.latents))(model)(*args, **kwargs)
+    return handler.moved, handler.log_dets
 
 
 class _Transport:
@@ -105,17 +127,11 @@ class _Transport:
     def _one(self, latents: Latents, arguments: Arguments) -> dict[str, Tensor]:
         """One particle: its changed latents, and the gains of their log-densities."""
         args, kwargs = arguments.rebuild(arguments.tensors)
-        ends: list[dict[str, Tensor]] = []
-        values = dict(latents)
-        for model, kind in zip(self._models, (_Outward, _Inward), strict=True):
-            handler = kind(values)
-            with torch.no_grad(), running(model, args, kwargs), handler:
-                Until(self._names)(model)(*args, **kwargs)
-            values = handler.moved
-            ends.append(handler.log_dets)
-        out, into = ends
+        source, target = self._models
+        values, out = values_of(source, latents, args, kwargs)
+        moved, into = coordinates_of(target, values, args, kwargs)
         gains = {_log_det(name): into[name] - out[name] for name in self._changed}
-        return {name: values[name] for name in self._changed} | gains
+        return {name: moved[name] for name in self._changed} | gains
 
 
 class _Coordinates(Substitute):

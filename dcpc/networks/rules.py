@@ -235,7 +235,7 @@ class ZeroDivergenceLearning(ScheduledLearning):
     stage has weights of its own: shared ones would have moved before the next stage learns.
     """
 
-    value_optimizer: OptimizerFactory = field(default=UNIT_STEP, init=False)
+    value_optimizer: OptimizerFactory = field(default_factory=lambda: UNIT_STEP, init=False)
 
     def phases(self, num_stages: int) -> Iterator[Phase]:
         for stage in range(num_stages, 0, -1):

@@ -154,6 +154,21 @@ def take_particles(value: Tensor, ancestors: Tensor, population_axes: tuple[int,
     return taken.view(rows.shape).movedim(leading, axes)
 
 
+def along_population(cells: Tensor, value: Tensor, population_axes: tuple[int, ...]) -> Tensor:
+    """A tensor by particle and cell, with axes of one where it is to broadcast against a value.
+
+    Args:
+        cells: shape `(K, *population)`.
+        value: shape `(K, ...)`, the population's axes anywhere among the others.
+        population_axes: the positive axes of `value` that are the population's, in its order.
+    """
+    shape = [len(cells)] + [1] * (value.dim() - 1)
+    for axis, size in zip(population_axes, cells.shape[1:], strict=True):
+        shape[axis] = size
+    order = sorted(range(len(population_axes)), key=lambda i: population_axes[i])
+    return cells.permute(0, *(1 + i for i in order)).reshape(shape)
+
+
 def _rows(weights: Tensor) -> Tensor:
     """Weights as `(*population, K)` in double precision, each cell with a finite positive sum."""
     rows = weights.movedim(0, -1).to(torch.float64).contiguous()

@@ -17,6 +17,7 @@ from dcpc.conquer import Move, Preconditioner
 from dcpc.coordinates import transported
 from dcpc.errors import ModelError, OptionError, require_at_least
 from dcpc.graphs.tiers import Mode
+from dcpc.independence import jump_to_guide
 from dcpc.observed import Observed, num_data
 from dcpc.parts import Adaptation
 from dcpc.presets import PRESETS, lookup
@@ -303,6 +304,9 @@ class ParticleModule(GenerativeModule):
             self._check_adaptation(move)
         recalled = draw() if self.restarts else here.recall(draw)
         state = replace(transported(recalled, keep, move), adaptation=self.adaptation)
+        if self.start.proposals:
+            state, accepted = jump_to_guide(move, state)
+            self.log("sweep/jumps_to_guide", accepted, batch_size=num_data(x), sync_dist=True)
         for remaining in reversed(range(num_sweeps)):
             with self.inference.expecting(self._num_sweeps.get(num_data(x), 0), self.print):
                 state, info = move.sweep(state, learns=learn is move)

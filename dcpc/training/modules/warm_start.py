@@ -33,6 +33,9 @@ class Start:
             prior counts by a share that rises to one.
         restart: Whether particles start from the guide at every visit, instead of where the last
             visit left them; null for what the algorithm does: `lpc` restarts.
+        proposals: Whether every particle is offered a draw of the guide at every visit, which it
+            takes by a Metropolis rule: those that lag behind start anew, and the posterior stays
+            what it is. The guide then learns from the particles throughout.
         first_sweeps: Further sweeps where a batch holds data that have no particles yet.
         temperatures: Length of the annealing ladder by which particles of such data come from the
             prior, instead of by a draw: where posteriors have several modes, as those of positions
@@ -50,6 +53,7 @@ class Start:
     warm_up_epochs: int = 0
     kl_warm_up_epochs: int = 0
     restart: bool | None = None
+    proposals: bool = False
     first_sweeps: int = 0
     temperatures: int = 0
     afresh: Literal["prior", "means"] | None = None
@@ -84,6 +88,14 @@ class Start:
         refusals = {
             f"model.start.warm_up_epochs={self.warm_up_epochs} needs a guide to warm up with: "
             f"{given} leave the epochs at 0": self.warm_up_epochs and not has_guide,
+            "model.start.proposals=True needs a guide to draw proposals from: "
+            f"{given} leave it at false": self.proposals and not has_guide,
+            "model.start.proposals=True needs an algorithm that leaves posteriors invariant, dcpc "
+            "or dcpc-smc; choose one as model.algorithm, or leave it at false": self.proposals
+            and not is_exact,
+            "model.start.proposals=True offers kept particles draws of the guide, and "
+            "model.start.restart=True keeps none; leave one of them out": self.proposals
+            and self.restart,
             "model.start.restart=True needs a guide to start particles from: "
             f"{given} leave restart at null": self.restart and not has_guide,
             f"model.start.afresh={self.afresh!r} is a start without a guide, and there is one; "
@@ -127,10 +139,11 @@ GuideObjective = Callable[[GenerativeModule, Problem, SweepState, Observed], dic
 def guide_objective(start: Start, has_guide: bool, restarts: bool) -> GuideObjective:
     """What the guide learns from beside particles.
 
-    It learns from the swept particles, unless it has warmed up. Single particles are noisy
-    teachers, so then it goes on by its bound where particles start from it, and rests elsewhere.
+    It learns from the swept particles, unless it has warmed up and makes no proposals. Single
+    particles are noisy teachers, so then it goes on by its bound where particles start from it, and
+    rests elsewhere.
     """
-    if has_guide and not start.warm_up_epochs:
+    if has_guide and (start.proposals or not start.warm_up_epochs):
         return _from_particles
     return _by_its_bound if has_guide and restarts else _at_rest
 
