@@ -29,13 +29,8 @@ class Start:
     Args:
         warm_up_epochs: Epochs at the start in which model and guide descend minus the evidence
             lower bound, as with `AmortisedModule`, and there are no particles yet.
-        kl_warm_up_epochs: Among these, epochs at their start in which the divergence of guide and
-            prior counts by a share that rises to one.
         restart: Whether particles start from the guide at every visit, instead of where the last
             visit left them; null for what the algorithm does: `lpc` restarts.
-        proposals: Whether every particle is offered a draw of the guide at every visit, which it
-            takes by a Metropolis rule: those that lag behind start anew, and the posterior stays
-            what it is. The guide then learns from the particles throughout.
         first_sweeps: Further sweeps where a batch holds data that have no particles yet.
         temperatures: Length of the annealing ladder by which particles of such data come from the
             prior, instead of by a draw: where posteriors have several modes, as those of positions
@@ -45,18 +40,23 @@ class Start:
             latents, `means` for their conditional means, top down, the forward pass of classical
             predictive coding (for algorithms that do not weigh particles). Nothing is kept from
             visit to visit then, nor in checkpoints; null keeps particles.
+        kl_warm_up_epochs: Of the warm-up, the epochs at its start in which the divergence of guide
+            and prior counts by a share that rises to one.
+        proposals: Whether every particle is offered a draw of the guide at every visit, which it
+            takes by a Metropolis rule: those that lag behind start anew, and the posterior stays
+            what it is. The guide then learns from the particles throughout.
 
     Raises:
         OptionError: A number below zero, or an unknown `afresh`.
     """
 
     warm_up_epochs: int = 0
-    kl_warm_up_epochs: int = 0
     restart: bool | None = None
-    proposals: bool = False
     first_sweeps: int = 0
     temperatures: int = 0
     afresh: Literal["prior", "means"] | None = None
+    kl_warm_up_epochs: int = 0
+    proposals: bool = False
 
     def __post_init__(self) -> None:
         require_at_least("model.start.warm_up_epochs", self.warm_up_epochs, 0)
