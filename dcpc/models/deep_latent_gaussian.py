@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dcpc.distributions import SharedScaleNormal
-from dcpc.models.encoders import MLPEncoder
+from dcpc.models.encoders import MLPEncoder, TopDownEncoder
 from dcpc.models.pixels import Likelihood, check_likelihood, pixels
 
 __all__ = ["DeepLatentGaussian", "ScaleTril"]
@@ -108,14 +108,28 @@ class DeepLatentGaussian(nn.Module):
         with pyro.plate("images", num_images):
             loc = next(self.parameters()).new_zeros(num_images, self.latent_sizes[0])
             z = pyro.sample("z1", dist.Normal(loc, 1.0).to_event(1))
-            for index, scale in enumerate(self.scales):
-                loc = self._below(index, z)
-                z = pyro.sample(f"z{index + 2}", SharedScaleNormal(loc, scale()))
+            for number in range(1, len(self.latent_sizes)):
+                z = pyro.sample(f"z{number + 1}", self.prior(number, z))
             likelihood = pixels(self._below(len(self.scales), z), self.likelihood)
             return pyro.sample("x", likelihood, obs=None if x is None else x.flatten(1))
 
-    def encoder(self) -> MLPEncoder:
-        """A guide for this model, with its shapes."""
+    def prior(self, number: int, above: Tensor) -> SharedScaleNormal:
+        """Distribution of a latent given the one above it.
+
+        Args:
+            number: Of the latent, counted from zero; the first has none above it.
+            above: `(num_images, size)`.
+        """
+        return SharedScaleNormal(self._below(number - 1, above), self.scales[number - 1]())
+
+    def encoder(self, top_down: bool = False) -> MLPEncoder | TopDownEncoder:
+        """A guide for this model, with its shapes.
+
+        Args:
+            top_down: Whether latents are drawn given those above them, by the model's own layers.
+        """
+        if top_down:
+            return TopDownEncoder(self)
         return MLPEncoder(self.latent_sizes, self.image_shape)
 
     def _below(self, index: int, z: Tensor) -> Tensor:

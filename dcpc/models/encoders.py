@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+
+from dcpc.divide.supports.standardised import standardised
 
 __all__ = [
     "ConvolutionalEncoder",
@@ -26,6 +29,16 @@ __all__ = [
 
 MIN_SCALE = 1e-4
 """Floor of every scale: a latent that collapses onto a point has no usable density."""
+
+
+class TopDown(Protocol):
+    """A model of layers of latents, as `DeepLatentGaussian` is."""
+
+    latent_sizes: tuple[int, ...]
+    image_shape: tuple[int, ...]
+
+    def prior(self, number: int, above: Tensor) -> dist.Distribution:
+        """Distribution of a latent other than the first, given the one above it."""
 
 
 class GaussianHead(nn.Module):
@@ -111,32 +124,32 @@ class MLPEncoder(_LayeredEncoder):
 
 
 class TopDownEncoder(_LayeredEncoder):
-    """Draws `z1, ..., zL` of a `DeepLatentGaussian` from the top down, as the model does.
+    """Draws `z1, ..., zL` of a `DeepLatentGaussian` from the top down, by their errors.
 
         h_L     = silu(V_L x + c_L)
         h_{l-1} = silu(V_{l-1} h_l + c_{l-1})
-        z_1     ~ N(m_1(h_1), diag s_1(h_1)^2)
-        z_l     ~ N(m_l(h_l, z_{l-1}), diag s_l(h_l, z_{l-1})^2)
+        e_l     ~ N(m_l(h_l, z_{l-1}), diag s_l(h_l, z_{l-1})^2)
+        z_l     = loc_l(z_{l-1}) + L_l e_l
 
-    Given the image, a latent then depends on the one above it, as in the posterior. Sonderby,
-    Raiko, Maaloe, Sonderby & Winther, "Ladder variational autoencoders", NeurIPS 2016, without
-    weights that are shared with the model.
+    with the model's own prediction `loc_l` and scale `L_l`: what the image says is what the layer
+    above has not predicted. Where it says nothing, `e_l` is standard normal, as in the prior. The
+    gradient of a bound reaches the model's parameters through `z` as well. Sonderby, Raiko, Maaloe,
+    Sonderby & Winther, "Ladder variational autoencoders", NeurIPS 2016; Vahdat & Kautz, "NVAE",
+    NeurIPS 2020.
 
     Args:
-        latent_sizes: Sizes of `z_1, ..., z_L`, top layer first, as the model has them.
-        image_shape: Shape of one image, for example `[1, 28, 28]`.
+        model: The model, whose layers are used, and not learned where it is frozen.
         hidden_size: Width of every hidden layer.
     """
 
     activation = staticmethod(nn.functional.silu)
 
-    def __init__(
-        self, latent_sizes: Sequence[int], image_shape: Sequence[int], hidden_size: int = 256
-    ) -> None:
-        super().__init__(latent_sizes, image_shape, hidden_size)
-        above = [0, *latent_sizes[:-1]]
+    def __init__(self, model: TopDown, hidden_size: int = 256) -> None:
+        super().__init__(model.latent_sizes, model.image_shape, hidden_size)
+        above = [0, *self.latent_sizes[:-1]]
         self.joints = nn.ModuleList(nn.Linear(hidden_size + size, hidden_size) for size in above)
-        self.heads = nn.ModuleList(GaussianHead(hidden_size, size) for size in latent_sizes)
+        self.heads = nn.ModuleList(GaussianHead(hidden_size, size) for size in self.latent_sizes)
+        self._model = (model,)  # not a part of this module: its parameters are its own
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """The Pyro program.
@@ -148,13 +161,17 @@ class TopDownEncoder(_LayeredEncoder):
             By name, `z1` to `zL`, each `(B, size)`.
         """
         pyro.module("encoder", self)
-        features, latents = self.features(x), {}
+        features, latents = self.features(x)[::-1], dict[str, Tensor]()
         with pyro.plate("images", len(x)):
-            given = x.new_zeros(len(x), 0)
-            parts = zip(features[::-1], self.joints, self.heads, strict=True)
-            for number, (feature, joint, head) in enumerate(parts, start=1):
-                both = self.activation(joint(torch.cat([feature, given], -1)))
-                given = latents[f"z{number}"] = pyro.sample(f"z{number}", head(both))
+            above = x.new_zeros(len(x), 0)
+            for number, (feature, joint) in enumerate(zip(features, self.joints, strict=True)):
+                hidden = self.activation(joint(torch.cat([feature, above], -1)))
+                error, name = self.heads[number](hidden), f"z{number + 1}"
+                if number:
+                    prior = standardised(self._model[0].prior(number, above))
+                    assert prior is not None
+                    error = dist.TransformedDistribution(error, prior.transform)
+                above = latents[name] = pyro.sample(name, error)
         return latents
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dcpc.coordinates import transported
 from dcpc.divide.model import Model, observation_means
 from dcpc.divide.program import map_particles
 from dcpc.errors import OptionError, require_at_least
@@ -27,6 +28,7 @@ from dcpc.evaluation.particles.particle_files import (
 )
 from dcpc.inference import DCPC
 from dcpc.recombine import LogWeights, systematic
+from dcpc.reparam import NonCentred
 from dcpc.seeding import derived_seed, seeded
 
 __all__ = ["FrozenParticles", "infer_and_freeze"]
@@ -43,6 +45,8 @@ class FrozenParticles:
         index: Which data these are, `(N,)`: their indices in the data set that they came from.
         originals: The data themselves, `(N, *shape)`, if they were frozen along.
         labels: Their labels, `(N,)`, if they were frozen along.
+        noncentred: Sites whose unconstrained values are standardised errors, as a training that
+            keeps those leaves them; of all others they are values.
     """
 
     model: nn.Module
@@ -51,6 +55,7 @@ class FrozenParticles:
     index: Tensor
     originals: Tensor | None = None
     labels: Tensor | None = None
+    noncentred: tuple[str, ...] = ()
 
     @classmethod
     def from_checkpoint(
@@ -81,6 +86,7 @@ class FrozenParticles:
             index=taken.index,
             originals=taken.originals,
             labels=taken.labels,
+            noncentred=tuple(taken.noncentred),
         )
 
     def save(self, path: str | Path, half_precision: bool = False) -> None:
@@ -101,6 +107,7 @@ class FrozenParticles:
             index=self.index,
             originals=self.originals,
             labels=self.labels,
+            noncentred=self.noncentred,
         )
         write(saved, path, half_precision)
 
@@ -186,12 +193,13 @@ class FrozenParticles:
         """
         require_at_least("batch_size", batch_size, 1)
         weights = LogWeights(self.log_weight).normalized()
+        model = NonCentred(self.model, self.noncentred) if self.noncentred else self.model
         parts = []
         for rows in torch.arange(len(self)).split(batch_size):
             template = x.new_zeros(len(rows), *x.shape[1:])
             latents = {name: u[:, rows].to(x.device) for name, u in self.latents.items()}
-            _check_latents(self.model, latents, template)
-            means = _decoder_means(self.model, latents, template)
+            _check_latents(model, latents, template)
+            means = _decoder_means(model, latents, template)
             parts.append(_average(weights[:, rows].to(means), means))
         return torch.cat(parts)
 
@@ -226,6 +234,8 @@ def infer_and_freeze(
         OptionError: The model is no torch module, or an index of another length.
     """
     model = inference.model
+    if isinstance(model, NonCentred):
+        model = model.model
     if not isinstance(model, nn.Module):
         raise OptionError(
             "frozen particles come with the parameters of a torch module, got the model "
@@ -236,10 +246,13 @@ def infer_and_freeze(
         if value is not None and value.shape != x.shape[:1]:
             raise OptionError(f"{name} must have shape ({len(x)},), got {tuple(value.shape)}")
     states = []
+    values = DCPC(model, num_particles=inference.num_particles)
     with gradients_allowed():
         for number, part in enumerate(batches(x, batch_size)):
             part_seed = derived_seed(seed, number)
             state = inference.anneal(part, num_temperatures=num_temperatures, seed=part_seed).state
+            if model is not inference.model:
+                state = transported(state, inference.bind(part), values.bind(part))
             _check_latents(model, state.latents, part)
             states.append(state)
     return FrozenParticles(

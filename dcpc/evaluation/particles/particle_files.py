@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class SavedParticles:
         index: Which data these are, `(N,)`.
         originals: The data themselves, `(N, *shape)`, if they came along.
         labels: Their labels, `(N,)`, if they came along.
+        noncentred: Sites whose unconstrained values are standardised errors.
     """
 
     parameters: Mapping[str, Tensor]
@@ -43,6 +44,7 @@ class SavedParticles:
     index: Tensor
     originals: Tensor | None = None
     labels: Tensor | None = None
+    noncentred: Sequence[str] = ()
 
     def take(self, index: Tensor | None, path: str | Path) -> SavedParticles:
         """Copies the particles of some data, or of all of them, out of the file.
@@ -51,8 +53,8 @@ class SavedParticles:
             FrozenParticlesError: There are none of a datum that was asked for.
         """
         rows = torch.arange(len(self.index)) if index is None else self._rows(index, path)
-        return SavedParticles(
-            parameters=self.parameters,
+        return replace(
+            self,
             latents={name: u[rows] for name, u in self.latents.items()},
             log_weight=self.log_weight[rows],
             index=self.index[rows],
@@ -117,7 +119,7 @@ def write(saved: SavedParticles, path: str | Path, half_precision: bool) -> None
             f"site(s) {large} hold values that are not finite or, in half precision, beyond 65504; "
             "save with half_precision=False"
         )
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "parameters": _copies(saved.parameters),
         "latents": _copies(latents),
@@ -127,6 +129,8 @@ def write(saved: SavedParticles, path: str | Path, half_precision: bool) -> None
     for key, value in (("originals", saved.originals), ("labels", saved.labels)):
         if value is not None:
             content[key] = _copy(value)
+    if saved.noncentred:
+        content["noncentred"] = list(saved.noncentred)
     write_tensors(content, path)
 
 
@@ -168,6 +172,7 @@ def _of_checkpoint(content: Mapping[str, Any], path: str | Path) -> SavedParticl
         latents=particles["latents"],
         log_weight=particles["log_weight"],
         index=torch.arange(len(visited)) if has_all_rows else visited.nonzero().squeeze(1),
+        noncentred=particles.get("noncentred", ()),
     )
     return saved.take(visited.nonzero().squeeze(1), path) if has_all_rows else saved
 

@@ -29,7 +29,8 @@ class AmortisedModule(GenerativeModule):
         model: The Pyro program, a torch module; called with a batch of data, with all latents in
             one plate over the batch.
         guide: The encoder: a Pyro program, a torch module, that draws the same latents from a
-            batch of data; `encoder` for the one that `model.encoder()` makes.
+            batch of data; `encoder` for the one that `model.encoder()` makes, `top_down_encoder`
+            for that of `model.encoder(top_down=True)`.
         num_samples: Samples of the guide per datum and step.
         objective: `elbo`, or `iwae` for the importance-weighted bound of the `num_samples`.
         kl_warm_up_epochs: Epochs at the start in which the divergence of guide and prior counts by
@@ -51,7 +52,7 @@ class AmortisedModule(GenerativeModule):
     def __init__(
         self,
         model: nn.Module,
-        guide: Literal["encoder"] | nn.Module = "encoder",
+        guide: Literal["encoder", "top_down_encoder"] | nn.Module = "encoder",
         num_samples: int = 1,
         objective: Literal["elbo", "iwae"] = "elbo",
         kl_warm_up_epochs: int = 0,

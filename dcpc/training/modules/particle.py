@@ -65,7 +65,8 @@ class ParticleModule(GenerativeModule):
         model: The Pyro program, a torch module; called with a batch of data, with all latents in
             one plate over the batch.
         guide: A Pyro program, a torch module, that draws the same latents from a batch of data;
-            `encoder` for the one that `model.encoder()` makes, null for none.
+            `encoder` for the one that `model.encoder()` makes, `top_down_encoder` for that of
+            `model.encoder(top_down=True)`, null for none.
         num_particles: K, particles per datum.
         particle_batch_size: Particles of a datum that the model is evaluated for at once, here and
             on held-out data; null for all of them. The model's activations then take the memory of
@@ -173,6 +174,7 @@ class ParticleModule(GenerativeModule):
         self.last_sweep: SweepInfo | None = None
         self.last_state: SweepState | None = None
         self._is_resuming = False
+        self._noncentred: list[str] = []
         self._num_sweeps: dict[int, int] = {}
         self._guide_losses = guide_objective(start, self.guide is not None, self.restarts)
         self._saved_particles: Mapping[str, Any] | None = None
@@ -247,6 +249,8 @@ class ParticleModule(GenerativeModule):
 
     def _visit_of(self, problem: Problem, index: Tensor) -> Visit:
         assert self.store is not None
+        sites = problem.division.sites
+        self._noncentred = [name for name, site in sites.items() if site.is_standardised]
         here = visit(problem, self.store, index, keeps=self.start.afresh is None)
         if isinstance(here, TiedVisit):
             self._check_tied(len(index))
@@ -383,8 +387,9 @@ class ParticleModule(GenerativeModule):
     def _particles(self) -> dict[str, Any] | None:
         """The particles of all processes, for the one that writes checkpoints."""
         self.trainer.strategy.barrier("particles")
-        is_writing = self.store is not None and self.trainer.is_global_zero
-        return self.store.state_dict() if self.store is not None and is_writing else None
+        if self.store is None or not self.trainer.is_global_zero:
+            return None
+        return self.store.state_dict() | {"noncentred": list(self._noncentred)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores them; the particles follow when training starts.

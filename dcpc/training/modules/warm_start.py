@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
 
 from dcpc.annealing import spaced_ladder
 from dcpc.divide.handlers import quiet
@@ -151,19 +151,28 @@ def guide_objective(start: Start, has_guide: bool, restarts: bool) -> GuideObjec
 def _from_particles(
     module: GenerativeModule, problem: Problem, state: SweepState, x: Observed
 ) -> dict[str, Tensor]:
-    return {"guide_loss": problem.guide_loss(state) / num_data(x)}
+    with _frozen(module.model):
+        return {"guide_loss": problem.guide_loss(state) / num_data(x)}
 
 
 def _by_its_bound(
     module: GenerativeModule, problem: Problem, state: SweepState, x: Observed
 ) -> dict[str, Tensor]:
-    frozen = {name: value.detach() for name, value in module.model.named_parameters()}
+    with quiet(), _frozen(module.model):  # Pyro warns of parameters that do not learn
+        return {"negative_elbo": module.negative_elbo(x)}
 
-    def model(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(module.model, frozen, args, kwargs)
 
-    with quiet():  # Pyro's warning of parameters that do not learn
-        return {"negative_elbo": module.negative_elbo(x, model)}
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """A block of code in which a model does not learn, nor through a guide that uses its layers."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _at_rest(

@@ -108,7 +108,11 @@ def test_an_encoder_starts_errors_at_the_errors_of_its_draws(
     torch.testing.assert_close(there.log_joint, states[1].log_joint, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("start", [Start(warm_up_epochs=1), Start(restart=True), Start()], ids=str)
+@pytest.mark.parametrize(
+    "start",
+    [Start(warm_up_epochs=1), Start(restart=True), Start(proposals=True), Start()],
+    ids=str,
+)
 def test_an_encoder_goes_with_every_choice(
     deep_module: Callable, images: type, trainer: Callable, start: Start
 ) -> None:

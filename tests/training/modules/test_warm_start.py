@@ -163,6 +163,24 @@ def test_a_warm_guide_rests_unless_particles_start_from_it_again(
     assert changed == [True, learns]
 
 
+@pytest.mark.parametrize("start", [Start(warm_up_epochs=1, restart=True), Start(proposals=True)])
+def test_a_guide_by_the_layers_of_the_model_leaves_them_alone(start: Start) -> None:
+    torch.manual_seed(0)
+    model, x = DeepLatentGaussian(SIZES, SHAPE), torch.rand(6, 1, 2, 2)
+    module = ParticleModule(
+        model, "top_down_encoder", num_particles=2, start=start, held_out=HeldOut(2, 2)
+    )
+    problem = module.inference.bind(x)
+    losses = module._losses(problem, problem.init(), x)
+    (of_guide,) = (loss for name, loss in losses.items() if name != "loss")
+    weights = [*module.guide.parameters(), *model.parameters()]
+    grads = torch.autograd.grad(of_guide, weights, allow_unused=True)
+    learns = [grad is not None and bool((grad != 0).any()) for grad in grads]
+    count = len(list(module.guide.parameters()))
+    assert learns == [True] * count + [False] * len(list(model.parameters()))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("by_name", [False, True])
 def test_a_warm_guide_that_particles_start_from_ascends_its_bound_alone(by_name: bool) -> None:
     module, x = deep(start=Start(warm_up_epochs=1, restart=True)), torch.rand(6, 1, 2, 2)
@@ -188,6 +206,16 @@ def test_a_warm_guide_that_particles_start_from_ascends_its_bound_alone(by_name:
 
 
 def test_particles_without_an_encoder_cannot_restart() -> None:
+    with pytest.raises(OptionError, match=r"start\.proposals=True needs a guide .*at false"):
+        ParticleModule(DeepLatentGaussian(SIZES, SHAPE), start=Start(proposals=True))
+    for options, message in (
+        ({"algorithm": "pgd", "start": Start(proposals=True)}, "leaves posteriors invariant"),
+        ({"start": Start(restart=True, proposals=True)}, "leave one of them out"),
+    ):
+        with pytest.raises(OptionError, match=rf"start\.proposals=True .*{message}"):
+            ParticleModule(DeepLatentGaussian(SIZES, SHAPE), "encoder", **options)
+    with pytest.raises(OptionError, match=r"kl_warm_up_epochs=3 are a part of the warm-up"):
+        Start(warm_up_epochs=2, kl_warm_up_epochs=3)
     with pytest.raises(OptionError, match=r"model\.start\.restart=True needs a guide"):
         ParticleModule(DeepLatentGaussian(SIZES, SHAPE), start=Start(restart=True))
 
