@@ -17,7 +17,7 @@ from dcpc.approach import MAX_SWEEPS, anneal_with_evidence, approach
 from dcpc.conquer import Move, Preconditioner
 from dcpc.convergence import ConvergenceWarning, format_problems
 from dcpc.divide import Arguments, Division, Unit
-from dcpc.divide.cache import Divisions
+from dcpc.divide.cache import ALL, Blocks, Divisions
 from dcpc.divide.graph import Schedule
 from dcpc.divide.model import Model
 from dcpc.errors import OptionError, require_at_least
@@ -127,7 +127,8 @@ class DCPC:
             a `Preconditioner`.
         step_size: Fixed step size; None adapts it by dual averaging where the correction has a
             target statistic, and is 0.01 elsewhere.
-        blocks: Latents to move jointly, as in `[("alpha", "beta")]`; `"auto"` joins what a run's
+        blocks: Latents to move jointly, as in `[("alpha", "beta")]`; `"all"` for all continuous
+            ones; `"auto"` joins what a run's
             particles show to be correlated, `()` nothing.
         resampling: `systematic`, `stratified`, `multinomial` or `residual`.
         resample_threshold: Whole particles are resampled where ESS / K is below it.
@@ -187,14 +188,14 @@ class DCPC:
             resample_threshold=resample_threshold,
             step_size=step_size,
         )
-        if isinstance(blocks, str) and blocks != "auto":
+        if isinstance(blocks, str) and blocks not in ("auto", ALL):
             raise OptionError(
-                f"blocks must be 'auto' or a list of blocks, as in [('alpha', 'beta')], got "
+                f"blocks must be 'auto', 'all' or a list of blocks, as in [('alpha', 'beta')], got "
                 f"{blocks!r}"
             )
         self.finds_blocks = blocks == "auto"
-        self.blocks = tuple(tuple(block) for block in blocks if not self.finds_blocks)
-        self.algorithm.check(one_block=len(self.blocks) == 1)
+        self.blocks: Blocks = () if self.finds_blocks else ALL if blocks == ALL else _tuples(blocks)
+        self.algorithm.check(one_block=self.blocks == ALL or len(self.blocks) == 1)
         if self.algorithm.preset.single_particle and num_particles != 1:
             raise OptionError(
                 f"algorithm {algorithm!r} has one particle per datum, got num_particles="
@@ -529,7 +530,8 @@ class DCPC:
     def __repr__(self) -> str:
         model = getattr(self.model, "__qualname__", type(self.model).__name__)
         guide = "" if self.guide is None else ", guide"
-        blocks = f", blocks={list(self.blocks)}" if self.blocks else ""
+        told = self.blocks if self.blocks == ALL else list(self.blocks)
+        blocks = f", blocks={told!r}" if self.blocks else ""
         return (
             f"DCPC({model}{guide}, num_particles={self.num_particles}, "
             f"algorithm={self.algorithm.name!r}{blocks})"
@@ -628,6 +630,10 @@ class DCPC:
         if self._posterior is None:
             raise OptionError("there is no posterior yet; call run(...) first")
         return self._posterior
+
+
+def _tuples(blocks: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(block) for block in blocks)
 
 
 def _or_half(num_warmup: int | None, num_sweeps: int) -> int:

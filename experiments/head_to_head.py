@@ -69,7 +69,8 @@ def measure(
 
     def measured(snapshot: Snapshot, images: Tensor, num_temperatures: int) -> dict[str, float]:
         module.model.load_state_dict(snapshot.parameters)
-        inference = held_out_inference(module.model, how.num_particles)
+        coordinates = module.held_out.coordinates
+        inference = held_out_inference(module.model, how.num_particles, **coordinates)
         # The same seed for every model, so that they differ by their parameters.
         return summarise([evaluate(inference, images, num_temperatures, seed=0)])
 

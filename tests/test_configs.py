@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dcpc.models import LabelledEmbedding, LatentTransformer
-from dcpc.training import AmortisedModule, ClassifierModule
+from dcpc.training import AmortisedModule, ClassifierModule, Parameterization
 from dcpc.training.checkpoint import read_checkpoint
 from dcpc.training.cli import ConfiguredCLI
 from dcpc.training.command import main
@@ -30,11 +30,11 @@ DATA_SETS = {
 ALGORITHMS = {
     path.stem: [f"algorithms/{path.stem}"]
     for path in sorted(FOLDER.glob("algorithms/*.json"))
-    if path.stem not in ("headline", "pgd-paper", "warm", "warm-restart")
+    if path.stem not in ("headline", "pgd-paper", "warm", "warm-restart", "noncentred")
 } | {
     f"{name}-{start}": [f"algorithms/{name}", f"algorithms/{start}"]
     for name in ("dcpc", "pgd")
-    for start in ("warm", "warm-restart")
+    for start in ("warm", "warm-restart", "noncentred")
 }
 """By algorithm that goes with any data set, its layers."""
 GUIDED = ("dcpc-warm", "pgd-warm", "dcpc-warm-restart", "pgd-warm-restart", "lpc", "vae")
@@ -72,7 +72,10 @@ def test_every_algorithm_builds_on_every_data_set(
     if algorithm == "vae":
         assert isinstance(module, AmortisedModule)
         return
-    written = load(f"algorithms/{algorithm.split('-warm')[0]}")["model"]
+    name = Path(ALGORITHMS[algorithm][0]).stem
+    written = load(f"algorithms/{name}")["model"]
+    kept = "noncentred" if algorithm.endswith("noncentred") else "centred"
+    assert module.parameterization == Parameterization(kept, kept, kept)
     assert module.inference.algorithm.name == written["algorithm"]
     assert module.inference.num_particles == written["num_particles"]
     step_sizes = base.get("step_size", {})
@@ -91,7 +94,9 @@ def test_a_layer_of_an_algorithm_leaves_data_model_and_measurements_be(layer: st
     model = model.get("init_args", model)
     assert not {"learning_rate", "held_out"} & model.keys()
     if layer not in ("headline", "pgd-paper"):
-        assert written.keys() == {"model"}
+        # Momentum particle descent has an optimiser of its own.
+        assert written.keys() - {"optimizer"} == {"model"}
+        assert ("optimizer" in written) == (layer == "mpgd")
         assert "model" not in model
 
 

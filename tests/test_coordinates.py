@@ -266,3 +266,22 @@ def test_an_error_relative_to_what_is_summed_out_is_refused() -> None:
     one, other = (engine(model, c, num_particles=3).bind(X[:, 0]) for c in COORDINATES)
     with pytest.raises(ModelError, match=r"\['z'\] cannot be held non-centred: .*\['kind'\]"):
         transported(one.init(), one, other)
+
+
+def test_all_continuous_latents_are_one_block_whatever_their_names() -> None:
+    def model(x: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+        kind = pyro.sample("kind", dist.Bernoulli(0.3))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu + kind, tau))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    for coordinates in COORDINATES:
+        dcpc = engine(model, coordinates, num_particles=2, blocks="all")
+        assert [unit.sites for unit in dcpc.units(X[:, 0])] == [("mu", "tau", "z"), ("kind",)]
+        assert "blocks='all'" in repr(dcpc)
+    alone = DCPC(
+        gaussian_chain().model, num_particles=2, algorithm="dcpc", schedule="joint", blocks="all"
+    )
+    assert [unit.sites for unit in alone.units(torch.tensor(2.0))] == [("z1", "z2")]

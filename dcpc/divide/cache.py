@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dcpc.divide.dividing import divide
 from dcpc.divide.division import DataIdentity, Division
 from dcpc.divide.graph import Schedule
 from dcpc.divide.model import Model
 from dcpc.divide.program import Arguments
-from dcpc.divide.sites import read_sites
+from dcpc.divide.sites import Sites, read_sites
 from dcpc.divide.watch import Snapshot
 from dcpc.seeding import random_state_kept
 from dcpc.threads import exclusive
+
+ALL: Literal["all"] = "all"
+"""All continuous latents as one block."""
+
+Blocks = Sequence[Sequence[str]] | Literal["all"]
+"""Latents to move jointly."""
 
 MAX_DIVISIONS = 16
 """Divisions kept for different argument shapes; the least recently used one goes first."""
@@ -29,7 +35,7 @@ class Divisions:
         num_particles: K.
         batch_size: Particles that the model is evaluated for at once; None for all of them.
         schedule: Order in which units move.
-        blocks: Latents to move jointly.
+        blocks: Latents to move jointly, or `all` for the continuous ones.
         backend: `auto`, `graph`, `vmap` or `loop`.
         certify: Whether new divisions are compared with plain runs of the model.
     """
@@ -41,7 +47,7 @@ class Divisions:
         *,
         batch_size: int | None = None,
         schedule: Schedule,
-        blocks: Sequence[Sequence[str]] = (),
+        blocks: Blocks = (),
         backend: str = "auto",
         certify: bool = True,
     ) -> None:
@@ -81,13 +87,14 @@ class Divisions:
             self._captured.move_to_end(key)
             return captured.division
         with random_state_kept():
+            sites = read_sites(self.model, *arguments.rebuild(arguments.tensors))
             division = divide(
                 self.model,
                 arguments,
-                read_sites(self.model, *arguments.rebuild(arguments.tensors)),
+                sites,
                 min(self.batch_size or self.num_particles, self.num_particles),
                 schedule=self._schedule,
-                blocks=self._blocks,
+                blocks=_resolved(self._blocks, sites),
                 backend=self._backend,
                 certify=self._certify,
             )
@@ -98,6 +105,13 @@ class Divisions:
         if len(self._captured) > MAX_DIVISIONS:
             self._captured.popitem(last=False)
         return division
+
+
+def _resolved(blocks: Blocks, sites: Sites) -> Sequence[Sequence[str]]:
+    if blocks != ALL:
+        return blocks
+    continuous = [name for name in sites.latents if sites[name].discrete is None]
+    return [continuous] if len(continuous) > 1 else ()
 
 
 @dataclass

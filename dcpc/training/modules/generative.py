@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -66,8 +66,8 @@ class HeldOut:
             standardised errors, `noncentred`. Either estimate of the evidence is unbiased, and the
             tighter one tells a lower NLL: by errors where the data are far below the latents, as in
             deep generative models, by values where every latent is close to data of its own.
-        blocks: Lists of latents that annealing moves jointly, as one unit each; null for one unit
-            per latent. One block costs a pass through the model where units cost one each.
+        is_joint: Whether annealing moves all continuous latents as one unit. That costs a pass
+            through the model where units cost one each.
         forecast: Number of last frames of sequences `(T, channels, height, width)` that are also
             predicted from the frames before, which takes as long again; 0 for none.
 
@@ -83,7 +83,7 @@ class HeldOut:
     completion: bool = False
     forecast: int = 0
     parameterization: Literal["centred", "noncentred"] = "centred"
-    blocks: list[list[str]] | None = None
+    is_joint: bool = False
 
     def __post_init__(self) -> None:
         require_at_least("model.held_out.num_particles", self.num_particles, 2)
@@ -97,6 +97,15 @@ class HeldOut:
             )
         require_at_least("model.held_out.forecast", self.forecast, 0)
         require_at_least("model.held_out.prior_samples", self.prior_samples, 1)
+
+    @property
+    def coordinates(self) -> dict[str, Any]:
+        """What annealing moves, as options of `held_out_inference`."""
+        is_noncentred = self.parameterization == "noncentred"
+        return {
+            "reparam": "noncentred" if is_noncentred else None,
+            "blocks": "all" if self.is_joint else (),
+        }
 
 
 class GenerativeModule(MeasuredModule):
@@ -155,8 +164,7 @@ class GenerativeModule(MeasuredModule):
             model,
             held_out.num_particles,
             particle_batch_size=particle_batch_size,
-            reparam="noncentred" if held_out.parameterization == "noncentred" else None,
-            blocks=held_out.blocks or (),
+            **held_out.coordinates,
         )
         self.intensity_range = (0.0, 1.0)
         self.label_site = label_site

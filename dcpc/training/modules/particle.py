@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dcpc.conquer import Move, Preconditioner
 from dcpc.coordinates import transported
+from dcpc.divide.cache import Blocks
 from dcpc.errors import ModelError, OptionError, require_at_least
 from dcpc.graphs.tiers import Mode
 from dcpc.independence import jump_to_guide
@@ -83,7 +84,8 @@ class ParticleModule(GenerativeModule):
             many sweeps.
         correction: Correction of the proposal, likewise.
         preconditioner: Scale of the proposal, likewise.
-        blocks: Lists of latents to move jointly, as one unit each; null for one unit per latent.
+        blocks: Lists of latents to move jointly, as one unit each, or `all` for the continuous
+            ones; null for one unit per latent.
         parameterization: Whether particles are kept, moved and learned from by the values of
             latents, or by their standardised prediction errors.
         compile: Whether sweeps and the gradient of the loss run as compiled code: `auto` where the
@@ -124,7 +126,7 @@ class ParticleModule(GenerativeModule):
         move: Move | str | None = None,
         correction: Correction | str | None = None,
         preconditioner: Preconditioner | str | None = None,
-        blocks: list[list[str]] | None = None,
+        blocks: list[list[str]] | Literal["all"] | None = None,
         parameterization: Parameterization = Parameterization(),
         compile: Mode = "auto",
         start: Start = Start(),
@@ -188,7 +190,7 @@ class ParticleModule(GenerativeModule):
             "model.move": _in_words(algorithm.parts.move),
             "model.correction": _in_words(algorithm.parts.correction),
             "model.preconditioner": _in_words(algorithm.parts.preconditioner),
-            "model.blocks": str([list(block) for block in self.inference.blocks]),
+            "model.blocks": _blocks_in_words(self.inference.blocks),
             "model.parameterization": str(self.parameterization),
         }
 
@@ -431,6 +433,10 @@ class _Closing(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self.on_fit_end(trainer, pl_module)
+
+
+def _blocks_in_words(blocks: Blocks) -> str:
+    return blocks if isinstance(blocks, str) else str([list(block) for block in blocks])
 
 
 def _in_words(part: object) -> str:
