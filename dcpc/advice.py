@@ -47,9 +47,9 @@ def advise(posterior: Posterior, num_sweeps: int, few_families: bool) -> str:
     if funnels:
         scale, narrow = funnels[0]
         advice.append(
-            f"'{narrow}' is narrow where '{scale}' is small (a funnel): write it non-centred, as "
-            f"DCPC(..., reparam={{'{narrow}': LocScaleReparam(0.0)}}) does, from "
-            "pyro.infer.reparam, or DCPC(..., reparam='auto') for all sites"
+            f"'{narrow}' is narrow where '{scale}' is small (a funnel): move it by its "
+            "standardised error instead, as DCPC(..., reparam='noncentred') does with all latents "
+            "that have one"
         )
     if enough := particles_for_one_unit(posterior):
         advice.append(
