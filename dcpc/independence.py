@@ -36,9 +36,13 @@ def jump_to_guide(problem: Problem, state: SweepState) -> tuple[SweepState, Tens
         OptionError: There is no guide, or the algorithm is not exact.
     """
     guide, division, arguments = problem.guide, problem.division, problem.arguments
-    if guide is None or not problem.parts.correction.is_exact:
-        what = "a guide" if guide is None else "an algorithm that leaves posteriors invariant"
-        raise OptionError(f"jumps to draws of a guide need {what}; got none of it")
+    if guide is None:
+        raise OptionError("there is no guide to jump to; give one: DCPC(model, guide, ...)")
+    if not problem.parts.correction.is_exact:
+        raise OptionError(
+            f"algorithm {problem.algorithm.name!r} does not leave posteriors invariant, which is "
+            "what jumps to draws of a guide do; use dcpc or dcpc-smc"
+        )
     state = retarget(problem.density, state)
     drawn = draw_from_guide(guide, division, arguments, state.num_particles)
     target = problem.density.log_joint(drawn.latents)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pyro
@@ -112,10 +113,26 @@ def assert_close_to(model: Chain, values: dict[str, Tensor], mass: Tensor, num: 
     assert float((second - torch.eye(4)).abs().max()) < 4.5 * math.sqrt(2.0 / num)
 
 
-@pytest.mark.parametrize("case", zoo.CASES, ids=lambda case: case.name)
-def test_particles_go_there_and_back(case: zoo.Case) -> None:
+def with_discrete_latents() -> tuple[Callable, tuple, dict]:
+    def model(x: Tensor) -> None:
+        kind = pyro.sample("kind", dist.Bernoulli(0.3))
+        weight = pyro.sample("weight", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("data", len(x)):
+            count = pyro.sample("count", dist.Categorical(torch.ones(3)))
+            z = pyro.sample("z", dist.Normal(kind + count, 0.5))
+            pyro.sample("x", dist.Normal(z + weight[0], 1.0), obs=x)
+
+    return model, (X[:, 0],), {}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [with_discrete_latents, *(case.build for case in zoo.CASES)],
+    ids=lambda build: build.__name__,
+)
+def test_particles_go_there_and_back(build: Callable[[], tuple[Callable, tuple, dict]]) -> None:
     """Values stay, and log-joints differ by the Jacobian, of plain runs of either model."""
-    model, args, kwargs = case.build()
+    model, args, kwargs = build()
     options = {"num_particles": 3, "certify": True, "blocks": ()}
     one, other = (engine(model, c, **options).bind(*args, **kwargs) for c in COORDINATES)
     start = one.init()
