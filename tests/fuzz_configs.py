@@ -41,11 +41,12 @@ BASES = (
     ["cifar10"],
     ["cifar10", "data/celeba"],
 )
-ALGORITHMS = ("dcpc", "dcpc-smc", "dcpc-paper", "pgd", "lpc", "mcpc", "pc", "ipc", "vae")
+ALGORITHMS = ("dcpc", "dcpc-smc", "dcpc-paper", "pgd", "mpgd", "lpc", "mcpc", "pc", "ipc", "vae")
 STACKS = [
     *BASES,
     *([*base, f"algorithms/{algorithm}"] for base in BASES for algorithm in ALGORITHMS),
     *(["mnist", "algorithms/pgd", f"algorithms/{start}"] for start in ("warm", "warm-restart")),
+    ["mnist", "algorithms/dcpc", "algorithms/noncentred"],
     ["mnist", "algorithms/headline"],
     ["cifar10", "algorithms/pgd-paper"],
     *([path.stem] for path in sorted(CONFIGS.glob("*.json")) if [path.stem] not in BASES),

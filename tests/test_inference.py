@@ -555,7 +555,7 @@ def test_autoguides_over_images_of_auxiliary_numbers_have_a_density(kind):
         pyro.sample("x", dist.Poisson(s * w).to_event(1), obs=x)
 
     x = torch.tensor([1.0, 0.0, 2.0])
-    posterior = DCPC(model, kind(model, init_scale=1.0), num_particles=800).run(
+    posterior = DCPC(model, kind(model, init_scale=2.0), num_particles=800).run(
         x, num_sweeps=10, seed=0, progress=False
     )
     # sum x | s ~ Poisson(s), and the counts given their sum are multinomial with flat weights.

@@ -256,7 +256,7 @@ def test_an_optimizer_and_a_schedule_can_be_given(command: Callable, tmp_path: P
             ["--model=AmortisedModule", "--model.step_size=0.1"],
             r"'step_size' .* 'model\.step_size' is a key of ParticleModule \(a layer .* last\)",
         ),
-        (["--model.model.breadth=3"], "'breadth' is not accepted, only image_shape, latent_sizes"),
+        (["--model.model.breadth=3"], "'breadth' is not accepted, only hidden_sizes, image"),
         (
             ["--model.num_particles=three"],
             r"model\.num_particles: expected a whole number, got 'three'\n$",

@@ -77,7 +77,8 @@ def test_the_mistakes_cover_every_shipped_config() -> None:
         (
             "model.guide",
             "encodr",
-            "model.guide: expected 'encoder', a class_path of type Module or null, got 'encodr'",
+            "model.guide: expected 'encoder' or 'top_down_encoder', a class_path of type Module or "
+            "null, got 'encodr'",
         ),
         (
             "model.held_out.num_particles",
