@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 
 from dcpc import DCPC
+from dcpc.distributions import ContinuousBernoulli
 from dcpc.errors import OptionError
-from dcpc.evaluation import FrozenParticles, FrozenParticlesError, infer_and_freeze
+from dcpc.evaluation import (
+    FrozenParticles,
+    FrozenParticlesError,
+    held_out_inference,
+    infer_and_freeze,
+)
 from dcpc.models import DeepLatentGaussian
+from dcpc.training import Parameterization
 
 SHAPE = (1, 2, 2)
 
@@ -222,3 +229,46 @@ def test_a_plain_function_and_an_index_of_another_length_are_refused(
     inference = DCPC(shifted_gaussian(4), num_particles=2)
     with pytest.raises(OptionError, match=r"index must have shape \(3,\), got \(2,\)"):
         infer_and_freeze(inference, torch.zeros(3, 4), torch.arange(2))
+
+
+def test_particles_that_a_training_kept_as_errors_are_decoded_as_errors(
+    deep_module: Callable, images: type, trainer: Callable, tmp_path: Path
+) -> None:
+    chosen = Parameterization("noncentred", "noncentred", "noncentred")
+    module, run = deep_module(parameterization=chosen, num_particles=2), trainer(max_epochs=3)
+    run.fit(module, datamodule=images())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    model = DeepLatentGaussian([2, 3], [1, 2, 2])
+    frozen = FrozenParticles.from_checkpoint(tmp_path / "last.ckpt", model)
+    assert frozen.noncentred == ("z1", "z2")
+    z1, e2 = frozen.latents["z1"], frozen.latents["z2"]
+    z2 = model.layers[0](torch.relu(z1)) + e2 @ model.scales[0]().mT
+    means = ContinuousBernoulli(model.layers[1](torch.relu(z2))).mean
+    weights = frozen.log_weight.softmax(0)[..., None]
+    by_hand = (weights * means).sum(0).detach().reshape(-1, 1, 2, 2)
+    template = torch.zeros(1, 1, 2, 2)
+    torch.testing.assert_close(frozen.reconstruct(template), by_hand)
+    frozen.save(tmp_path / "particles.pt")
+    again = FrozenParticles.from_checkpoint(
+        tmp_path / "particles.pt", DeepLatentGaussian([2, 3], [1, 2, 2])
+    )
+    torch.testing.assert_close(again.reconstruct(template), by_hand)
+
+
+def test_data_that_were_inferred_by_errors_are_frozen_by_values() -> None:
+    """Both engines find the same posterior means, of values; parameters keep their names."""
+    model = make_model()
+    with torch.no_grad():
+        model.scales[0].raw += 0.5 * torch.randn(3, 3)
+        model.layers[0].bias += 1.0
+    x = torch.rand(4, *SHAPE)
+    found = [
+        infer_and_freeze(held_out_inference(model, 2000, reparam=reparam), x, num_temperatures=6)
+        for reparam in (None, "noncentred")
+    ]
+    assert found[1].model is model
+    assert found[1].noncentred == ()
+    for name in ("z1", "z2"):
+        spread = found[0].latents[name].std(0)
+        difference = (found[0].means()[name] - found[1].means()[name]).abs() / spread
+        assert float(difference.max()) < 0.2

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dcpc import DCPC
 from dcpc.coordinates import transported
 from dcpc.errors import ModelError, OptionError
+from dcpc.problem import Problem
 from dcpc.reparam import NonCentred
 from dcpc.training import Parameterization, Start
 from dcpc.training.checkpoint import CheckpointError
@@ -46,7 +47,19 @@ def test_every_choice_trains_with_the_same_sites(
     trainer: Callable,
     algorithm: str,
     chosen: Parameterization,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    used: dict[str, set[str]] = {"sweep": set(), "loss": set()}
+
+    def noting(name: str, method: Callable) -> Callable:
+        def noted(problem: Problem, *args: object, **options: object) -> object:
+            used[name].add(KINDS[problem.division.sites["z2"].is_standardised])
+            return method(problem, *args, **options)
+
+        return noted
+
+    for name in used:
+        monkeypatch.setattr(Problem, name, noting(name, getattr(Problem, name)))
     count = 1 if algorithm == "ipc" else 2
     options = {"algorithm": algorithm, "num_particles": count, "sweeps_per_step": 2}
     module = stretched(deep_module(parameterization=chosen, **options))
@@ -59,6 +72,11 @@ def test_every_choice_trains_with_the_same_sites(
         "z2": (20, count, 3),
     }
     assert bool(weights.isfinite().all())
+    assert used == {"sweep": {chosen.move}, "loss": {chosen.learn}}
+    assert module.store is not None
+    kept = module._particles()
+    assert kept is not None
+    assert kept["noncentred"] == (["z1", "z2"] if chosen.keep == "noncentred" else [])
 
 
 @pytest.mark.parametrize(("keep", "move"), list(product(KINDS, repeat=2)))
