@@ -10,11 +10,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from oracles import kalman
 from picklable import regression, regression_data
 from pyro.infer.reparam import AutoReparam, LocScaleReparam
 from torch import nn
 
-from dcpc import DCPC, ConvergenceWarning
+from dcpc import DCPC, ConvergenceWarning, Posterior
 from dcpc.advice import find_funnels
 from dcpc.errors import OptionError
 
@@ -139,3 +140,42 @@ def test_funnels_are_found_where_a_spread_follows_a_scale_and_nowhere_else():
     assert find_funnels(run(schools, *data())) == [("tau", "theta")]
     assert find_funnels(run(neal)) == [("v", "z")]
     assert not find_funnels(run(regression, *(t.double() for t in regression_data())))
+
+
+def test_a_posterior_by_errors_is_told_saved_and_predicted_from_by_values(tmp_path):
+    effects, errors = data()
+    posterior = DCPC(schools, num_particles=300, reparam="noncentred").run(
+        effects, errors, num_sweeps=60, seed=0, progress=False
+    )
+    theta = posterior.samples["theta"]
+    assert float(theta.std()) > 3.0  # of values, not of errors
+    told = posterior.to_arviz(groups=["posterior", "log_likelihood"])
+    values = torch.as_tensor(told.posterior["theta"].values)
+    expected = dist.Normal(values, errors).log_prob(effects)
+    torch.testing.assert_close(torch.as_tensor(told.log_likelihood["effect"].values), expected)
+    posterior.save(tmp_path / "posterior.pt")
+    loaded = Posterior.load(tmp_path / "posterior.pt")
+    assert torch.equal(loaded.samples["theta"], theta)
+    predicted = pyro.infer.Predictive(schools, posterior.resample())(effects, errors)
+    assert predicted["effect"].shape == (300, 8)
+
+
+def test_a_chain_by_errors_takes_new_observations_in():
+    x = torch.tensor([0.4, -1.0, 0.3, 0.8, 1.5, 0.2])
+
+    def chain(y):
+        z = None
+        for t in pyro.markov(range(len(y))):
+            prior = dist.Normal(0.0, 1.0) if z is None else dist.Normal(0.9 * z, 0.5)
+            z = pyro.sample(f"z_{t}", prior)
+            pyro.sample(f"x_{t}", dist.Normal(z, 0.7), obs=y[t])
+
+    exact = kalman(x)
+    engine = DCPC(chain, num_particles=1500, reparam="noncentred")
+    posterior = engine.run(x[:4], num_sweeps=60, seed=0, progress=False)
+    longer = engine.extend(posterior, x, seed=0, progress=False)
+    error = abs(float(longer.log_evidence) - exact.log_evidence)
+    assert error < 4 * float(longer.log_evidence_se) < 0.4
+    last, spread = longer.samples["z_5"], float(exact.covariance[-1, -1].sqrt())
+    assert abs(float(last.mean() - exact.mean[-1])) < 5 * spread / 500**0.5
+    assert float(last.std()) == pytest.approx(spread, rel=0.1)
