@@ -128,8 +128,7 @@ class DCPC:
         step_size: Fixed step size; None adapts it by dual averaging where the correction has a
             target statistic, and is 0.01 elsewhere.
         blocks: Latents to move jointly, as in `[("alpha", "beta")]`; `"all"` for all continuous
-            ones; `"auto"` joins what a run's
-            particles show to be correlated, `()` nothing.
+            ones; `"auto"` joins what a run's particles show to be correlated, `()` nothing.
         resampling: `systematic`, `stratified`, `multinomial` or `residual`.
         resample_threshold: Whole particles are resampled where ESS / K is below it.
         reparam: Coordinates of latents: `noncentred` to hold them by their standardised errors, `e`

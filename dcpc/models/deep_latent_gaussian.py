@@ -44,8 +44,7 @@ class DeepLatentGaussian(nn.Module):
         z_{l+1} ~ N(W_l relu(z_l) + b_l, L_l L_l^T)
         x       ~ ContinuousBernoulli(logits = W relu(z_L) + b)
 
-    With hidden layers a map is that of a network on `z_l` itself, with SiLU between its layers,
-    whose slopes are smooth, so that moves along scores can be long.
+    With hidden layers a map is that of a network on `z_l` itself, with SiLU between its layers.
 
     Args:
         latent_sizes: Sizes of `z_1, ..., z_L`, top layer first.
@@ -133,7 +132,7 @@ class DeepLatentGaussian(nn.Module):
         return MLPEncoder(self.latent_sizes, self.image_shape)
 
     def _below(self, index: int, z: Tensor) -> Tensor:
-        """What a latent says of the layer below it."""
+        """The prediction for the layer below a latent."""
         layer = self.layers[index]
         return layer(torch.relu(z) if isinstance(layer, nn.Linear) else z)
 

@@ -132,7 +132,7 @@ class TopDownEncoder(_LayeredEncoder):
         z_l     = loc_l(z_{l-1}) + L_l e_l
 
     with the model's own prediction `loc_l` and scale `L_l`: what the image says is what the layer
-    above has not predicted. Where it says nothing, `e_l` is standard normal, as in the prior. The
+    above has not predicted; with a standard normal `e_l` the draw is that of the prior. The
     gradient of a bound reaches the model's parameters through `z` as well. Sonderby, Raiko, Maaloe,
     Sonderby & Winther, "Ladder variational autoencoders", NeurIPS 2016; Vahdat & Kautz, "NVAE",
     NeurIPS 2020.

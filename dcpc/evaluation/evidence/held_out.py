@@ -76,8 +76,8 @@ def held_out_inference(model: Model, num_particles: int, **options: Any) -> DCPC
     """Engine that infers held-out data from scratch: exact, whichever algorithm trained the model.
 
     Its moves are of `LEAPFROG_STEPS` leapfrog steps, which make the same ladder far tighter than
-    single Langevin steps do. `reparam="noncentred"` makes it tighter still where the data are far
-    below the latents, as in deep generative models.
+    single Langevin steps do. `reparam="noncentred"` makes it tighter still for deep generative
+    models that learned by errors.
 
     Args:
         model: The Pyro program.

@@ -64,8 +64,8 @@ class HeldOut:
             which takes as long again.
         parameterization: Whether annealing moves latents by their values, `centred`, or by their
             standardised errors, `noncentred`. Either estimate of the evidence is unbiased, and the
-            tighter one tells a lower NLL: by errors where the data are far below the latents, as in
-            deep generative models, by values where every latent is close to data of its own.
+            tighter one tells a lower NLL: by errors for deep generative models that learned by
+            errors, by values for chains whose latents have data of their own.
         is_joint: Whether annealing moves all continuous latents as one unit. That costs a pass
             through the model where units cost one each.
         forecast: Number of last frames of sequences `(T, channels, height, width)` that are also
@@ -100,7 +100,7 @@ class HeldOut:
 
     @property
     def coordinates(self) -> dict[str, Any]:
-        """What annealing moves, as options of `held_out_inference`."""
+        """Coordinates and units of the annealing, as options of `held_out_inference`."""
         is_noncentred = self.parameterization == "noncentred"
         return {
             "reparam": "noncentred" if is_noncentred else None,

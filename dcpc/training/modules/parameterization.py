@@ -21,7 +21,7 @@ Coordinates = Literal["centred", "noncentred"]
 
 @dataclass(frozen=True)
 class Parameterization:
-    """What is held fixed of a latent while something else changes: its value, or its error.
+    """Whether particles are kept, moved and learned from by values of latents or by errors.
 
     A latent of a location-scale family is `z = loc + scale e`, with its parents' prediction `loc`
     and the standardised prediction error `e`. `centred` stands for `z`, `noncentred` for `e`. The
